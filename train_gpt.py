@@ -1,0 +1,3416 @@
+"""Train, export and score the best language model that fits a fixed number of bytes and minutes.
+
+One file holds the whole path from token shards to a scored, packaged artifact. It is configured by environment
+variables alone (`--help` lists them), and reads from top to bottom: each section uses only those above it.
+
+    python train_gpt.py                             train, export, reload, score (also under torchrun)
+    python train_gpt.py preflight                   check configuration, data, disk and device; train nothing
+    python train_gpt.py plan                        print the site list, the role table and the packed size
+    python train_gpt.py eval ARTIFACT               score an artifact on the validation split
+    python train_gpt.py generate ARTIFACT --prompt  continue a text
+    python train_gpt.py bench                       time training steps
+    python train_gpt.py --help                      every variable with type, default, unit and meaning
+
+Sections: 1 CONFIG, 2 RUNTIME, 3 DATA, 4 CODECS, 5 LAYERS, 6 MIXERS, 7 RESIDUAL, 8 MEMORY, 9 MODEL,
+10 OPTIMIZERS, 11 ARTIFACT, 12 EVALUATION, 13 CHECKPOINT, 14 TRAINING, 15 MAIN. At most 4,500 lines for the whole zoo.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import io
+import json
+import lzma
+import math
+import os
+import shlex
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, TextIO
+
+# ==== 1. CONFIG ==============================================================
+# Gives: `Hyperparameters`, one frozen dataclass read from environment variables, presets, validation, `--help`.
+# Needs: the standard library only, so that help and configuration errors answer before torch is imported.
+
+
+class UserError(Exception):
+    """A mistake the user can mend; printed as one line, exit code 2."""
+
+
+def var(
+    default: Any,
+    group: str,
+    meaning: str,
+    unit: str = "",
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: Sequence[str] | None = None,
+    when: Callable[[Hyperparameters], bool] | None = None,
+) -> Any:
+    """Declare one variable: its default, help group, meaning, unit, range, and the condition under which it acts."""
+    metadata = {"group": group, "meaning": meaning, "unit": unit, "low": low, "high": high}
+    return dataclasses.field(default=default, metadata={**metadata, "choices": choices, "when": when})
+
+
+CODEC_NAMES = ("ternary", "int4", "int5", "int6", "int7", "int8", "fp8", "bf16", "fp16", "exact")
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Every knob of a run. Field `model_dim` is read from the variable `MODEL_DIM`, and so on for each."""
+
+    # Run
+    preset: str = var("", "run", "named set of the values below; explicit variables override it")
+    env_file: str = var("", "run", "file of KEY=VALUE lines read before the environment (a run's config.env)")
+    run_id: str = var("", "run", "name of the run folder; default: date and time")
+    out_dir: str = var("runs", "run", "folder of run folders")
+    seed: int = var(1337, "run", "seed of initial weights and noise", low=0)
+    resume: str = var("", "run", "auto: continue the run folder's latest checkpoint; or a checkpoint's path")
+    save_every: int = var(0, "run", "checkpoint every so many steps; 0: only at the end", "steps", low=0)
+    keep_checkpoints: int = var(2, "run", "recent checkpoints to keep", low=1)
+    keep_every: int = var(0, "run", "also keep every checkpoint at a multiple of this; 0: none", "steps", low=0)
+    device: str = var("auto", "run", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
+    precision: str = var("auto", "run", "arithmetic of the forward pass", choices=("auto", "bf16", "fp32", "fp64"))
+    compile: str = var("auto", "run", "torch.compile the step; auto: on CUDA only", choices=("auto", "0", "1"))
+    compile_mode: str = var("default", "run", "mode handed to torch.compile", when=lambda h: h.compile != "0")
+    cpu_threads: int = var(0, "run", "threads of one process on a CPU; 0: torch's choice", low=0)
+    strict_config: bool = var(False, "run", "fail when a variable is set that has no effect")
+    sample_tokens: int = var(160, "run", "tokens of sample text in the closing summary; 0: none", "tokens", low=0)
+
+    # Data
+    data_path: str = var("./data/datasets/builtin_sp1024", "data", "folder of token shards")
+    tokenizer_path: str = var(
+        "./data/tokenizers/builtin_1024_bpe.model", "data", "sentencepiece model", when=lambda h: h.vocab_size != 256
+    )
+    vocab_size: int = var(1024, "data", "tokens in the vocabulary; 256: the byte tokenizer", low=2, high=65535)
+    train_batch_tokens: int = var(524288, "data", "tokens of one optimizer step over all ranks", "tokens", low=1)
+    micro_batch_tokens: int = var(65536, "data", "most tokens of one forward pass on one rank", "tokens", low=1)
+    train_seq_len: int = var(1024, "data", "training window", "tokens", low=1)
+    batch_mode: str = var(
+        "contiguous",
+        "data",
+        "contiguous: rows follow one another; streams: each row continues its own; documents: rows start at one",
+        choices=("contiguous", "streams", "documents"),
+    )
+    batch_stages: str = var("", "data", "batch-size stages as progress:tokens,..., e.g. 0:131072,0.3:262144")
+    carry_train: bool = var(False, "data", "carry mixer states from window to window (BATCH_MODE=streams)")
+    holdout_tokens: int = var(
+        65536, "data", "training tokens set aside for calibration and model selection", "tokens", low=0
+    )
+
+    # Model
+    num_layers: int = var(9, "model", "layers, each a mixer and an MLP", low=1)
+    model_dim: int = var(512, "model", "width of the residual stream", low=2)
+    num_heads: int = var(8, "model", "query heads", low=1)
+    num_kv_heads: int = var(4, "model", "key and value heads", low=1)
+    mlp_mult: float = var(2.0, "model", "MLP hidden width as a multiple of MODEL_DIM", low=0.01)
+    mlp_act: str = var("relu2", "model", "MLP nonlinearity", choices=("relu2", "leaky_relu2", "swiglu"))
+    layer_pattern: str = var("attn", "model", "mixer of each layer: a name, or a comma-separated cycle of names")
+    residual: str = var("unet", "model", "residual topology", choices=("plain", "unet"))
+    resid_mix: bool = var(True, "model", "each block mixes the embedding back in, per channel")
+    embed_dim: int = var(0, "model", "width of factored embeddings; 0: MODEL_DIM", low=0)
+    tie_embeddings: bool = var(True, "model", "output head shares the embedding table")
+    untie_at_fraction: float = var(
+        0.0, "model", "progress at which a tied head becomes its own matrix; 0: never", "fraction", low=0, high=1
+    )
+    tied_embed_init_std: float = var(0.005, "model", "standard deviation of initial embeddings", low=0)
+    rope_base: float = var(10000.0, "model", "rotary base", low=1)
+    partial_rope_dims: int = var(0, "model", "rotated dimensions of each head; 0: all", "channels", low=0)
+    yarn_factor: float = var(1.0, "model", "context extension by YaRN; 1: none", "times", low=1)
+    yarn_original: int = var(
+        0, "model", "context the model was trained at; 0: TRAIN_SEQ_LEN", "tokens", low=0, when=lambda h: h.yarn_factor > 1
+    )
+    qk_norm: bool = var(True, "model", "RMS-normalize queries and keys per head")
+    qk_gain_init: float = var(1.5, "model", "initial learned gain of each query head", low=0)
+    logit_softcap: float = var(30.0, "model", "logits are cap * tanh(z / cap); 0: no cap", low=0)
+    value_residual: bool = var(False, "model", "attention layers mix in the first attention layer's values")
+    attn_window: int = var(0, "model", "keys a query may see, itself included; 0: all", "tokens", low=0)
+    doc_mask: bool = var(False, "model", "attention stays inside its document")
+    attn_impl: str = var("auto", "model", "attention backend", choices=("auto", "fa3", "fa2", "sdpa"))
+    grad_checkpoint: int = var(0, "model", "recompute activations of every k sites in backward; 0: off", "sites", low=0)
+
+    # Weights
+    matrix_codec: str = var("bf16", "weights", "codec of the big matrices", choices=CODEC_NAMES)
+    fp_storage: str = var("bf16", "weights", "codec of embeddings and head", choices=CODEC_NAMES)
+    scalar_codec: str = var("fp16", "weights", "codec of gains, scales and mixes", choices=CODEC_NAMES)
+    group_size: int = var(
+        128, "weights", "weights that share one scale, along the input dimension", low=1, when=lambda h: h.any_grouped
+    )
+    ternary_scale: str = var(
+        "absmean",
+        "weights",
+        "scale of a ternary group: mean |w|, or least squares for its codes",
+        choices=("absmean", "lstsq"),
+        when=lambda h: "ternary" in h.codecs,
+    )
+    ternary_start_fraction: float = var(
+        0.0, "weights", "train in float until this progress", "fraction", low=0, high=1, when=lambda h: "ternary" in h.codecs
+    )
+
+    # Optimizer
+    iterations: int = var(20000, "optimizer", "steps of the schedule", "steps", low=0)
+    extension_steps: int = var(0, "optimizer", "steps after the schedule, at the floor rate", "steps", low=0)
+    max_wallclock_seconds: float = var(600.0, "optimizer", "training clock; 0: bound by ITERATIONS only", "s", low=0)
+    matrix_lr: float = var(0.04, "optimizer", "Muon rate of matrices", low=0)
+    scalar_lr: float = var(0.04, "optimizer", "AdamW rate of gains, scales and mixes", low=0)
+    embed_lr: float = var(0.6, "optimizer", "AdamW rate of an untied embedding", low=0, when=lambda h: not h.tie_embeddings)
+    head_lr: float = var(0.008, "optimizer", "AdamW rate of an untied head", low=0, when=lambda h: h.has_head)
+    tied_embed_lr: float = var(0.05, "optimizer", "AdamW rate of a tied embedding", low=0, when=lambda h: h.tie_embeddings)
+    muon_momentum: float = var(0.95, "optimizer", "Muon momentum", low=0, high=0.9999)
+    muon_momentum_warmup_start: float = var(0.85, "optimizer", "Muon momentum at step 0", low=0, high=0.9999)
+    muon_momentum_warmup_steps: int = var(500, "optimizer", "steps from there to MUON_MOMENTUM", "steps", low=0)
+    muon_backend_steps: int = var(5, "optimizer", "Newton-Schulz iterations", low=1, high=20)
+    muon_row_norm: bool = var(True, "optimizer", "normalize the update's rows before Newton-Schulz (MuonEq-R)")
+    muon_wd: float = var(0.0, "optimizer", "decoupled weight decay of matrices", low=0)
+    adam_wd: float = var(0.0, "optimizer", "decoupled weight decay of embeddings and head", low=0)
+    beta1: float = var(0.9, "optimizer", "AdamW first beta", low=0, high=0.9999)
+    beta2: float = var(0.95, "optimizer", "AdamW second beta", low=0, high=0.99999)
+    adam_eps: float = var(1e-8, "optimizer", "AdamW epsilon", low=0)
+    grad_clip_norm: float = var(0.0, "optimizer", "clip the global gradient norm to this; 0: off", low=0)
+    warmup_steps: int = var(
+        20, "optimizer", "compile warm-up steps outside the clock, undone afterwards", "steps", low=0, when=lambda h: h.compile != "0"
+    )
+    lr_warmup_fraction: float = var(0.0, "optimizer", "progress over which rates rise from 0", "fraction", low=0, high=1)
+    warmdown_iters: int = var(
+        0, "optimizer", "steps over which rates fall, by the measured step time; 0: WARMDOWN_FRACTION", "steps", low=0
+    )
+    warmdown_fraction: float = var(
+        0.5, "optimizer", "last part of the run over which rates fall", "fraction", low=0, high=1,
+        when=lambda h: h.warmdown_iters == 0,
+    )  # fmt: skip
+    lr_floor: float = var(0.0, "optimizer", "rate at the end as a share of the peak", "fraction", low=0, high=1)
+    ema_decay: float = var(0.0, "optimizer", "decay of the weight average; 0: off", low=0, high=0.99999)
+    ema_start_fraction: float = var(
+        0.4, "optimizer", "progress at which averaging starts", "fraction", low=0, high=1, when=lambda h: h.ema_decay > 0
+    )
+
+    # Evaluation
+    val_batch_size: int = var(524288, "evaluation", "validation tokens of one forward pass on one rank", "tokens", low=1)
+    val_loss_every: int = var(1000, "evaluation", "validate every so many steps; 0: only at the end", "steps", low=0)
+    train_log_every: int = var(200, "evaluation", "log the training loss every so many steps", "steps", low=1)
+    max_val_tokens: int = var(0, "evaluation", "validation tokens to score; 0: all", "tokens", low=0)
+    eval_seq_len: int = var(0, "evaluation", "evaluation window; 0: TRAIN_SEQ_LEN", "tokens", low=0)
+    eval_streams: int = var(64, "evaluation", "contiguous spans of the validation stream, each with its own state", low=1)
+    sliding_eval: bool = var(False, "evaluation", "overlapping windows: each scored token sees a long context")
+    sliding_eval_stride: int = var(
+        64, "evaluation", "tokens scored per sliding window", "tokens", low=1, when=lambda h: h.sliding_eval
+    )
+    carry_eval: bool = var(False, "evaluation", "carry mixer states from window to window of a stream")
+    temp_scaling: bool = var(False, "evaluation", "divide logits by a temperature fitted on held-out training tokens")
+
+    # Artifact
+    hard_budget_bytes: int = var(16_000_000, "artifact", "most bytes of artifact and code together", "bytes", low=1)
+    code_bytes_reserve: int = var(24_000, "artifact", "bytes the unpackaged script counts for", "bytes", low=0)
+
+    @property
+    def codecs(self) -> tuple[str, ...]:
+        """Codecs that the role table can name, each once."""
+        return tuple(dict.fromkeys((self.matrix_codec, self.fp_storage, self.scalar_codec)))
+
+    @property
+    def any_grouped(self) -> bool:
+        """Whether some codec shares scales in groups."""
+        return any(c == "ternary" or c.startswith("int") for c in self.codecs)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether a head matrix of its own exists, now or after UNTIE_AT_FRACTION."""
+        return not self.tie_embeddings or self.untie_at_fraction > 0
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def rope_dims(self) -> int:
+        return self.partial_rope_dims or self.head_dim
+
+    @property
+    def embed_width(self) -> int:
+        return self.embed_dim or self.model_dim
+
+    @property
+    def eval_window(self) -> int:
+        return self.eval_seq_len or self.train_seq_len
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """Mixer kind of each layer, from LAYER_PATTERN."""
+        cycle = [name.strip() for name in self.layer_pattern.split(",")]
+        return tuple(cycle[i % len(cycle)] for i in range(self.num_layers))
+
+    @property
+    def stages(self) -> tuple[tuple[float, int], ...]:
+        """(progress, tokens a step) pairs of BATCH_STAGES, or the one batch size."""
+        if not self.batch_stages:
+            return ((0.0, self.train_batch_tokens),)
+        try:
+            pairs = [pair.split(":") for pair in self.batch_stages.split(",")]
+            return tuple((float(at), int(tokens)) for at, tokens in pairs)
+        except ValueError:
+            raise UserError(
+                f"BATCH_STAGES={self.batch_stages} is not progress:tokens,...; try 0:131072,0.3:262144"
+            ) from None
+
+    def used(self) -> dict[str, tuple[str, ...]]:
+        """Which entries of each registry this configuration reaches; the extractor keeps only those."""
+        return {
+            "CODECS": tuple(dict.fromkeys((*self.codecs, "exact"))),
+            "ACTIVATIONS": (self.mlp_act,),
+            "SITE_KINDS": tuple(dict.fromkeys((*self.mixers, "mlp"))),
+            "RESIDUALS": (self.residual,),
+            "BATCH_MODES": (self.batch_mode,),
+            "ATTENTION": ("fa3", "fa2", "sdpa") if self.attn_impl == "auto" else (self.attn_impl, "sdpa"),
+            "ADAPTERS": ("temperature",) if self.temp_scaling else (),
+        }
+
+
+FIELDS = {f.name.upper(): f for f in dataclasses.fields(Hyperparameters)}
+# Variables of these families are ours alone, so an unknown one is a mistake even when it resembles none of ours.
+FAMILIES = "TTT_ NGRAM_ EVAL_ENGRAM_ CURRICULUM_ EMA_ MOE_ MUON_ ADAM_ ROPE_ YARN_ SLIDING_ WARMDOWN_ TERNARY_ SKC_ "
+FAMILY_PREFIXES = tuple((FAMILIES + "MHC_ HC_ RMT_ NSA_ ENGRAM_ BIGRAM_ CAPSULE_ FEEDBACK_ CALIB_ GPTQ_").split())
+
+LOCAL_FLOAT = {
+    "num_layers": 4,
+    "model_dim": 128,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "mlp_mult": 4.0,
+    "train_seq_len": 256,
+    "train_batch_tokens": 4096,
+    "micro_batch_tokens": 4096,
+    "val_batch_size": 16384,
+    "val_loss_every": 500,
+    "train_log_every": 25,
+    "save_every": 500,
+    "max_wallclock_seconds": 300.0,
+    "warmup_steps": 0,
+    "muon_momentum_warmup_steps": 100,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "local_float": LOCAL_FLOAT,
+    "local": {**LOCAL_FLOAT, "matrix_codec": "ternary"},
+    "attn": {},
+    "ternary": {
+        "num_layers": 10,
+        "model_dim": 768,
+        "num_heads": 12,
+        "num_kv_heads": 6,
+        "mlp_mult": 4.0,
+        "embed_dim": 256,
+        "vocab_size": 8192,
+        "data_path": "./data/datasets/fineweb10B_sp8192",
+        "tokenizer_path": "./data/tokenizers/fineweb_8192_bpe.model",
+        "matrix_codec": "ternary",
+        "fp_storage": "fp8",
+        "matrix_lr": 0.03,
+    },
+    "tiny": {
+        "num_layers": 2,
+        "model_dim": 32,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "train_seq_len": 32,
+        "train_batch_tokens": 256,
+        "micro_batch_tokens": 256,
+        "val_batch_size": 512,
+        "holdout_tokens": 256,
+        "group_size": 16,
+        "matrix_codec": "ternary",
+        "iterations": 20,
+        "max_wallclock_seconds": 0.0,
+        "train_log_every": 5,
+        "sample_tokens": 8,
+        "eval_streams": 4,
+    },
+}
+
+
+def parse_value(name: str, text: str) -> Any:
+    """Turn a variable's text into its field's type and check its range. Raises UserError."""
+    spec = FIELDS[name]
+    booleans = {"0": False, "1": True, "false": False, "true": True}
+    try:
+        value: Any = {"int": int, "float": float, "str": str, "bool": lambda t: booleans[t.lower()]}[str(spec.type)](text)
+    except (ValueError, KeyError):
+        raise UserError(f"{name}={text} is not {spec.type}; its default is {spec.default}") from None
+    check_range(name, value)
+    return value
+
+
+def check_range(name: str, value: Any) -> None:
+    """Raise UserError when a value lies outside its field's range or choices."""
+    meta = FIELDS[name].metadata
+    if meta["choices"] and value not in meta["choices"]:
+        raise UserError(f"{name}={value} is not one of {', '.join(meta['choices'])}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name}={value} must be a finite number")
+    if meta["low"] is not None and value < meta["low"]:
+        raise UserError(f"{name}={value} is too small; the least is {meta['low']:g}")
+    if meta["high"] is not None and value > meta["high"]:
+        raise UserError(f"{name}={value} is too large; the most is {meta['high']:g}")
+
+
+def read_env_file(path: str) -> dict[str, str]:
+    """KEY=VALUE lines of a config.env; comments and blank lines are skipped. Raises UserError."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"ENV_FILE={path} cannot be read: {error.strerror}") from None
+    pairs = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        name, found, value = line.partition("=")
+        if not found or name not in FIELDS:
+            raise UserError(f"{path}:{number}: {line.strip()!r} is not VARIABLE=value of a known variable")
+        pairs[name] = "".join(shlex.split(value))
+    return pairs
+
+
+def reject_mistyped(environ: dict[str, str]) -> None:
+    """Raise UserError for a variable that is nearly one of ours, or of one of our families but unknown."""
+    for name in environ:
+        if name in FIELDS:
+            continue
+        near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.85)
+        if near or name.startswith(FAMILY_PREFIXES):
+            near = near or difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.0)
+            raise UserError(f"{name} is not a variable of this program; nearest: {near[0]} (--help lists all)")
+
+
+def validate(h: Hyperparameters) -> None:
+    """Raise UserError for values that contradict one another."""
+    rows = h.train_batch_tokens // h.train_seq_len
+    head, kv, stage_tokens = h.head_dim, h.num_kv_heads, [tokens for _, tokens in h.stages]
+    kinds = ("attn",)
+    problems = (
+        (h.model_dim % h.num_heads, f"MODEL_DIM={h.model_dim} must be a multiple of NUM_HEADS={h.num_heads}"),
+        (h.num_heads % kv, f"NUM_HEADS={h.num_heads} must be a multiple of NUM_KV_HEADS={kv}"),
+        (head % 2, f"MODEL_DIM/NUM_HEADS={head} must be even for rotary positions"),
+        (h.rope_dims % 2 or h.rope_dims > head, f"PARTIAL_ROPE_DIMS={h.rope_dims} must be even and at most {head}"),
+        (
+            any(tokens % h.train_seq_len or tokens < h.train_seq_len for tokens in stage_tokens),
+            f"TRAIN_BATCH_TOKENS={stage_tokens} must be a multiple of TRAIN_SEQ_LEN={h.train_seq_len}; "
+            f"try {max(1, rows) * h.train_seq_len}",
+        ),
+        (h.stages[0][0] != 0.0, f"BATCH_STAGES={h.batch_stages} must start at progress 0"),
+        (h.batch_stages and h.batch_mode == "streams", "BATCH_STAGES needs a fixed number of rows: not BATCH_MODE=streams"),
+        (h.carry_train and h.batch_mode != "streams", "CARRY_TRAIN=1 needs BATCH_MODE=streams, so that rows continue"),
+        (
+            (h.carry_train or h.carry_eval) and "attn" in h.mixers and not h.attn_window,
+            "CARRY_TRAIN/CARRY_EVAL with attention needs ATTN_WINDOW, or its cache grows without end",
+        ),
+        (h.carry_eval and h.sliding_eval, "CARRY_EVAL=1 and SLIDING_EVAL=1 exclude each other"),
+        (
+            h.sliding_eval and h.sliding_eval_stride > h.eval_window,
+            f"SLIDING_EVAL_STRIDE={h.sliding_eval_stride} must be at most the window {h.eval_window}",
+        ),
+        (
+            h.micro_batch_tokens < h.train_seq_len,
+            f"MICRO_BATCH_TOKENS={h.micro_batch_tokens} must hold a window of TRAIN_SEQ_LEN={h.train_seq_len}",
+        ),
+        (h.untie_at_fraction and not h.tie_embeddings, "UNTIE_AT_FRACTION needs TIE_EMBEDDINGS=1 to start from"),
+        (
+            set(h.mixers) - set(kinds),
+            f"LAYER_PATTERN={h.layer_pattern} names an unknown mixer; known: {', '.join(kinds)}",
+        ),
+        (not h.iterations and not h.max_wallclock_seconds, "ITERATIONS=0 needs MAX_WALLCLOCK_SECONDS, or nothing bounds the run"),
+        (h.temp_scaling and not h.holdout_tokens, "TEMP_SCALING=1 needs HOLDOUT_TOKENS to fit the temperature on"),
+    )
+    for wrong, message in problems:
+        if wrong:
+            raise UserError(message)
+
+
+def load_config(environ: dict[str, str], base: dict[str, Any] | None = None) -> Hyperparameters:
+    """Hyperparameters from `base`, then PRESET, ENV_FILE and the environment, each over the one before.
+
+    Raises UserError for unknown, mistyped, ill-typed, out-of-range or contradictory values.
+    """
+    reject_mistyped(environ)
+    texts = read_env_file(environ["ENV_FILE"]) if environ.get("ENV_FILE") else {}
+    texts.update({name: environ[name] for name in FIELDS if environ.get(name, "") != ""})
+    values = {name.lower(): parse_value(name, text) for name, text in texts.items()}
+    preset = values.get("preset", "")
+    if preset and preset not in PRESETS:
+        near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.0)[0]
+        raise UserError(f"PRESET={preset} is unknown; nearest: {near}; known: {', '.join(PRESETS)}")
+    h = Hyperparameters(**{**(base or {}), **PRESETS.get(preset, {}), **values})
+    validate(h)
+    ineffective = [n for n in texts if h_ineffective(h, n)]
+    if ineffective and h.strict_config:
+        raise UserError(f"{', '.join(ineffective)} has no effect under this configuration (STRICT_CONFIG=1)")
+    return h
+
+
+def h_ineffective(h: Hyperparameters, name: str) -> bool:
+    """Whether a variable differs from its default and yet nothing under this configuration reads it."""
+    spec = FIELDS[name]
+    when = spec.metadata["when"]
+    return when is not None and not when(h) and dataclasses.asdict(h)[spec.name] != spec.default
+
+
+def ineffective_variables(h: Hyperparameters) -> list[str]:
+    """Variables that are set but have no effect under this configuration."""
+    return [name for name in FIELDS if h_ineffective(h, name)]
+
+
+def config_env(h: Hyperparameters) -> str:
+    """The text of a config.env that reproduces this configuration with ENV_FILE=."""
+    skip = {"preset", "env_file", "run_id", "resume"}
+    lines = []
+    for name, spec in FIELDS.items():
+        value = dataclasses.asdict(h)[spec.name]
+        if spec.name not in skip and value != "":
+            lines.append(f"{name}={shlex.quote(str(int(value) if isinstance(value, bool) else value))}")
+    return "\n".join(lines) + "\n"
+
+
+def help_text() -> str:
+    """Every variable with type, default, unit and meaning, grouped; then the presets."""
+    lines = [(__doc__ or "").strip().split("\n\nSections")[0], ""]
+    groups = dict.fromkeys(spec.metadata["group"] for spec in FIELDS.values())
+    for group in groups:
+        lines.append(f"{group}:")
+        for name, spec in FIELDS.items():
+            meta = spec.metadata
+            if meta["group"] == group:
+                default = int(spec.default) if isinstance(spec.default, bool) else spec.default
+                kind = "|".join(meta["choices"]) if meta["choices"] and len(meta["choices"]) < 6 else str(spec.type)
+                unit = f" [{meta['unit']}]" if meta["unit"] else ""
+                lines.append(f"  {name:<28} {kind:<26} {default!s:<12} {meta['meaning']}{unit}")
+        lines.append("")
+    lines.append("presets (PRESET=): " + ", ".join(PRESETS))
+    return "\n".join(lines)
+
+
+COMMANDS = ("train", "preflight", "plan", "eval", "generate", "bench")
+
+
+def answer_early(argv: list[str], environ: dict[str, str]) -> None:
+    """Help, unknown commands and bad configuration end the program here, before torch costs two seconds."""
+    if any(arg in ("--help", "-h", "help") for arg in argv):
+        print(help_text())
+        sys.exit(0)
+    try:
+        if argv and argv[0] not in COMMANDS:
+            raise UserError(f"unknown command {argv[0]}; known: {', '.join(COMMANDS)}, --help")
+        if not argv or argv[0] not in ("eval", "generate"):  # those take their shape from the artifact
+            load_config(environ)
+        else:
+            reject_mistyped(environ)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    answer_early(sys.argv[1:], dict(os.environ))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.utils.checkpoint import checkpoint as recompute  # noqa: E402
+
+
+# ==== 2. RUNTIME =============================================================
+# Gives: device and precision policy, ranks, the agreed clock, logger and metrics sink, the lock of a run folder.
+# Needs: CONFIG, torch. Knows nothing of the model.
+
+MIB = 2**20
+# Dense bf16 tensor-core peaks in FLOP/s, from the makers' data sheets; model FLOPs utilization is shown only for these.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+class Runtime(NamedTuple):
+    """Where and how this process computes."""
+
+    device: torch.device
+    rank: int
+    world: int
+    dtype: torch.dtype  # of weights and latents
+    autocast: bool  # matrix products in bfloat16
+    compile: bool
+    control: Any  # process group on the CPU for decisions, or None
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def precision(self) -> Any:
+        """Context of every forward pass."""
+        return torch.autocast("cuda", torch.bfloat16) if self.autocast else nullcontext()
+
+
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """The requested device, or the best one here. Raises UserError when the requested one is missing."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    found = {"cuda": cuda, "mps": mps, "cpu": True}
+    kind = name if name != "auto" else next(k for k in found if found[k])
+    if not found[kind]:
+        raise UserError(f"DEVICE={name} is not available here; try DEVICE=cpu")
+    if kind == "cuda" and local_rank >= torch.cuda.device_count():
+        raise UserError(f"rank {local_rank} has no GPU: {torch.cuda.device_count()} found; start fewer processes")
+    return torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+
+
+def start_runtime(h: Hyperparameters) -> Runtime:
+    """Join the process group that torchrun announces (if any) and settle device and precision.
+
+    CUDA with capability >= 8 computes in bf16 with float32 weights and TF32; everything else in float32, since
+    bf16 products are emulated and 3x slower there. Raises UserError.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = choose_device(h.device, int(os.environ.get("LOCAL_RANK", "0")))
+    if h.cpu_threads:
+        torch.set_num_threads(h.cpu_threads)
+    bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    if h.precision == "bf16" and not bf16:
+        raise UserError("PRECISION=bf16 needs a CUDA device of capability 8 or more; try PRECISION=fp32")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bf16
+    control = None
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        control = dist.new_group(backend="gloo")
+    dtype = torch.float64 if h.precision == "fp64" else torch.float32
+    compiled = h.compile == "1" or (h.compile == "auto" and device.type == "cuda")
+    return Runtime(device, rank, world, dtype, bf16 and h.precision in ("auto", "bf16"), compiled, control)
+
+
+def agree(rt: Runtime, *values: float) -> tuple[float, ...]:
+    """Rank 0's values, on every rank: the only way in which a wall-clock reading may steer a run."""
+    if rt.world == 1:
+        return values
+    shared = torch.tensor(values, dtype=torch.float64)
+    dist.broadcast(shared, 0, group=rt.control)
+    return tuple(shared.tolist())
+
+
+def synchronize(rt: Runtime) -> None:
+    """Wait until the device has finished what was launched."""
+    if rt.device.type == "cuda":
+        torch.cuda.synchronize(rt.device)
+    elif rt.device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory_bytes(rt: Runtime) -> int:
+    """Most memory held so far: of the GPU's allocator, or of this process on a CPU."""
+    if rt.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(rt.device)
+    import resource  # POSIX only
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Clock:
+    """Training seconds: runs only between `start` and `stop`.
+
+    time.monotonic stands still while a laptop sleeps (Linux and macOS alike), so suspension costs no training time.
+    """
+
+    def __init__(self, elapsed: float = 0.0) -> None:
+        self.banked, self.since = elapsed, None
+
+    banked: float
+    since: float | None
+
+    def start(self) -> None:
+        self.since = time.monotonic()
+
+    def stop(self) -> None:
+        self.banked, self.since = self.seconds(), None
+
+    def seconds(self) -> float:
+        return self.banked + (time.monotonic() - self.since if self.since is not None else 0.0)
+
+
+def clock_text(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    whole = max(0, round(seconds))
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+class Log:
+    """Rank 0's console, the run's log file and metrics.jsonl; silent on other ranks.
+
+    On a terminal a progress line with the remaining time stands below the log; elsewhere there are only plain lines.
+    """
+
+    def __init__(self, folder: Path | None, active: bool) -> None:
+        self.active = active
+        self.bar_width = 0
+        self.file: TextIO | None = None
+        self.metrics: TextIO | None = None
+        if active and folder is not None:
+            self.file = open(folder / "train.log", "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+            self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+
+    def line(self, text: str) -> None:
+        if not self.active:
+            return
+        self.clear()
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+        if self.file:
+            self.file.write(text + "\n")
+            self.file.flush()
+
+    def metric(self, kind: str, **values: Any) -> None:
+        """Append one JSON object; units are part of the names."""
+        if self.metrics:
+            self.metrics.write(json.dumps({"kind": kind, **values}) + "\n")
+            self.metrics.flush()
+
+    def progress(self, fraction: float, text: str) -> None:
+        if self.active and sys.stdout.isatty():
+            filled = round(24 * min(1.0, fraction))
+            bar = f"[{'#' * filled}{'.' * (24 - filled)}] {fraction:4.0%} {text}"
+            sys.stdout.write("\r" + bar.ljust(self.bar_width))
+            sys.stdout.flush()
+            self.bar_width = len(bar)
+
+    def clear(self) -> None:
+        if self.bar_width:
+            sys.stdout.write("\r" + " " * self.bar_width + "\r")
+            self.bar_width = 0
+
+    def close(self) -> None:
+        self.clear()
+        for sink in (self.file, self.metrics):
+            if sink:
+                sink.close()
+
+
+def lock_folder(folder: Path) -> TextIO:
+    """Hold the run folder for this process; the kernel drops the lock when the process dies, so none is ever stale.
+
+    Returns the open lock file. Raises UserError when another process holds it.
+    """
+    import fcntl  # POSIX only
+
+    handle = open(folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115 (held for the process's life)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.seek(0)
+        owner = handle.read().strip() or "unknown"
+        raise UserError(f"{folder} is in use by process {owner}; wait for it, or choose another RUN_ID") from None
+    handle.truncate(0)
+    handle.write(str(os.getpid()))
+    handle.flush()
+    return handle
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file only by its complete successor: temporary file, fsync, rename. Raises UserError on a full disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written: {error.strerror}; the old one is untouched") from None
+
+
+# ==== 3. DATA ================================================================
+# Gives: checked token shards, the training loader, tokenizers with exact byte counts.
+# Needs: CONFIG, RUNTIME. Knows nothing of the model.
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+BYTE_BOS = 255  # 0xFF never occurs in UTF-8, so the byte tokenizer can mark document starts with it
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """Memory-map one shard: 256 little-endian int32 words (magic, version, tokens), then uint16 tokens.
+
+    Returns a read-only uint16 array (tokens,). Raises UserError for anything that is not a whole shard.
+    """
+    size = path.stat().st_size
+    if size < SHARD_HEADER_BYTES:
+        raise UserError(f"{path} has {size} bytes, less than a shard's header; fetch or make it again")
+    magic, version, count = (int(word) for word in np.fromfile(path, dtype="<i4", count=3))
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
+        raise UserError(f"{path} is not a token shard: magic {magic}, version {version}, not {SHARD_MAGIC}, 1")
+    if size != SHARD_HEADER_BYTES + 2 * count:
+        raise UserError(f"{path} says {count} tokens but holds {(size - SHARD_HEADER_BYTES) / 2:g}; make it again")
+    if count == 0:
+        raise UserError(f"{path} holds no tokens; make it again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
+
+
+class TokenStream:
+    """The shards of one split as one long array of tokens.
+
+    Tokens are checked against the vocabulary when they are read, so that opening 100 shards costs nothing.
+    Raises UserError when no shard is found, one is damaged, or a token is outside the vocabulary.
+    """
+
+    def __init__(self, folder: str, split: str, vocab_size: int) -> None:
+        self.paths = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
+        if not self.paths:
+            raise UserError(
+                f"DATA_PATH={folder} has no fineweb_{split}_*.bin; make the built-in corpus with `python data/builtin.py`, "
+                "or fetch FineWeb with `python data/download.py`"
+            )
+        self.vocab_size = vocab_size
+        self.shards = [open_shard(path) for path in self.paths]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.tokens = int(self.ends[-1])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens [start, start + count) of the stream as int64, across shard borders."""
+        parts, index = [], int(np.searchsorted(self.ends, start, side="right"))
+        while count > 0:
+            offset = start - (int(self.ends[index - 1]) if index else 0)
+            part = self.shards[index][offset : offset + count]
+            parts.append(part)
+            start, count, index = start + len(part), count - len(part), index + 1
+        tokens = np.concatenate(parts).astype(np.int64)
+        if len(tokens) and int(tokens.max()) >= self.vocab_size:
+            raise UserError(
+                f"{self.paths[0].parent}: token {int(tokens.max())} is outside VOCAB_SIZE={self.vocab_size}; "
+                "do the shards belong to this tokenizer?"
+            )
+        return tokens
+
+    def fingerprint(self) -> str:
+        """sha256 over each shard's name, size, and first and last 64 KiB: tells data sets apart in milliseconds."""
+        digest, edge = hashlib.sha256(), 32768
+        for path, shard in zip(self.paths, self.shards, strict=True):
+            digest.update(f"{path.name}:{len(shard)}:".encode())
+            digest.update(shard[:edge].tobytes() + shard[-edge:].tobytes())
+        return digest.hexdigest()
+
+
+class Position(NamedTuple):
+    """Where the loader stands: tokens (or offset within each stream) consumed in this epoch, and the epoch."""
+
+    token: int = 0
+    epoch: int = 0
+
+
+def contiguous_rows(_: TokenStream, usable: int, at: Position, rows: int, seq: int, bos: int) -> tuple[list[int], Position]:
+    """Rows follow one another in the stream; the field's order."""
+    if at.token + rows * seq + 1 > usable:
+        at = Position(0, at.epoch + 1)
+    return [at.token + row * seq for row in range(rows)], Position(at.token + rows * seq, at.epoch)
+
+
+def stream_rows(_: TokenStream, usable: int, at: Position, rows: int, seq: int, bos: int) -> tuple[list[int], Position]:
+    """The stream is cut into one span per row; each row continues its own span from step to step."""
+    span = (usable - 1) // rows
+    if at.token + seq > span:
+        at = Position(0, at.epoch + 1)
+    return [row * span + at.token for row in range(rows)], Position(at.token + seq, at.epoch)
+
+
+def document_rows(data: TokenStream, usable: int, at: Position, rows: int, seq: int, bos: int) -> tuple[list[int], Position]:
+    """Each row starts at the first document start after the row before it."""
+    starts: list[int] = []
+    look = max(4 * seq, 65536)
+    while len(starts) < rows:
+        block = data.read(at.token, min(look, usable - at.token))
+        room = np.flatnonzero(block[: max(0, usable - 1 - at.token - seq)] == bos)
+        if len(room):
+            starts.append(at.token + int(room[0]))
+            at = Position(starts[-1] + seq, at.epoch)
+        elif at.token + look < usable:
+            at = Position(at.token + look, at.epoch)
+        elif at.token == 0:
+            raise UserError(f"BATCH_MODE=documents: no document start (token {bos}) in the training shards")
+        else:
+            at = Position(0, at.epoch + 1)
+        if usable - at.token < seq + 1:
+            at = Position(0, at.epoch + 1)
+    return starts, at
+
+
+BATCH_MODES = {"contiguous": contiguous_rows, "streams": stream_rows, "documents": document_rows}
+
+
+class Batch(NamedTuple):
+    """One rank's rows of a global batch."""
+
+    tokens: Tensor  # (rows, T) int64
+    targets: Tensor  # (rows, T) int64
+    row: int  # global index of the first row
+
+
+class Loader:
+    """Batches of the training stream, in a global order that does not depend on the number of ranks.
+
+    A thread prepares the next batch (and on CUDA copies it on a side stream from pinned memory) while the step runs.
+    `position` is that of the next batch to be returned; setting it by `seek` resumes exactly there.
+    """
+
+    def __init__(self, h: Hyperparameters, rt: Runtime, bos: int) -> None:
+        self.stream = TokenStream(h.data_path, "train", h.vocab_size)
+        self.rt, self.bos, self.mode = rt, bos, BATCH_MODES[h.batch_mode]
+        self.usable = self.stream.tokens - min(h.holdout_tokens, self.stream.tokens // 10)
+        largest = max(tokens for _, tokens in h.stages)
+        if self.usable < largest + 1:
+            raise UserError(
+                f"DATA_PATH={h.data_path} has {self.usable} training tokens beside the held-out part, fewer than a step's "
+                f"{largest}; use more data or a smaller TRAIN_BATCH_TOKENS"
+            )
+        self.position = Position()
+        self.ready: Future | None = None
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self.side = torch.cuda.Stream(rt.device) if rt.device.type == "cuda" else None
+
+    def seek(self, position: Position) -> None:
+        """Continue from a saved position; what was prepared is dropped."""
+        self.position, self.ready = position, None
+
+    def holdout(self, count: int) -> np.ndarray:
+        """The first `count` tokens of the held-out end of the training stream; never trained on."""
+        return self.stream.read(self.usable, min(count, self.stream.tokens - self.usable))
+
+    def next(self, rows: int, seq: int) -> Batch:
+        """This rank's share of the next global batch of `rows` rows of `seq` tokens."""
+        wanted = (self.position, rows, seq)
+        if self.ready is None or self.ready.wanted != wanted:
+            self.ready = self.prepare(*wanted)
+        batch, after, copied = self.ready.result()
+        if copied is not None:
+            torch.cuda.current_stream().wait_event(copied)
+            for tensor in (batch.tokens, batch.targets):  # the allocator must not reuse them before the step is done
+                tensor.record_stream(torch.cuda.current_stream())
+        self.position = after
+        self.ready = self.prepare(after, rows, seq)
+        return batch
+
+    def prepare(self, at: Position, rows: int, seq: int) -> Future:
+        return Future((at, rows, seq), self.pool.submit(self.build, at, rows, seq))
+
+    def build(self, at: Position, rows: int, seq: int) -> tuple[Batch, Position, Any]:
+        starts, after = self.mode(self.stream, self.usable, at, rows, seq, self.bos)
+        share = rows // self.rt.world
+        first = self.rt.rank * share
+        data = np.stack([self.stream.read(start, seq + 1) for start in starts[first : first + share]])
+        if self.side is None:
+            both = torch.from_numpy(data).to(self.rt.device)
+            return Batch(both[:, :-1], both[:, 1:], first), after, None
+        with torch.cuda.stream(self.side):
+            both = torch.from_numpy(data).pin_memory().to(self.rt.device, non_blocking=True)
+            return Batch(both[:, :-1], both[:, 1:], first), after, self.side.record_event()
+
+
+class Future(NamedTuple):
+    """A batch under way, and what it is a batch of."""
+
+    wanted: tuple[Position, int, int]
+    future: Any
+
+    def result(self) -> tuple[Batch, Position, Any]:
+        return self.future.result()
+
+
+class ByteTable(NamedTuple):
+    """UTF-8 bytes of each token's surface form.
+
+    A token counts `base` bytes, and one more for its leading space where the tokenizer drops that space at the start
+    of a text (`space`) unless the token before it is a boundary, that is one without a surface form.
+    """
+
+    base: np.ndarray  # (V,) int64
+    space: np.ndarray  # (V,) bool
+    boundary: np.ndarray  # (V,) bool
+
+    def count(self, previous: np.ndarray, current: np.ndarray) -> np.ndarray:
+        """Bytes of each `current` token, given the token before it; arrays of one shape."""
+        return self.base[current] + (self.space[current] & ~self.boundary[previous])
+
+
+class ByteTokenizer:
+    """Tokens are UTF-8 bytes; BYTE_BOS starts a document. Works everywhere, without a model file."""
+
+    bos = BYTE_BOS
+    fingerprint = "byte"
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8"))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(t for t in tokens if t != BYTE_BOS).decode("utf-8", errors="replace")
+
+    def byte_table(self) -> ByteTable:
+        marker = np.arange(256) == BYTE_BOS
+        return ByteTable(np.where(marker, 0, 1), np.zeros(256, bool), marker)
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model. Raises UserError when it is missing, damaged, or of another vocabulary size."""
+
+    def __init__(self, path: str, vocab_size: int) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        if not Path(path).is_file():
+            raise UserError(f"TOKENIZER_PATH={path} does not exist; VOCAB_SIZE=256 needs none (bytes)")
+        self.fingerprint = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        try:
+            self.model = SentencePieceProcessor(model_file=path)
+        except (RuntimeError, OSError):
+            raise UserError(f"TOKENIZER_PATH={path} is not a sentencepiece model") from None
+        if self.model.vocab_size() != vocab_size:
+            raise UserError(f"TOKENIZER_PATH={path} has {self.model.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
+        self.bos = self.model.bos_id()
+
+    def encode(self, text: str) -> list[int]:
+        return self.model.encode(text)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self.model.decode([int(t) for t in tokens])
+
+    def drops_first_space(self) -> bool:
+        """Whether decoding strips the space before a text's first piece (models trained with a dummy prefix)."""
+        pieces = (i for i in range(self.model.vocab_size()) if self.model.id_to_piece(i).startswith("\u2581"))
+        first = next((i for i in pieces if not self.model.is_control(i)), None)
+        return first is not None and not self.model.decode([first]).startswith(" ")
+
+    def byte_table(self) -> ByteTable:
+        """The field's rule, with a piece's inner space marks counted as the one-byte spaces they stand for."""
+        model, size = self.model, self.model.vocab_size()
+        base, space, boundary = np.zeros(size, np.int64), np.zeros(size, bool), np.ones(size, bool)
+        drops = self.drops_first_space()
+        for token in range(size):
+            if model.is_control(token) or model.is_unknown(token) or model.is_unused(token):
+                continue
+            boundary[token] = False
+            text = model.id_to_piece(token).replace("\u2581", " ")
+            space[token] = drops and text.startswith(" ")
+            base[token] = 1 if model.is_byte(token) else len(text.encode("utf-8")) - int(space[token])
+        return ByteTable(base, space, boundary)
+
+
+Tokenizer = ByteTokenizer | SentencePieceTokenizer
+
+
+def read_manifest(folder: str) -> dict[str, Any]:
+    """manifest.json of a data folder, or {} where there is none (published shards). Raises UserError."""
+    path = Path(folder) / "manifest.json"
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path} is not JSON; make the data again") from None
+
+
+def load_tokenizer(h: Hyperparameters) -> Tokenizer:
+    """The run's tokenizer, checked against the data's manifest. Raises UserError on a mismatch."""
+    manifest = read_manifest(h.data_path).get("tokenizer", {})
+    tokenizer = ByteTokenizer() if h.vocab_size == 256 else SentencePieceTokenizer(h.tokenizer_path, h.vocab_size)
+    made_with = (manifest.get("sha256") or manifest.get("kind")) if manifest else tokenizer.fingerprint
+    if made_with != tokenizer.fingerprint:
+        name = manifest.get("file") or manifest.get("kind")
+        raise UserError(f"DATA_PATH={h.data_path} was made with another tokenizer ({name}) than {h.tokenizer_path}")
+    return tokenizer
+
+
+# ==== 4. CODECS ==============================================================
+# Gives: what a weight becomes in the forward pass and in the file; packing of codes into bytes.
+# Needs: CONFIG. Knows nothing of layers.
+#
+# One codec per weight. Training keeps a float latent beside every weight; after each optimizer step the model's own
+# parameter becomes decode(quantize(latent)). The forward pass, evaluation, export and a reloaded artifact thus see the
+# very same numbers, the straight-through gradient is simply the parameter's gradient, and no quantizer runs inside
+# the network: nothing to compile, to repeat in every micro-batch, or to switch off after loading.
+
+
+class Codes(NamedTuple):
+    """A quantized weight: integer codes of the weight's shape, and scales (bf16 values held in float32) or None."""
+
+    codes: Tensor
+    scales: Tensor | None
+
+
+class Tuning(NamedTuple):
+    """What calibration may change in a codec without touching weights; tensors that broadcast over scales."""
+
+    threshold: Tensor  # of |w| / mean |w|, from which on a ternary code is not zero
+    multiplier: Tensor  # folded into the stored scale
+
+
+def default_tuning(bank: Tensor) -> Tuning:
+    """Threshold 1/2 (plain rounding) and multiplier 1 for each weight of a bank (weights, ...)."""
+    shape = (bank.shape[0],) + (1,) * (bank.ndim - 1)
+    return Tuning(torch.full(shape, 0.5, device=bank.device), torch.ones(shape, device=bank.device))
+
+
+def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x rounded to a narrower float type, in float32."""
+    return x.to(dtype).float()
+
+
+class Codec:
+    """What a weight is in the forward pass and in the file.
+
+    `quantize` takes a bank (..., rows, columns) of float32 or float64; `decode` gives float32 of the codes' shape and
+    `decode_numpy` the same bits without torch. The law (tested): quantize -> decode -> file -> decode_numpy agree.
+    """
+
+    stream: ClassVar[str] = "floats"  # kind of bytes its codes are
+    bits: ClassVar[float] = 32.0  # packed bits of one code
+
+    def quantize(self, w: Tensor, tuning: Tuning) -> Codes:
+        raise NotImplementedError
+
+    def decode(self, coded: Codes) -> Tensor:
+        raise NotImplementedError
+
+    def decode_numpy(self, codes: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
+        raise NotImplementedError
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...] | None:
+        """Shape of the scales of a weight of this shape, or None."""
+        return None
+
+    def packed_bytes(self, shape: Sequence[int]) -> float:
+        """Bytes of a weight after packing, before compression."""
+        scales = self.scale_shape(shape)
+        return math.prod(shape) * self.bits / 8 + (2 * math.prod(scales) if scales else 0)
+
+    def fake_quantize(self, w: Tensor, tuning: Tuning) -> Tensor:
+        """The value the forward pass uses for latent w; its straight-through gradient is the identity."""
+        return self.decode(self.quantize(w, tuning))
+
+
+class ExactCodec(Codec):
+    """Float32 as it is (a float64 run's weights are rounded to it)."""
+
+    def quantize(self, w: Tensor, tuning: Tuning) -> Codes:
+        return Codes(w.float(), None)
+
+    def decode(self, coded: Codes) -> Tensor:
+        return coded.codes
+
+    def decode_numpy(self, codes: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
+        return codes
+
+
+class HalfCodec(Codec):
+    """bf16 or fp16 bit patterns. fp16 saturates instead of overflowing."""
+
+    stream = "halves"
+    bits = 16.0
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def quantize(self, w: Tensor, tuning: Tuning) -> Codes:
+        top = torch.finfo(self.dtype).max
+        return Codes(w.float().clamp(-top, top).to(self.dtype).view(torch.int16), None)
+
+    def decode(self, coded: Codes) -> Tensor:
+        return coded.codes.view(self.dtype).float()
+
+    def decode_numpy(self, codes: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
+        if self.dtype == torch.float16:
+            return codes.view(np.float16).astype(np.float32)
+        return (codes.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def group_view(w: Tensor, size: int) -> Tensor:
+    """(..., columns) as (..., groups, size), the last group padded with zeros where columns are not a multiple."""
+    short = -w.shape[-1] % size
+    return F.pad(w, (0, short)).unflatten(-1, (-1, size))
+
+
+def ungroup(w: Tensor, columns: int) -> Tensor:
+    """The inverse of group_view."""
+    return w.flatten(-2)[..., :columns]
+
+
+class GroupedCodec(Codec):
+    """Small integers times one bf16 scale per group along the input dimension (means over real elements only).
+
+    A group of no measurable size (mean |w| < 1e-12) has codes 0. bf16 scales, since fp16 lost accuracy when many
+    weights of a group are zero. A vector counts as one row.
+    """
+
+    stream = "ints"
+
+    def __init__(self, group: int) -> None:
+        self.group = group
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return (*shape[:-1], math.ceil(shape[-1] / self.group))
+
+    def decode(self, coded: Codes) -> Tensor:
+        assert coded.scales is not None
+        spread = coded.scales.repeat_interleave(self.group, -1)[..., : coded.codes.shape[-1]]
+        return coded.codes.float() * spread
+
+    def decode_numpy(self, codes: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
+        assert scales is not None
+        return codes.astype(np.float32) * np.repeat(scales, self.group, axis=-1)[..., : codes.shape[-1]]
+
+    def sizes(self, w: Tensor) -> Tensor:
+        """Real elements of each group, (groups,)."""
+        starts = torch.arange(0, w.shape[-1], self.group, device=w.device)
+        return (w.shape[-1] - starts).clamp(max=self.group).to(w.dtype)
+
+
+class TernaryCodec(GroupedCodec):
+    """Codes -1, 0, 1; scale = mean |w| of the group (BitNet b1.58, arXiv 2402.17764, eq. 1-3, per group).
+
+    A code is non-zero where |w| >= threshold * bf16(mean |w|). The stored scale is bf16(s * multiplier), s the mean
+    or, with TERNARY_SCALE=lstsq, the least-squares scale <w, q> / <q, q> of the codes q.
+    """
+
+    stream = "trits"
+    bits = 1.6
+
+    def __init__(self, group: int, lstsq: bool) -> None:
+        super().__init__(group)
+        self.lstsq = lstsq
+
+    def quantize(self, w: Tensor, tuning: Tuning) -> Codes:
+        grouped = group_view(w, self.group)  # (..., rows, groups, G)
+        size = grouped.abs()
+        mean = size.sum(-1) / self.sizes(w)
+        cut = (tuning.threshold * round_to(mean, torch.bfloat16)).to(w.dtype)
+        keep = (size >= cut.unsqueeze(-1)) & (mean >= 1e-12).unsqueeze(-1)
+        codes = grouped.sign() * keep
+        scale = (grouped * codes).sum(-1) / keep.sum(-1).clamp(min=1) if self.lstsq else mean
+        stored = round_to(scale * tuning.multiplier, torch.bfloat16)
+        return Codes(ungroup(codes, w.shape[-1]).to(torch.int8), stored)
+
+
+class IntCodec(GroupedCodec):
+    """Symmetric k-bit integers, scale = largest |w| of the group / (2^(k-1) - 1)."""
+
+    bits = 8.0  # one symbol a byte: packing below a byte costs 20% after compression
+
+    def __init__(self, group: int, width: int) -> None:
+        super().__init__(group)
+        self.top = 2 ** (width - 1) - 1
+
+    def quantize(self, w: Tensor, tuning: Tuning) -> Codes:
+        grouped = group_view(w, self.group)
+        stored = round_to(grouped.abs().amax(-1) / self.top * tuning.multiplier, torch.bfloat16)
+        codes = (grouped / stored.clamp(min=1e-12).unsqueeze(-1).to(w.dtype)).round().clamp(-self.top, self.top)
+        return Codes(ungroup(codes, w.shape[-1]).to(torch.int8), stored)
+
+
+class Fp8Codec(Codec):
+    """float8 e4m3 with one bf16 scale per row, chosen so that the row's largest value lands on 448."""
+
+    stream = "bytes"
+    bits = 8.0
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return (*shape[:-1], 1)
+
+    def quantize(self, w: Tensor, tuning: Tuning) -> Codes:
+        wide = w.float()
+        scale = round_to(wide.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448 * tuning.multiplier, torch.bfloat16)
+        return Codes((wide / scale).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8), scale)
+
+    def decode(self, coded: Codes) -> Tensor:
+        assert coded.scales is not None
+        return coded.codes.view(torch.float8_e4m3fn).float() * coded.scales
+
+    def decode_numpy(self, codes: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
+        assert scales is not None
+        return E4M3[codes] * scales
+
+
+def e4m3_table() -> np.ndarray:
+    """Value of each of the 256 e4m3 bit patterns, float32 (OCP 8-bit floating point specification, table 1)."""
+    pattern = np.arange(256)
+    exponent, mantissa = (pattern >> 3) & 15, pattern & 7
+    size = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+    return np.where(pattern & 127 == 127, np.nan, np.where(pattern & 128, -size, size)).astype(np.float32)
+
+
+E4M3 = e4m3_table()
+
+CODECS: dict[str, Callable[[Hyperparameters], Codec]] = {
+    "ternary": lambda h: TernaryCodec(h.group_size, h.ternary_scale == "lstsq"),
+    "int4": lambda h: IntCodec(h.group_size, 4),
+    "int5": lambda h: IntCodec(h.group_size, 5),
+    "int6": lambda h: IntCodec(h.group_size, 6),
+    "int7": lambda h: IntCodec(h.group_size, 7),
+    "int8": lambda h: IntCodec(h.group_size, 8),
+    "fp8": lambda h: Fp8Codec(),
+    "bf16": lambda h: HalfCodec(torch.bfloat16),
+    "fp16": lambda h: HalfCodec(torch.float16),
+    "exact": lambda h: ExactCodec(),
+}
+
+
+def pack_base3(trits: np.ndarray) -> bytes:
+    """Five trits a byte: 243 of 256 values, 1.6 bits a trit."""
+    padded = np.zeros(-(-trits.size // 5) * 5, np.uint8)
+    padded[: trits.size] = trits + 1
+    return (padded.reshape(-1, 5) @ np.array([1, 3, 9, 27, 81], np.uint8)).astype(np.uint8).tobytes()
+
+
+def unpack_base3(data: bytes, count: int) -> np.ndarray:
+    """The inverse of pack_base3, (count,) int8. Raises ValueError on a wrong length or a byte above 242."""
+    packed = np.frombuffer(data, np.uint8)
+    if packed.size != -(-count // 5) or (packed.size and packed.max() > 242):
+        raise ValueError("base-3 stream does not hold the trits it should")
+    table = (np.arange(243, dtype=np.int16)[:, None] // np.array([1, 3, 9, 27, 81]) % 3 - 1).astype(np.int8)
+    return table[packed].reshape(-1)[:count]
+
+
+def pack_bitmask(trits: np.ndarray) -> bytes:
+    """One bit a trit (non-zero?), then one bit a non-zero trit (positive?): shorter when most are zero."""
+    mask = trits != 0
+    return np.packbits(mask).tobytes() + np.packbits(trits[mask] > 0).tobytes()
+
+
+def unpack_bitmask(data: bytes, count: int) -> np.ndarray:
+    """The inverse of pack_bitmask, (count,) int8. Raises ValueError on a wrong length."""
+    packed, head = np.frombuffer(data, np.uint8), -(-count // 8)
+    mask = np.unpackbits(packed[:head], count=count).astype(bool) if packed.size >= head else np.zeros(0, bool)
+    filled = int(mask.sum())
+    if mask.size != count or packed.size != head + -(-filled // 8):
+        raise ValueError("bitmask stream does not hold the trits it should")
+    trits = np.zeros(count, np.int8)
+    trits[mask] = np.unpackbits(packed[head:], count=filled).astype(np.int8) * 2 - 1
+    return trits
+
+
+def pack_planes(values: np.ndarray) -> bytes:
+    """Bytes of equal significance together: exponents compress well, mantissas do not."""
+    return values.view(np.uint8).reshape(values.size, values.itemsize).T.tobytes()
+
+
+def unpack_planes(data: bytes, count: int, dtype: np.dtype) -> np.ndarray:
+    """The inverse of pack_planes, (count,). Raises ValueError on a wrong length."""
+    if len(data) != count * dtype.itemsize:
+        raise ValueError(f"stream of {len(data)} bytes should hold {count} values of {dtype.itemsize} bytes")
+    planes = np.frombuffer(data, np.uint8).reshape(dtype.itemsize, count)
+    return np.ascontiguousarray(planes.T).view(dtype).reshape(-1)
+
+
+STREAM_TYPES = {
+    "trits": np.dtype("i1"),
+    "ints": np.dtype("i1"),
+    "bytes": np.dtype("u1"),
+    "scales": np.dtype("<u2"),
+    "halves": np.dtype("<i2"),
+    "floats": np.dtype("<f4"),
+}
+
+
+# ==== 5. LAYERS ==============================================================
+# Gives: the context every layer reads, norm, linear, rotary positions, embedding, MLP, softcapped cross-entropy.
+# Needs: CONFIG. Knows nothing of sequence mixing.
+
+
+class Ctx(NamedTuple):
+    """What a layer may know besides its input; the same for all layers of one forward pass (v0 is filled on the way)."""
+
+    tokens: Tensor  # (B, T) int64
+    positions: Tensor  # (B, T) int64, counted from the start of the stream
+    documents: Tensor  # (B, T) int64, rises by one at each document start
+    rotary: tuple[Tensor, Tensor]  # cosine and sine, each (B, T, 1, rope_dims / 2)
+    is_memory: Tensor | None  # (B, T) bool: positions that are no text, or None where there are none
+    v0: Tensor | None  # (B, T, Hkv, Dh) values of the first attention layer
+    progress: Tensor | None  # 0-dim, share of the run that is done; a tensor, since a float would recompile
+    observe: Callable[[str, Tensor], None] | None  # called with (parameter name, input); eager only
+    adapters: dict[str, tuple[Tensor, Tensor]] | None  # parameter name -> low-rank pair (in, r), (r, out), or with B first
+
+
+class Out(NamedTuple):
+    """What a site returns: its output, its next state, values for later layers, auxiliary losses, diagnostics."""
+
+    y: Tensor
+    state: Any = None
+    v0: Tensor | None = None
+    losses: dict[str, Tensor] = {}  # noqa: RUF012 (never mutated)
+    metrics: dict[str, Tensor] = {}  # noqa: RUF012
+
+
+class Role(NamedTuple):
+    """How a parameter is stored and trained: codec, optimizer group, and factors on the group's rate and decay."""
+
+    codec: str
+    group: str  # matrix (Muon), embed, head or scalar (AdamW)
+    lr_mult: float = 1.0
+    decay: float = 1.0
+
+
+class Module(nn.Module):
+    """Base of all layers: `kinds` names the role of each parameter that the layer itself owns."""
+
+    kinds: ClassVar[dict[str, str]] = {}
+
+
+ROLE_KINDS: dict[str, Callable[[Hyperparameters], Role]] = {
+    "matrix": lambda h: Role(h.matrix_codec, "matrix"),
+    "embed": lambda h: Role(h.fp_storage, "embed"),
+    "head": lambda h: Role(h.fp_storage, "head"),
+    "scalar": lambda h: Role(h.scalar_codec, "scalar", decay=0.0),
+}
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """x / rms(x) over the last dimension in three passes forward and backward (F.rms_norm in eager takes eight)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        rate = math.sqrt(x.shape[-1]) / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + 1e-6)
+        y = x * rate
+        ctx.save_for_backward(y, rate)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        y, rate = ctx.saved_tensors
+        along = torch.linalg.vecdot(grad, y).unsqueeze(-1) / -y.shape[-1]
+        return torch.addcmul(grad, y, along) * rate
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Root-mean-square norm over the last dimension, no gain; a zero vector gives zero (Zhang & Sennrich 2019)."""
+    if x.device.type == "cpu":
+        return RMSNormFunction.apply(x)
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+class SquaredReLUFunction(torch.autograd.Function):
+    """leaky(x)^2 with slope s below zero; saves one tensor and takes one pass where eager autograd takes six."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: float) -> Tensor:
+        leaky = F.leaky_relu(x, slope) if slope else F.relu(x)
+        ctx.save_for_backward(leaky)
+        ctx.slope = slope
+        return leaky * leaky
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (leaky,) = ctx.saved_tensors
+        grad = grad * leaky
+        if ctx.slope:
+            grad = torch.where(leaky < 0, grad * ctx.slope, grad)
+        return grad * 2, None
+
+
+class Linear(Module):
+    """y = x W^T (+ x A B where an adapter names this weight). Weight (out, in), no bias."""
+
+    def __init__(self, name: str, inputs: int, outputs: int, kind: str = "matrix") -> None:
+        super().__init__()
+        self.name = name + ".weight"
+        self.kinds = {"weight": kind}  # type: ignore[misc]
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+
+    def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
+        if ctx.observe is not None:
+            ctx.observe(self.name, x)
+        y = F.linear(x, self.weight)
+        if ctx.adapters is not None and self.name in ctx.adapters:
+            down, up = ctx.adapters[self.name]
+            y = y + x @ down @ up
+        return y
+
+
+def rotary_frequencies(h: Hyperparameters) -> tuple[np.ndarray, float]:
+    """Angular frequency of each rotated pair, (rope_dims / 2,) float64, and the factor on cosine and sine.
+
+    With YARN_FACTOR s > 1 (Peng et al. 2023, section 3.2): pairs that turn more than 32 times within the original
+    context keep their frequency, those that turn less than once are slowed by s, a linear ramp between; the factor
+    0.1 ln s + 1 sharpens attention.
+    """
+    pairs = h.rope_dims // 2
+    frequencies = h.rope_base ** (-np.arange(pairs) / pairs)
+    if h.yarn_factor == 1:
+        return frequencies, 1.0
+    turns = (h.yarn_original or h.train_seq_len) * frequencies / (2 * math.pi)
+    keep = np.clip((turns - 1) / (32 - 1), 0, 1)
+    return frequencies * (keep + (1 - keep) / h.yarn_factor), 0.1 * math.log(h.yarn_factor) + 1
+
+
+class Rotary(Module):
+    """Cosine and sine of any position below 2^24, exact to the last bits of float32.
+
+    A float32 angle is off by 4e-3 rad at position 64k. So two tables made in float64, one for the low twelve bits of
+    the position and one for the rest, are joined by the addition theorem: e^(i(a+b)) = e^(ia) e^(ib).
+    """
+
+    SPLIT: ClassVar[int] = 4096
+
+    def __init__(self, h: Hyperparameters) -> None:
+        super().__init__()
+        frequencies, self.factor = rotary_frequencies(h)
+        for name, step in (("low", 1), ("high", self.SPLIT)):
+            angles = np.arange(self.SPLIT)[:, None] * step * frequencies
+            table = torch.from_numpy(np.stack([np.cos(angles), np.sin(angles)], -1))
+            self.register_buffer(name, table.to(torch.get_default_dtype()), persistent=False)  # (4096, R/2, 2)
+
+    low: Tensor
+    high: Tensor
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = self.low[positions % self.SPLIT], self.high[positions // self.SPLIT]  # (B, T, R/2, 2)
+        cosine = a[..., 0] * b[..., 0] - a[..., 1] * b[..., 1]
+        sine = a[..., 0] * b[..., 1] + a[..., 1] * b[..., 0]
+        return (cosine * self.factor).unsqueeze(-2), (sine * self.factor).unsqueeze(-2)
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the first rope_dims channels of each head by its position; x (B, T, H, Dh) (Su et al. 2021)."""
+    cosine, sine = (table.to(x.dtype) for table in rotary)
+    half = cosine.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((a * cosine - b * sine, a * sine + b * cosine, rest), -1)
+
+
+class Embedding(Module):
+    """Token embedding, normalized; factored through EMBED_DIM when that is set. Also the tied output head."""
+
+    def __init__(self, h: Hyperparameters) -> None:
+        super().__init__()
+        self.kinds = {"weight": "embed"}  # type: ignore[misc]
+        self.weight = nn.Parameter(torch.empty(h.vocab_size, h.embed_width))
+        self.up = Linear("embed.up", h.embed_width, h.model_dim) if h.embed_dim else None
+
+    def forward(self, ctx: Ctx) -> Tensor:
+        x = F.embedding(ctx.tokens, self.weight)
+        if self.up is not None:
+            x = self.up(rms_norm(x), ctx)
+        return rms_norm(x)
+
+
+class Head(Module):
+    """From the last hidden state to the rows of the vocabulary: an optional projection, and an own matrix if untied."""
+
+    def __init__(self, h: Hyperparameters) -> None:
+        super().__init__()
+        self.down = Linear("head.down", h.model_dim, h.embed_width) if h.embed_dim else None
+        self.weight = nn.Parameter(torch.empty(h.vocab_size, h.embed_width)) if h.has_head else None
+        self.kinds = {"weight": "head"} if h.has_head else {}  # type: ignore[misc]
+
+    def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
+        return self.down(x, ctx) if self.down is not None else x
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu2": lambda x: SquaredReLUFunction.apply(x, 0.0),
+    "leaky_relu2": lambda x: SquaredReLUFunction.apply(x, 0.5),
+    "swiglu": lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
+}
+
+
+class MLP(Module):
+    """down(act(up(x))); hidden width MLP_MULT * MODEL_DIM (SwiGLU's up makes gate and value: twice as many rows)."""
+
+    def __init__(self, h: Hyperparameters, layer: int, name: str) -> None:
+        super().__init__()
+        hidden = round(h.mlp_mult * h.model_dim)
+        self.act = ACTIVATIONS[h.mlp_act]
+        self.up = Linear(name + ".up", h.model_dim, hidden * (2 if h.mlp_act == "swiglu" else 1))
+        self.down = Linear(name + ".down", hidden, h.model_dim)
+
+    def init_state(self, batch: int, dtype: torch.dtype) -> None:
+        return None
+
+    def forward(self, x: Tensor, ctx: Ctx, state: None) -> Out:
+        return Out(self.down(self.act(self.up(x, ctx)), ctx))
+
+
+class SoftcapCrossEntropy(torch.autograd.Function):
+    """Sum over rows of -log softmax(cap * tanh(x W^T / cap))[target], rows with target -100 left out.
+
+    Logits are made a few rows at a time and turned into their own gradient in place, so that the (N, V) matrix never
+    exists and each block stays in cache (after Liger Kernel's fused linear cross-entropy, arXiv 2410.10989, 3.2).
+    x (N, E), weight (V, E), targets (N,) int64. Returns a 0-dim float32 (float64 for float64 inputs).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        rows = max(128, (2**19 if x.device.type == "cpu" else 2**27) // weight.shape[0])
+        total = x.new_zeros((), dtype=wide)
+        dx, dw = torch.empty_like(x), torch.zeros_like(weight)
+        for at in range(0, x.shape[0], rows):
+            part = x[at : at + rows]
+            loss, slope = capped_loss_and_slope((part @ weight.T).to(wide), targets[at : at + rows], cap)
+            total = total + loss
+            slope = slope.to(part.dtype)
+            dx[at : at + rows] = slope @ weight.to(part.dtype)
+            dw += slope.T @ part
+        ctx.save_for_backward(dx, dw)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        dx, dw = ctx.saved_tensors
+        return dx * grad.to(dx.dtype), dw * grad.to(dw.dtype), None, None
+
+
+def capped_loss_and_slope(z: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """Sum of cross-entropies of softcapped logits z (N, V), and its gradient by z; z is overwritten."""
+    keep = targets >= 0
+    index = targets.clamp(min=0).unsqueeze(1)
+    if cap:
+        turned = z.div_(cap).tanh_()
+        z = turned * cap
+    top = z.amax(1, keepdim=True) if not cap else cap  # capped logits need no search for their maximum
+    picked = z.gather(1, index) - top
+    share = z.sub_(top).exp_()
+    norm = share.sum(1, keepdim=True)
+    loss = ((norm.log() - picked).squeeze(1) * keep).sum()
+    slope = share.div_(norm).scatter_add_(1, index, torch.full_like(norm, -1)).mul_(keep.unsqueeze(1))
+    return loss, slope.mul_(1 - turned.square_()) if cap else slope
+
+
+def softcap(z: Tensor, cap: float) -> Tensor:
+    """cap * tanh(z / cap), or z for cap 0; at least float32."""
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    return cap * torch.tanh(z / cap) if cap else z
+
+
+# ==== 6. MIXERS ==============================================================
+# Gives: sequence mixers behind one interface: `mixer(h, ctx, state) -> Out`, `init_state(batch, dtype)`.
+# Needs: LAYERS. Knows nothing of residual wiring.
+
+
+class AttentionState(NamedTuple):
+    """Keys, values and documents of what came before; S grows up to the window."""
+
+    k: Tensor  # (B, S, Hkv, Dh)
+    v: Tensor  # (B, S, Hkv, Dh)
+    documents: Tensor  # (B, S)
+
+
+def flash3(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    from flash_attn_interface import flash_attn_func
+
+    out = flash_attn_func(q, k, v, causal=True, window_size=(window - 1 if window else -1, 0 if window else -1))
+    return out[0] if isinstance(out, tuple) else out
+
+
+def flash2(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q, k, v, causal=True, window_size=(window - 1 if window else -1, 0 if window else -1))
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Torch's attention on (B, T, H, Dh) tensors; mask (B or 1, 1, T, S), True where a key may be seen."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    return y.transpose(1, 2)
+
+
+ATTENTION = {"fa3": flash3, "fa2": flash2, "sdpa": sdpa}
+ATTENTION_PACKAGES = {"fa3": "flash_attn_interface", "fa2": "flash_attn"}
+
+
+def choose_attention(h: Hyperparameters, rt: Runtime) -> tuple[str, str]:
+    """The attention backend of a run and why: FlashAttention 3, then 2, then SDPA. Raises UserError.
+
+    FlashAttention needs bf16 on CUDA, and here serves full and windowed causal attention without document mask.
+    """
+    if h.attn_impl != "auto":
+        package = ATTENTION_PACKAGES.get(h.attn_impl)
+        if package and (find_spec(package) is None or not rt.autocast):
+            raise UserError(f"ATTN_IMPL={h.attn_impl} needs the package {package} and bf16 on CUDA; try ATTN_IMPL=auto")
+        return h.attn_impl, "requested"
+    if not rt.autocast:
+        return "sdpa", "no bf16 on CUDA"
+    if h.doc_mask:
+        return "sdpa", "document mask"
+    hopper = torch.cuda.get_device_capability(rt.device)[0] == 9
+    for name, package in ATTENTION_PACKAGES.items():
+        if find_spec(package) is not None and (name != "fa3" or hopper):
+            return name, f"{package} is installed"
+    return "sdpa", "flash-attn is not installed"
+
+
+class Attention(Module):
+    """Causal grouped-query attention with partial rotary positions (Ainslie et al. 2023; Su et al. 2021).
+
+    Queries and keys are RMS-normalized per head, queries times a learned gain. With VALUE_RESIDUAL, later layers use
+    v <- s v + (1 - s) v0, s = sigmoid(learned), v0 the first attention layer's values (Zhou et al. 2024).
+    """
+
+    kinds: ClassVar[dict[str, str]] = {"q_gain": "scalar", "v_mix": "scalar"}
+
+    def __init__(self, h: Hyperparameters, layer: int, name: str) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = h.num_heads, h.num_kv_heads, h.head_dim
+        self.window, self.doc_mask, self.qk_norm = h.attn_window, h.doc_mask, h.qk_norm
+        self.backend = "sdpa" if h.attn_impl == "auto" else h.attn_impl
+        self.qkv = Linear(name + ".qkv", h.model_dim, (h.num_heads + 2 * h.num_kv_heads) * h.head_dim)
+        self.proj = Linear(name + ".proj", h.num_heads * h.head_dim, h.model_dim)
+        self.q_gain = nn.Parameter(torch.empty(h.num_heads))
+        mixes = h.value_residual and layer > h.mixers.index("attn")
+        self.v_mix = nn.Parameter(torch.empty(1)) if mixes else None
+
+    def init_state(self, batch: int, dtype: torch.dtype) -> AttentionState:
+        empty = self.q_gain.new_zeros((batch, 0, self.kv_heads, self.head_dim), dtype=dtype)
+        return AttentionState(empty, empty, self.q_gain.new_zeros((batch, 0), dtype=torch.int64))
+
+    def forward(self, x: Tensor, ctx: Ctx, state: AttentionState | None) -> Out:
+        qkv = self.qkv(x, ctx).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 Hkv, Dh)
+        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), 2)
+        qk = rotate(rms_norm(qk) if self.qk_norm else qk, ctx.rotary).to(v.dtype)
+        q, k = qk.split((self.heads, self.kv_heads), 2)
+        q = q * self.q_gain.unsqueeze(-1).to(q.dtype)
+        v0 = v if ctx.v0 is None else ctx.v0
+        if self.v_mix is not None:
+            share = torch.sigmoid(self.v_mix).to(v.dtype)
+            v = share * v + (1 - share) * v0
+        y, state = self.attend(q, k, v, ctx.documents, state)
+        return Out(self.proj(y.flatten(-2), ctx), state, v0)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Tensor, state: AttentionState | None
+    ) -> tuple[Tensor, AttentionState | None]:
+        """Attend to the state's keys and the new ones; the new state keeps what a later query may still see."""
+        if state is None and not self.doc_mask and (self.backend != "sdpa" or not self.window):
+            flash = ATTENTION[self.backend] if self.backend != "sdpa" else None
+            return (flash(q, k, v, self.window) if flash else sdpa(q, k, v, None, True)), None  # type: ignore[call-arg]
+        key_documents = documents
+        if state is not None:
+            k, v = torch.cat((state.k, k), 1), torch.cat((state.v, v), 1)
+            key_documents = torch.cat((state.documents, documents), 1)
+        y = sdpa(q, k, v, self.mask(documents, key_documents), False)
+        if state is None:
+            return y, None
+        keep = slice(max(0, k.shape[1] - self.window + 1) if self.window else 0, None)
+        return y, AttentionState(k[:, keep], v[:, keep], key_documents[:, keep])
+
+    def mask(self, documents: Tensor, key_documents: Tensor) -> Tensor:
+        """(B or 1, 1, T, S) bool: not later, within the window, in the same document."""
+        length, keys = documents.shape[1], key_documents.shape[1]
+        query = torch.arange(keys - length, keys, device=documents.device).unsqueeze(1)
+        key = torch.arange(keys, device=documents.device)
+        seen = key <= query
+        if self.window:
+            seen = seen & (key > query - self.window)
+        if self.doc_mask:
+            seen = seen & (documents.unsqueeze(2) == key_documents.unsqueeze(1))
+        return seen.unsqueeze(-3) if seen.ndim == 3 else seen[None, None]
+
+
+# A site is what the residual stream passes: a mixer or an MLP, built by (h, layer, parameter name prefix).
+SITE_KINDS: dict[str, Any] = {"attn": Attention, "mlp": MLP}
+
+
+# ==== 7. RESIDUAL ============================================================
+# Gives: how sites read from and write to the residual stream: open, read, write, close.
+# Needs: LAYERS. Does not know what a site computes.
+
+
+class Site(NamedTuple):
+    """One step of the network: `layer` and `kind` name the parameters, `id` the state; loops and passes repeat layers."""
+
+    id: int
+    kind: str
+    layer: int
+    loop: int = 0
+    pass_: int = 0
+
+
+class PlainResidual(Module):
+    """x <- x + scale * f(norm x); at a layer's first site x <- m0 x + m1 x0 with RESID_MIX.
+
+    R is the tuple (x, x0, stored), all (B, T, D). Parameters are indexed by (layer, sublayer), shared over loops.
+    """
+
+    kinds: ClassVar[dict[str, str]] = {"scale": "scalar", "mix": "scalar", "skip": "scalar"}
+
+    def __init__(self, h: Hyperparameters, sites: Sequence[Site]) -> None:
+        super().__init__()
+        self.first = {s.id for s in sites if s.id == 0 or sites[s.id - 1].layer != s.layer}
+        self.scale = nn.Parameter(torch.empty(h.num_layers, 2, h.model_dim))
+        self.mix = nn.Parameter(torch.empty(h.num_layers, 2, h.model_dim)) if h.resid_mix else None
+
+    def open(self, x0: Tensor, e2: Tensor | None) -> tuple:
+        return (x0, x0, ())
+
+    def read(self, r: tuple, site: Site) -> tuple[Tensor, tuple, None]:
+        x, x0, stored = r
+        if self.mix is not None and site.id in self.first:
+            mix = self.mix[site.layer].to(x.dtype)
+            x = torch.addcmul(x * mix[0], x0, mix[1])
+        return x, (x, x0, stored), None
+
+    def write(self, r: tuple, site: Site, y: Tensor, link: Any) -> tuple:
+        x, x0, stored = r
+        scale = self.scale[site.layer, int(site.kind == "mlp")]
+        return (torch.addcmul(x, y.to(x.dtype), scale.to(x.dtype)), x0, stored)
+
+    def close(self, r: tuple) -> Tensor:
+        return r[0]
+
+
+class UNetResidual(PlainResidual):
+    """Plain, and the first half of the layers stores its outputs for the second half, last in first out.
+
+    A decoder layer begins with x <- x + skip * stored, per channel (the field's baseline).
+    """
+
+    def __init__(self, h: Hyperparameters, sites: Sequence[Site]) -> None:
+        super().__init__(h, sites)
+        half = h.num_layers // 2
+        last = {s.id for s in sites if s.id + 1 == len(sites) or sites[s.id + 1].layer != s.layer}
+        self.stores = {s.id for s in sites if s.layer < half and s.id in last}
+        self.takes = {s.id: s.layer - half for s in sites if half <= s.layer < 2 * half and s.id in self.first}
+        self.skip = nn.Parameter(torch.empty(half, h.model_dim)) if half else None
+
+    def read(self, r: tuple, site: Site) -> tuple[Tensor, tuple, None]:
+        if self.skip is not None and site.id in self.takes:
+            x, x0, stored = r
+            r = (torch.addcmul(x, stored[-1], self.skip[self.takes[site.id]].to(x.dtype)), x0, stored[:-1])
+        return super().read(r, site)
+
+    def write(self, r: tuple, site: Site, y: Tensor, link: Any) -> tuple:
+        x, x0, stored = super().write(r, site, y, link)
+        return (x, x0, (*stored, x)) if site.id in self.stores else (x, x0, stored)
+
+
+RESIDUALS: dict[str, Any] = {"plain": PlainResidual, "unet": UNetResidual}
+
+
+# ==== 8. MEMORY ==============================================================
+# Gives: what re-enters the stack: capsule bank, feedback passes, segments. Nothing lives here yet; such a part runs
+# the network through the `run_sites` it is handed. Needs: LAYERS, RESIDUAL.
+
+
+# ==== 9. MODEL ===============================================================
+# Gives: one network from a configuration: site list, initialization, loss, logits, states, generation.
+# Needs: LAYERS to MEMORY. Knows nothing of optimizers and files.
+
+
+class Variant(NamedTuple):
+    """Structural switches that change during a run; each combination is compiled before the clock starts."""
+
+    untied: bool = False
+
+
+class StreamState(NamedTuple):
+    """Where each row of a carried stream stands."""
+
+    position: Tensor  # (B,) int64, tokens so far
+    document: Tensor  # (B,) int64, document starts so far
+
+
+class LossOut(NamedTuple):
+    """Sums over the batch, to be divided by global counts."""
+
+    total: Tensor  # cross-entropy of all targets, nats
+    losses: dict[str, Tensor]  # auxiliary losses, summed over sequences
+    state: Any
+
+
+def plan_sites(h: Hyperparameters) -> tuple[Site, ...]:
+    """The flat list of sites of a configuration, in the order in which the stream passes them."""
+    kinds = [(kind, layer) for layer, mixer in enumerate(h.mixers) for kind in (mixer, "mlp")]
+    return tuple(Site(i, kind, layer) for i, (kind, layer) in enumerate(kinds))
+
+
+class GPT(Module):
+    """Embedding, the sites of the plan along the residual topology, norm, head with softcap.
+
+    Parameters hold the decoded (quantized) weights that forward uses; latents live in the optimizer section.
+    """
+
+    def __init__(self, h: Hyperparameters, bos: int) -> None:
+        super().__init__()
+        self.h, self.bos, self.sites = h, bos, plan_sites(h)
+        self.embed, self.head, self.rotary = Embedding(h), Head(h), Rotary(h)
+        blocks = [nn.ModuleDict() for _ in range(h.num_layers)]
+        for site in self.sites:
+            if site.kind not in blocks[site.layer]:
+                name = f"blocks.{site.layer}.{site.kind}"
+                blocks[site.layer][site.kind] = SITE_KINDS[site.kind](h, site.layer, name)
+        self.blocks = nn.ModuleList(blocks)
+        self.residual = RESIDUALS[h.residual](h, self.sites)
+
+    def init_state(self, batch: int) -> tuple:
+        """States before any token: the stream's place, then one state per site, indexed by site id."""
+        zeros = self.embed.weight.new_zeros(batch, dtype=torch.int64)
+        dtype = self.embed.weight.dtype
+        sites = tuple(self.site(s).init_state(batch, dtype) for s in self.sites)
+        return (StreamState(zeros, zeros), *sites)
+
+    def site(self, site: Site) -> Any:
+        return self.blocks[site.layer][site.kind]  # type: ignore[index]
+
+    def context(self, tokens: Tensor, state: tuple | None, progress: Tensor | None) -> Ctx:
+        steps = torch.arange(tokens.shape[1], device=tokens.device)
+        starts = (tokens == self.bos).cumsum(1)
+        if state is None:
+            positions, documents = steps.unsqueeze(0), starts
+        else:
+            positions = state[0].position.unsqueeze(1) + steps
+            documents = state[0].document.unsqueeze(1) + starts
+        rotary = self.rotary(positions)
+        return Ctx(tokens, positions.expand_as(tokens), documents, rotary, None, None, progress, None, None)
+
+    def run_sites(
+        self, sites: Sequence[Site], r: tuple, ctx: Ctx, states: tuple | None
+    ) -> tuple[tuple, Ctx, dict[int, Any], dict[str, Tensor]]:
+        """Pass the residual state through some sites; returns it with the context, new states and losses."""
+        new, losses = {}, dict[str, Tensor]()
+        for site in sites:
+            x, r, link = self.residual.read(r, site)
+            out = self.site(site)(rms_norm(x), ctx, None if states is None else states[1 + site.id])
+            r = self.residual.write(r, site, out.y, link)
+            new[site.id] = out.state
+            if out.v0 is not None:
+                ctx = ctx._replace(v0=out.v0)
+            for name, loss in out.losses.items():
+                losses[name] = losses[name] + loss if name in losses else loss
+        return r, ctx, new, losses
+
+    def hidden(self, ctx: Ctx, state: tuple | None) -> tuple[Tensor, tuple | None, dict[str, Tensor]]:
+        """(B, T, D) before the head, the next state (None if none was given), auxiliary losses."""
+        r = self.residual.open(self.embed(ctx), None)
+        every = self.h.grad_checkpoint if torch.is_grad_enabled() else 0
+        new, losses = {}, dict[str, Tensor]()
+        for at in range(0, len(self.sites), every or len(self.sites)):
+            part = self.sites[at : at + (every or len(self.sites))]
+            if every:
+                r, ctx, states, more = recompute(self.run_sites, part, r, ctx, state, use_reentrant=False)
+            else:
+                r, ctx, states, more = self.run_sites(part, r, ctx, state)
+            new.update(states)
+            losses = {name: losses.get(name, 0) + more.get(name, 0) for name in {**losses, **more}}
+        x = rms_norm(self.residual.close(r))
+        if state is None:
+            return x, None, losses
+        stream = StreamState(ctx.positions[:, -1] + 1, ctx.documents[:, -1])
+        return x, (stream, *(new[site.id] for site in self.sites)), losses
+
+    def head_weight(self, variant: Variant) -> Tensor:
+        untied = self.head.weight is not None and (variant.untied or not self.h.tie_embeddings)
+        return self.head.weight if untied else self.embed.weight  # type: ignore[return-value]
+
+    def loss(
+        self, tokens: Tensor, targets: Tensor, variant: Variant, state: tuple | None = None, progress: Tensor | None = None
+    ) -> LossOut:
+        """Cross-entropy of `targets` (B, T; -100: not scored) after `tokens` (B, T), summed, in nats."""
+        ctx = self.context(tokens, state, progress)
+        x, state, losses = self.hidden(ctx, state)
+        x = self.head(x, ctx).flatten(0, 1)
+        total = SoftcapCrossEntropy.apply(x, self.head_weight(variant), targets.flatten(), self.h.logit_softcap)
+        return LossOut(total, losses, state)
+
+    def logits(
+        self,
+        tokens: Tensor,
+        variant: Variant,
+        state: tuple | None = None,
+        last: int = 0,
+        adapters: dict[str, tuple[Tensor, Tensor]] | None = None,
+        observe: Callable[[str, Tensor], None] | None = None,
+    ) -> tuple[Tensor, tuple | None]:
+        """Softcapped logits (B, T, V) in at least float32, of the `last` positions only if given, and the next state."""
+        ctx = self.context(tokens, state, None)._replace(adapters=adapters, observe=observe)
+        x, state, _ = self.hidden(ctx, state)
+        x = self.head(x[:, -last:], ctx)
+        return softcap(F.linear(x, self.head_weight(variant)), self.h.logit_softcap), state
+
+
+def final_variant(h: Hyperparameters) -> Variant:
+    """The structure of the finished model."""
+    return Variant(untied=h.untie_at_fraction > 0)
+
+
+def role_table(model: GPT) -> dict[str, Role]:
+    """The one row of each parameter: codec, optimizer group, rate multiplier, decay. Raises KeyError for a missing one."""
+    rows = {}
+    for path, module in model.named_modules():
+        for name, _ in module.named_parameters(recurse=False):
+            assert isinstance(module, Module)
+            rows[f"{path}.{name}" if path else name] = ROLE_KINDS[module.kinds[name]](model.h)
+    return rows
+
+
+def initial_value(h: Hyperparameters, name: str, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """First value of one parameter, all of them in this one place.
+
+    Output projections start at zero, so that each layer starts as the identity; other matrices uniform with standard
+    deviation 1 / sqrt(inputs); head.down starts as the transpose-like small random map that lets logits start near 0.
+    """
+    leaf, constants = name.rsplit(".", 2)[-2:], {"q_gain": h.qk_gain_init, "v_mix": 4.0, "scale": 1.0, "skip": 1.0}
+    if name == "residual.mix":
+        return torch.stack((torch.ones(shape[0], shape[2]), torch.zeros(shape[0], shape[2])), 1)
+    if leaf[-1] in constants:
+        return torch.full(tuple(shape), constants[leaf[-1]])
+    if name == "embed.weight" or (name == "head.weight" and h.tie_embeddings):
+        return torch.randn(*shape, generator=generator) * h.tied_embed_init_std
+    if name == "head.weight" or (leaf[0] in ("proj", "down") and name.startswith("blocks")):
+        return torch.zeros(*shape)
+    bound = math.sqrt(3.0 / shape[-1])
+    return (torch.rand(*shape, generator=generator) * 2 - 1) * bound
+
+
+def parameter_seed(seed: int, name: str) -> int:
+    """A seed of its own for each parameter, so that two configurations start shared parameters alike."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
+
+
+def build_model(h: Hyperparameters, rt: Runtime, bos: int) -> GPT:
+    """A freshly initialized network on its device; the same numbers on every device and rank."""
+    with torch.device("cpu"):
+        torch.set_default_dtype(rt.dtype)
+        model = GPT(h, bos)
+        torch.set_default_dtype(torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            generator = torch.Generator().manual_seed(parameter_seed(h.seed, name))
+            parameter.copy_(initial_value(h, name, parameter.shape, generator))
+    return model.to(rt.device)
+
+
+def sample_token(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+    """One token per row of logits (B, V), (B, 1): greedy for temperature 0, else nucleus sampling."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    ordered, index = (logits.double() / temperature).softmax(-1).sort(-1, descending=True)
+    ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered > top_p, 0.0).cpu()
+    return index.gather(-1, torch.multinomial(ordered, 1, generator=generator).to(index.device))
+
+
+@torch.no_grad()
+def generate(
+    model: GPT, rt: Runtime, prompt: Sequence[int], count: int, temperature: float, top_p: float, seed: int
+) -> Iterator[int]:
+    """Continue a prompt token by token from the mixers' states; yields each new token."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.tensor([list(prompt)], device=rt.device)
+    state = model.init_state(1)
+    for _ in range(count):
+        with rt.precision():
+            logits, state = model.logits(tokens, final_variant(model.h), state, last=1)
+        tokens = sample_token(logits[:, -1], temperature, top_p, generator)
+        yield int(tokens)
+
+
+def flops_per_token(model: GPT) -> float:
+    """Forward and backward FLOPs of one trained token: 6 per matrix weight, 12 L H Dh T of attention (Chowdhery 2022)."""
+    h = model.h
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and name != "embed.weight")
+    head = h.vocab_size * h.embed_width if not h.has_head else 0
+    window = min(h.train_seq_len, h.attn_window or h.train_seq_len)
+    return 6.0 * (matrices + head) + 12.0 * h.mixers.count("attn") * h.model_dim * window
+
+
+# ==== 10. OPTIMIZERS =========================================================
+# Gives: latents beside the model's quantized weights, Muon and AdamW over banks of same-shaped weights, schedules, EMA.
+# Needs: CODECS, the model's parameters and their roles. Knows nothing of data.
+
+# Quintic Newton-Schulz coefficients that push all singular values towards 1 fast rather than exactly (Jordan 2024).
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+class Bank:
+    """All weights of one role and shape, stacked: the unit of quantization, optimization and reduction over ranks.
+
+    latent (n, *shape): what the optimizer moves. The model's own parameters are decode(quantize(latent)).
+    """
+
+    def __init__(self, role: Role, codec: Codec, names: list[str], parameters: list[nn.Parameter]) -> None:
+        self.role, self.codec, self.names, self.parameters = role, codec, names, parameters
+        self.latent = torch.stack([p.detach() for p in parameters])
+        self.tuning = default_tuning(self.latent)
+        self.state: dict[str, Tensor] = {}  # moments and average, made at the first step
+
+    def slot(self, name: str) -> Tensor:
+        """A moment tensor like the latent, zero at first."""
+        if name not in self.state:
+            self.state[name] = torch.zeros_like(self.latent)
+        return self.state[name]
+
+    def gradient(self) -> tuple[Tensor, Tensor]:
+        """Stacked gradients, and which weights have one (others must be left alone), (n, 1, ...)."""
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        has = torch.tensor([p.grad is not None for p in self.parameters], device=self.latent.device)
+        return torch.stack(grads), has.view(-1, *[1] * (self.latent.ndim - 1))
+
+    def coded(self) -> Codes:
+        return self.codec.quantize(self.latent, self.tuning)
+
+    @torch.no_grad()
+    def materialize(self, quantized: bool) -> None:
+        """Write what the forward pass uses into the model's parameters."""
+        value = self.codec.decode(self.coded()) if quantized else self.latent
+        for parameter, part in zip(self.parameters, value, strict=True):
+            parameter.copy_(part)
+
+
+class Weights:
+    """All banks of a model; every parameter is in exactly one."""
+
+    def __init__(self, model: GPT) -> None:
+        roles, parameters = role_table(model), dict(model.named_parameters())
+        groups: dict[str, list[str]] = {}
+        for name, role in roles.items():
+            key = "/".join([*map(str, role), "x".join(map(str, parameters[name].shape))])
+            groups.setdefault(key, []).append(name)
+        self.h = model.h
+        self.banks = {
+            key: Bank(roles[n[0]], CODECS[roles[n[0]].codec](model.h), n, [parameters[name] for name in n])
+            for key, n in groups.items()
+        }
+        self.where = {name: (bank, i) for bank in self.banks.values() for i, name in enumerate(bank.names)}
+
+    def materialize(self, progress: float) -> None:
+        """Quantize all latents into the model; ternary ones only from TERNARY_START_FRACTION on."""
+        for bank in self.banks.values():
+            early = bank.role.codec == "ternary" and progress < self.h.ternary_start_fraction
+            bank.materialize(quantized=not early)
+
+    def latent(self, name: str) -> Tensor:
+        bank, index = self.where[name]
+        return bank.latent[index]
+
+    def clear_gradients(self) -> None:
+        for bank in self.banks.values():
+            for parameter in bank.parameters:
+                parameter.grad = None
+
+    def swap_average(self) -> bool:
+        """Exchange latents and their running average, if there is one; a second call undoes the first."""
+        averaged = [bank for bank in self.banks.values() if "ema" in bank.state]
+        for bank in averaged:
+            bank.latent, bank.state["ema"] = bank.state["ema"], bank.latent
+        return bool(averaged)
+
+    def packed_bytes(self) -> dict[str, float]:
+        """Bytes by codec after packing and before compression: a bound known before training."""
+        sizes: dict[str, float] = {}
+        for bank in self.banks.values():
+            size = len(bank.names) * bank.codec.packed_bytes(bank.latent.shape[1:])
+            sizes[bank.role.codec] = sizes.get(bank.role.codec, 0) + size
+        return sizes
+
+
+def orthogonalize(x: Tensor, steps: int) -> Tensor:
+    """Nearest semi-orthogonal matrix of each matrix in x (n, a, b), roughly, by Newton-Schulz; zero stays zero.
+
+    bf16 on CUDA (Jordan 2024); elsewhere in x's dtype. Works on the wide side: (a, b) with a > b is transposed.
+    """
+    a, b, c = NEWTON_SCHULZ
+    wide = x.mT if x.shape[-2] > x.shape[-1] else x
+    y = wide.bfloat16() if x.device.type == "cuda" else wide
+    y = y / (y.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return (y.mT if x.shape[-2] > x.shape[-1] else y).to(x.dtype)
+
+
+class Optimizer:
+    """Muon for matrices, AdamW for everything else, both over banks; the same result on any number of ranks.
+
+    Gradients are summed over ranks once a step; each rank orthogonalizes its share of a bank and gets the others'.
+    """
+
+    def __init__(self, h: Hyperparameters, rt: Runtime, weights: Weights) -> None:
+        self.h, self.rt, self.weights = h, rt, weights
+        embed = h.tied_embed_lr if h.tie_embeddings else h.embed_lr
+        self.rates = {"matrix": h.matrix_lr, "embed": embed, "head": h.head_lr, "scalar": h.scalar_lr}
+        self.orthogonalize = torch.compile(orthogonalize, dynamic=False) if rt.compile else orthogonalize
+
+    @torch.no_grad()
+    def step(self, rate_scale: float, momentum: float, average: bool, progress: float) -> None:
+        """Move all latents by the parameters' gradients, then quantize them into the model."""
+        banks = list(self.weights.banks.values())
+        grads = [bank.gradient() for bank in banks]
+        if self.rt.world > 1:
+            for work in [dist.all_reduce(grad, async_op=True) for grad, _ in grads]:
+                work.wait()
+        if self.h.grad_clip_norm:
+            norm = torch.stack([grad.norm() for grad, _ in grads]).norm()
+            for grad, _ in grads:
+                grad.mul_((self.h.grad_clip_norm / (norm + 1e-6)).clamp(max=1))
+        for bank, (grad, has) in zip(banks, grads, strict=True):
+            rate = rate_scale * self.rates[bank.role.group] * bank.role.lr_mult
+            if bank.role.group == "matrix":
+                self.muon(bank, grad, has, rate, momentum)
+            else:
+                self.adamw(bank, grad, has, rate)
+            if average:
+                self.average(bank)
+        self.weights.materialize(progress)
+
+    def muon(self, bank: Bank, grad: Tensor, has: Tensor, rate: float, momentum: float) -> None:
+        """Nesterov momentum, rows normalized (MuonEq-R), orthogonalized, scaled by sqrt(max(1, rows / columns))."""
+        buffer = bank.slot("momentum")
+        buffer.mul_(torch.where(has, momentum, 1.0)).add_(grad)
+        update = grad + momentum * buffer
+        if self.h.muon_row_norm:
+            update = update / (update.norm(dim=-1, keepdim=True) + 1e-7)
+        update = self.sharded(update) * max(1.0, grad.shape[-2] / grad.shape[-1]) ** 0.5
+        decay = 1 - rate * self.h.muon_wd * bank.role.decay
+        bank.latent.mul_(torch.where(has, decay, 1.0)).sub_(update * has, alpha=rate)
+
+    def sharded(self, update: Tensor) -> Tensor:
+        """Orthogonalize a bank, each rank its share."""
+        rt, count = self.rt, update.shape[0]
+        if rt.world == 1:
+            return self.orthogonalize(update, self.h.muon_backend_steps)
+        share = -(-count // rt.world)
+        padded = F.pad(update, (0, 0, 0, 0, 0, share * rt.world - count))
+        mine = self.orthogonalize(padded[rt.rank * share :][:share].contiguous(), self.h.muon_backend_steps)
+        dist.all_gather_into_tensor(padded, mine.contiguous())
+        return padded[:count]
+
+    def adamw(self, bank: Bank, grad: Tensor, has: Tensor, rate: float) -> None:
+        """Decoupled weight decay Adam (Loshchilov & Hutter 2019), counting steps per weight, so a late head starts fresh."""
+        h, first, second = self.h, bank.slot("first"), bank.slot("second")
+        if "count" not in bank.state:
+            bank.state["count"] = torch.zeros_like(has, dtype=bank.latent.dtype)
+        count = bank.state["count"].add_(has)
+        first.lerp_(grad, 1 - h.beta1)
+        second.lerp_(grad.square(), 1 - h.beta2)
+        floor = count.clamp(min=1)
+        denominator = (second / (1 - h.beta2**floor)).sqrt_().add_(h.adam_eps)
+        decay = 1 - rate * h.adam_wd * bank.role.decay
+        bank.latent.mul_(torch.where(has, decay, 1.0))
+        bank.latent.sub_(first / (1 - h.beta1**floor) / denominator * has, alpha=rate)
+
+    def average(self, bank: Bank) -> None:
+        """Running average of latents: what is averaged is quantized afterwards like any latent."""
+        if "ema" not in bank.state:
+            bank.state["ema"] = bank.latent.clone()
+        bank.state["ema"].lerp_(bank.latent, 1 - self.h.ema_decay)
+
+
+def progress_of(h: Hyperparameters, step: int, seconds: float) -> float:
+    """Share of the run that is done, by steps or by the clock, whichever is further; from 0 to 1."""
+    by_steps = step / h.iterations if h.iterations else 0.0
+    by_clock = seconds / h.max_wallclock_seconds if h.max_wallclock_seconds else 0.0
+    return min(1.0, max(by_steps, by_clock))
+
+
+def rate_scale(h: Hyperparameters, step: int, seconds: float) -> float:
+    """Factor on all rates: linear rise, plateau, linear fall to LR_FLOOR."""
+    progress = progress_of(h, step, seconds)
+    rise = min(1.0, (progress + 1e-9) / h.lr_warmup_fraction) if h.lr_warmup_fraction else 1.0
+    if h.warmdown_iters:  # the field's rule: as many steps as WARMDOWN_ITERS at the pace so far
+        left = max(0, h.iterations - step) if h.iterations else math.inf
+        pace = seconds / max(step, 1)
+        if h.max_wallclock_seconds and pace:
+            left = min(left, (h.max_wallclock_seconds - seconds) / pace)
+        fall = min(1.0, left / h.warmdown_iters)
+    else:
+        fall = min(1.0, (1 - progress) / h.warmdown_fraction) if h.warmdown_fraction else 1.0
+    return min(rise, h.lr_floor + (1 - h.lr_floor) * max(0.0, fall))
+
+
+def muon_momentum(h: Hyperparameters, step: int) -> float:
+    """Momentum warm-up of Muon over its first steps."""
+    share = min(1.0, step / h.muon_momentum_warmup_steps) if h.muon_momentum_warmup_steps else 1.0
+    return h.muon_momentum_warmup_start + share * (h.muon_momentum - h.muon_momentum_warmup_start)
+
+
+def batch_tokens(h: Hyperparameters, progress: float) -> int:
+    """Tokens of a step at this progress, from BATCH_STAGES."""
+    return [tokens for at, tokens in h.stages if at <= progress][-1]
+
+
+# ==== 11. ARTIFACT ===========================================================
+# Gives: the container that holds a model: deterministic writing, safe reading, exact budget accounting.
+# Needs: CODECS, weights' banks. Reading needs numpy only, and does not care how the model was trained.
+
+ARTIFACT_MAGIC = b"PGZ1"
+MAX_ELEMENTS = 2**31  # no artifact of the field comes near; bounds what a hostile header can make us allocate
+LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "pb": 0, "dict_size": 2**24}]
+
+
+def brotli_compress(data: bytes) -> bytes:
+    import brotli
+
+    return brotli.compress(data, quality=11, lgwin=24)
+
+
+def brotli_expand(data: bytes, size: int) -> bytes:
+    import brotli
+
+    reader, out = brotli.Decompressor(), b""
+    while not reader.is_finished() and len(out) <= size:
+        part = reader.process(data if reader.can_accept_more_data() else b"", output_buffer_limit=size + 1 - len(out))
+        data, out = b"", out + part
+        if not part and not reader.is_finished():
+            raise ValueError("brotli stream is cut short")
+    return out
+
+
+def lzma_expand(data: bytes, size: int) -> bytes:
+    return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS).decompress(data, max_length=size + 1)
+
+
+# name -> (compress, expand to at most one byte more than the given size)
+COMPRESSORS: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes, int], bytes]]] = {
+    "none": (lambda data: data, lambda data, size: data),
+    "lzma": (lambda data: lzma.compress(data, lzma.FORMAT_RAW, filters=LZMA_FILTERS), lzma_expand),
+    "brotli": (brotli_compress, brotli_expand),
+}
+COMPRESSOR_PACKAGES = {"brotli": "brotli"}
+# stream kinds -> names of packings; a packing is (pack, unpack to `count` values of `dtype`)
+PACKINGS: dict[str, tuple[Callable[[np.ndarray], bytes], Callable[[bytes, int, np.dtype], np.ndarray]]] = {
+    "base3": (pack_base3, lambda data, count, dtype: unpack_base3(data, count)),
+    "bitmask": (pack_bitmask, lambda data, count, dtype: unpack_bitmask(data, count)),
+    "planes": (pack_planes, unpack_planes),
+}
+SAMPLE_BYTES = 2**20
+
+
+def packings_of(kind: str) -> tuple[str, ...]:
+    return ("base3", "bitmask") if kind == "trits" else ("planes",)
+
+
+def compress_best(kind: str, values: np.ndarray) -> tuple[str, str, int, bytes]:
+    """(packing, compressor, packed bytes, stored bytes) of the shortest way to store one stream.
+
+    All ways are tried on the whole stream when it is short. A long one (75M trits take brotli a minute) is judged by
+    a sample of contiguous blocks, and only the winner and the runner-up compress all of it.
+    """
+    packed = {name: PACKINGS[name][0](values) for name in packings_of(kind)}
+    tools = [name for name in COMPRESSORS if name not in COMPRESSOR_PACKAGES or find_spec(COMPRESSOR_PACKAGES[name])]
+    ways = [(packing, tool) for packing in packed for tool in tools]
+    if values.nbytes > 8 * SAMPLE_BYTES:
+        step = values.size // 8
+        blocks = np.concatenate([values[i * step : i * step + SAMPLE_BYTES // values.itemsize] for i in range(8)])
+        sample = {name: PACKINGS[name][0](blocks) for name in packed}
+        ways = sorted(ways, key=lambda way: len(COMPRESSORS[way[1]][0](sample[way[0]])))[:2]
+    with ThreadPoolExecutor(2) as pool:  # both compressors release the interpreter lock
+        stored = list(pool.map(lambda way: COMPRESSORS[way[1]][0](packed[way[0]]), ways))
+    best = min(range(len(ways)), key=lambda i: (len(stored[i]), i))
+    return ways[best][0], ways[best][1], len(packed[ways[best][0]]), stored[best]
+
+
+def structure_config(h: Hyperparameters) -> dict[str, Any]:
+    """The fields that a reader needs to rebuild the network."""
+    names = [s.name for s in FIELDS.values() if s.metadata["group"] in ("model", "weights")]
+    values = dataclasses.asdict(h)
+    skip = {"attn_impl", "grad_checkpoint"}
+    return {n: values[n] for n in [*names, "vocab_size", "train_seq_len"] if n not in skip}
+
+
+class Coded(NamedTuple):
+    """One tensor on its way to or from a file."""
+
+    name: str
+    codec: str
+    codes: np.ndarray
+    scales: np.ndarray | None  # float32 holding bf16 values
+
+
+def coded_tensors(weights: Weights) -> Iterator[Coded]:
+    """All tensors as the model's forward pass has them, bank by bank."""
+    for bank in weights.banks.values():
+        coded = bank.coded()
+        codes, scales = coded.codes.cpu().numpy(), None if coded.scales is None else coded.scales.cpu().numpy()
+        for i, name in enumerate(bank.names):
+            yield Coded(name, bank.role.codec, codes[i], None if scales is None else scales[i])
+
+
+def bf16_bits(values: np.ndarray) -> np.ndarray:
+    """Upper halves of float32 values that are bf16 already, (n,) uint16."""
+    return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16).reshape(-1)
+
+
+class Artifact(NamedTuple):
+    """A written artifact and where its bytes went: rows (stream, packing, compressor, values, packed, stored)."""
+
+    data: bytes
+    table: list[tuple[str, str, str, int, int, int]]
+
+
+def write_artifact(h: Hyperparameters, tensors: Iterator[Coded], prints: dict[str, str]) -> Artifact:
+    """The container: magic, crc32, header length, header (JSON, lzma), streams. Same input, same bytes."""
+    parts: dict[str, list[np.ndarray]] = {kind: [] for kind in STREAM_TYPES}
+    index: list[list[Any]] = []
+    for tensor in tensors:
+        kind = CODECS[tensor.codec](h).stream
+        index.append([tensor.name, tensor.codec, *tensor.codes.shape])
+        parts[kind].append(tensor.codes.reshape(-1).astype(STREAM_TYPES[kind], copy=False))
+        if tensor.scales is not None:
+            parts["scales"].append(bf16_bits(tensor.scales))
+    rows, payload = [], []
+    for kind, arrays in parts.items():
+        if arrays:
+            values = np.concatenate(arrays)
+            arrays.clear()
+            packing, tool, packed, stored = compress_best(kind, values)
+            rows.append((kind, packing, tool, values.size, packed, len(stored)))
+            payload.append(stored)
+    header = {"version": 1, "config": structure_config(h), "prints": prints, "tensors": index, "streams": rows}
+    head = COMPRESSORS["lzma"][0](json.dumps(header, sort_keys=True, separators=(",", ":")).encode())
+    body = len(head).to_bytes(4, "little") + head + b"".join(payload)
+    table = [*rows, ("header", "json", "lzma", len(index), 0, len(head) + 12)]
+    return Artifact(ARTIFACT_MAGIC + zlib.crc32(body).to_bytes(4, "little") + body, table)
+
+
+def read_header(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """Header and payload of an artifact. Raises UserError for a foreign, truncated or damaged file."""
+    if data[:4] != ARTIFACT_MAGIC:
+        raise UserError("not an artifact of this program (wrong magic)")
+    body = data[8:]
+    if zlib.crc32(body) != int.from_bytes(data[4:8], "little"):
+        raise UserError("the artifact is truncated or damaged (checksum differs); copy or export it again")
+    size = int.from_bytes(body[:4], "little")
+    try:
+        header = json.loads(lzma_expand(body[4 : 4 + size], 2**24))
+    except (ValueError, lzma.LZMAError, EOFError):
+        raise UserError("the artifact's header cannot be read") from None
+    if not isinstance(header, dict) or header.get("version") != 1:
+        raise UserError("the artifact's version is not 1; read it with the program that wrote it")
+    return header, body[4 + size :]
+
+
+def read_streams(header: dict[str, Any], payload: bytes) -> dict[str, np.ndarray]:
+    """Unpacked streams by kind. Checks sizes before it allocates. Raises UserError."""
+    streams, at = {}, 0
+    for kind, packing, tool, count, packed, stored in header["streams"]:
+        dtype = STREAM_TYPES[kind]
+        if not (0 <= count <= MAX_ELEMENTS and 0 <= packed <= 8 + count * max(dtype.itemsize, 2) and 0 <= stored):
+            raise ValueError(f"stream {kind} has impossible sizes")
+        if tool in COMPRESSOR_PACKAGES and find_spec(COMPRESSOR_PACKAGES[tool]) is None:
+            raise UserError(f"the artifact needs the package {COMPRESSOR_PACKAGES[tool]}; install it")
+        raw = COMPRESSORS[tool][1](payload[at : at + stored], packed)
+        if len(raw) != packed:
+            raise ValueError(f"stream {kind} has {len(raw)} bytes, not {packed}")
+        streams[kind], at = PACKINGS[packing][1](raw, count, dtype), at + stored
+    if at != len(payload):
+        raise ValueError("bytes are left over")
+    return streams
+
+
+def take(streams: dict[str, np.ndarray], used: dict[str, int], kind: str, shape: Sequence[int]) -> np.ndarray:
+    """The next values of a stream in a tensor's shape."""
+    size = math.prod(shape)
+    part = streams[kind][used.get(kind, 0) :][:size]
+    used[kind] = used.get(kind, 0) + size
+    return part.reshape(shape)
+
+
+def decode_artifact(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Header and float32 weights by name. Needs no torch arithmetic. Raises UserError for any file it cannot read."""
+    header, payload = read_header(data)
+    try:
+        base = Hyperparameters(**{n: v for n, v in header["config"].items() if n.upper() in FIELDS})
+        if sum(math.prod(row[2:]) for row in header["tensors"]) > MAX_ELEMENTS:
+            raise ValueError("too many elements")
+        streams = read_streams(header, payload)
+        weights, used = {}, dict[str, int]()
+        for name, codec_name, *shape in header["tensors"]:
+            codec = CODECS[codec_name](base)
+            codes, scale_shape = take(streams, used, codec.stream, shape), codec.scale_shape(shape)
+            bits = take(streams, used, "scales", scale_shape).astype(np.uint32) if scale_shape else None
+            scales = None if bits is None else (bits << 16).view(np.float32)
+            weights[name] = codec.decode_numpy(np.ascontiguousarray(codes), scales)
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError, lzma.LZMAError) as error:
+        raise UserError(f"the artifact cannot be decoded: {error}") from None
+    if any(used.get(kind, 0) != stream.size for kind, stream in streams.items()):
+        raise UserError("the artifact cannot be decoded: streams and tensors do not match")
+    return header, weights
+
+
+def read_artifact(path: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """decode_artifact of a file. Raises UserError naming it."""
+    try:
+        return decode_artifact(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def load_weights(model: GPT, weights: dict[str, np.ndarray]) -> None:
+    """Fill a network with plain decoded floats; nothing is quantized again. Raises UserError on other names or shapes."""
+    parameters = dict(model.named_parameters())
+    if {n: tuple(p.shape) for n, p in parameters.items()} != {n: w.shape for n, w in weights.items()}:
+        wrong = sorted(set(parameters) ^ set(weights)) or ["shapes"]
+        raise UserError(f"the artifact's tensors do not fit the network: {', '.join(wrong[:3])}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.from_numpy(weights[name]))
+
+
+class Budget(NamedTuple):
+    """Bytes that count against HARD_BUDGET_BYTES."""
+
+    model_bytes: int
+    code_bytes: int
+    packaged: bool  # whether the script counts itself, or the reserve stands in for it
+    budget_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.model_bytes + self.code_bytes
+
+
+PACKAGED = False  # build_submission.py sets this in the script it extracts, which then counts its own bytes
+
+
+def account(h: Hyperparameters, model_bytes: int) -> Budget:
+    """Exact budget of an artifact: with this script's own size if it is a packaged one, else with the reserve."""
+    code = len(Path(__file__).read_bytes()) if PACKAGED else h.code_bytes_reserve
+    return Budget(model_bytes, code, PACKAGED, h.hard_budget_bytes)
+
+
+# ==== 12. EVALUATION =========================================================
+# Gives: one scoring engine for every way of evaluating; adapters plug into it.
+# Needs: DATA (byte counts), MODEL. Does not know how the model was trained.
+#
+# The validation stream is cut into contiguous spans, each with its own carried state and adapter state. Every chunk
+# of a span is scored first, under no_grad, and only then may adapters learn from it: this is the one loop in the
+# program that reads validation tokens, so "score first, adapt later" holds by construction. Ranks and batches take
+# whole spans, so results depend on neither.
+
+
+class Distribution(NamedTuple):
+    """A normalized distribution over the vocabulary at each position."""
+
+    log_probs: Tensor  # (B, n, V)
+
+    def log_prob(self, targets: Tensor) -> Tensor:
+        """log p of targets (B, n), nats."""
+        return self.log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+    def full(self) -> Tensor:
+        return self.log_probs
+
+
+class Chunk(NamedTuple):
+    """Equally long windows of several spans: the last `count` positions are to be scored."""
+
+    spans: list[int]
+    tokens: Tensor  # (B, T)
+    targets: Tensor  # (B, T)
+    count: int
+    starts: list[int]  # stream index of each row's first scored token
+
+
+class Adapter:
+    """What may change predictions during evaluation. State is passed in and returned; one state serves all spans.
+
+    `begin` may read held-out training tokens; `lora` hands low-rank pairs to the network; `wrap` turns the
+    distribution of a chunk into another normalized one; `learn` is called after the chunk has been scored.
+    """
+
+    def begin(self, scorer: Scorer) -> Any:
+        return None
+
+    def lora(self, state: Any, chunk: Chunk) -> dict[str, tuple[Tensor, Tensor]] | None:
+        return None
+
+    def wrap(self, state: Any, chunk: Chunk, given: Distribution) -> Distribution:
+        return given
+
+    def learn(self, state: Any, chunk: Chunk, given: Distribution) -> Any:
+        return state
+
+
+class TemperatureAdapter(Adapter):
+    """p^(1/tau) renormalized; tau fitted on held-out training tokens before anything is scored."""
+
+    def begin(self, scorer: Scorer) -> float:
+        """tau in [0.5, 2] with the least loss, by golden-section search on log tau."""
+        window = scorer.h.eval_window
+        data = scorer.holdout[: len(scorer.holdout) // (window + 1) * (window + 1)].reshape(-1, window + 1)
+        rows = torch.from_numpy(data[: max(1, 32768 // window)]).to(scorer.rt.device)
+        with torch.no_grad(), scorer.rt.precision():
+            logits, _ = scorer.model.logits(rows[:, :-1], scorer.variant)
+        flat, targets = logits.flatten(0, 1).float(), rows[:, 1:].flatten()
+        low, high, ratio = -math.log(2), math.log(2), (math.sqrt(5) - 1) / 2
+        for _ in range(20):
+            left, right = high - ratio * (high - low), low + ratio * (high - low)
+            losses = [float(F.cross_entropy(flat / math.exp(x), targets)) for x in (left, right)]
+            low, high = (low, right) if losses[0] < losses[1] else (left, high)
+        return math.exp((low + high) / 2)
+
+    def wrap(self, state: float, chunk: Chunk, given: Distribution) -> Distribution:
+        return Distribution((given.full() / state).log_softmax(-1))
+
+
+ADAPTERS: dict[str, Callable[[], Adapter]] = {"temperature": TemperatureAdapter}
+
+
+class Score(NamedTuple):
+    """Sums over scored tokens."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def loss(self) -> float:
+        return self.nats / self.tokens
+
+    @property
+    def bpb(self) -> float:
+        return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
+
+
+class Scorer:
+    """Scores token streams with one model and the adapters of a configuration."""
+
+    def __init__(self, h: Hyperparameters, rt: Runtime, model: GPT, table: ByteTable, holdout: np.ndarray) -> None:
+        self.h, self.rt, self.model, self.table, self.holdout = h, rt, model, table, holdout
+        self.variant = final_variant(h)
+        self.adapters = [ADAPTERS[name]() for name in h.used()["ADAPTERS"]]
+
+    def score(
+        self, tokens: np.ndarray, variant: Variant | None = None, ledger: list | None = None, report: Any = None
+    ) -> Score:
+        """Score every token of a stream but its first.
+
+        tokens (N,) int64. `ledger` collects (span, first scored token, last + 1) in order; `report` is called with the
+        share done. All ranks return the same sums.
+        """
+        self.variant = variant or self.variant
+        spans = self.cut(len(tokens) - 1)
+        share = range(self.rt.rank * len(spans) // self.rt.world, (self.rt.rank + 1) * len(spans) // self.rt.world)
+        sums = np.zeros(3)
+        rows = max(1, self.h.val_batch_size // self.h.eval_window)
+        for at in range(share.start, share.stop, rows):
+            group = list(range(at, min(at + rows, share.stop)))
+            sums += self.score_group(tokens, spans, group, ledger)
+            if report:
+                report((group[-1] + 1 - share.start) / len(share))
+        if self.rt.world > 1:
+            total = torch.from_numpy(sums)
+            dist.all_reduce(total, group=self.rt.control)
+        return Score(float(sums[0]), int(sums[1]), int(sums[2]))
+
+    def cut(self, targets: int) -> list[tuple[int, int]]:
+        """Contiguous spans of whole chunks (the last may be short), as [first, last + 1) of input positions."""
+        step = self.h.sliding_eval_stride if self.h.sliding_eval else self.h.eval_window
+        chunks = -(-targets // step)
+        count = min(self.h.eval_streams, chunks)
+        edges = [min(targets, i * chunks // count * step) for i in range(count + 1)]
+        return list(zip(edges[:-1], edges[1:], strict=True))
+
+    def score_group(self, tokens: np.ndarray, spans: list, group: list[int], ledger: list | None) -> np.ndarray:
+        """Walk some spans side by side, chunk by chunk; returns sums of nats, tokens, bytes in float64."""
+        states = [adapter.begin(self) for adapter in self.adapters]
+        carry = self.model.init_state(len(group)) if self.h.carry_eval else None
+        sums, turn = np.zeros(3), 0
+        while chunks := list(self.chunks(tokens, spans, group, turn)):
+            for chunk in chunks:
+                rows = [group.index(span) for span in chunk.spans]
+                part = None if carry is None else map_state(carry, lambda t, r=rows: t[r])
+                given, part = self.predict(chunk, states, part)
+                nll = -given.log_prob(chunk.targets[:, -chunk.count :]).double()
+                sums += self.tally(chunk, nll)
+                if carry is not None:
+                    carry = part if len(rows) == len(group) else carry  # a short chunk ends its span
+                if ledger is not None:
+                    ledger.extend((s, i + 1, i + 1 + chunk.count) for s, i in zip(chunk.spans, chunk.starts, strict=True))
+                states = [a.learn(s, chunk, given) for a, s in zip(self.adapters, states, strict=True)]
+            turn += 1
+        return sums
+
+    @torch.no_grad()
+    def predict(self, chunk: Chunk, states: list, carry: tuple | None) -> tuple[Distribution, tuple | None]:
+        """The distribution at the chunk's scored positions, from what came before each of them alone."""
+        pairs: dict[str, tuple[Tensor, Tensor]] = {}
+        for adapter, state in zip(self.adapters, states, strict=True):
+            pairs.update(adapter.lora(state, chunk) or {})
+        with self.rt.precision():
+            logits, carry = self.model.logits(chunk.tokens, self.variant, carry, chunk.count, pairs or None)
+        given = Distribution(logits.log_softmax(-1))
+        for adapter, state in zip(self.adapters, states, strict=True):
+            given = adapter.wrap(state, chunk, given)
+        return given, carry
+
+    def chunks(self, tokens: np.ndarray, spans: list, group: list[int], turn: int) -> Iterator[Chunk]:
+        """The turn-th chunk of each span in the group, those of equal shape together."""
+        window = self.h.eval_window
+        step = self.h.sliding_eval_stride if self.h.sliding_eval else window
+        shapes: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for span in group:
+            first = spans[span][0] + turn * step
+            last = min(first + step, spans[span][1])
+            if first < last:
+                begin = max(0, last - window) if self.h.sliding_eval else first
+                shapes.setdefault((last - begin, last - first), []).append((span, last))
+        for (length, count), rows in shapes.items():
+            data = np.stack([tokens[last - length : last + 1] for _, last in rows])
+            both = torch.from_numpy(data).to(self.rt.device)
+            yield Chunk([s for s, _ in rows], both[:, :-1], both[:, 1:], count, [last - count for _, last in rows])
+
+    def tally(self, chunk: Chunk, nll: Tensor) -> np.ndarray:
+        """Nats, tokens and bytes of a scored chunk."""
+        previous, current = (x[:, -chunk.count :].cpu().numpy() for x in (chunk.tokens, chunk.targets))
+        return np.array([float(nll.sum()), current.size, self.table.count(previous, current).sum()])
+
+
+def map_state(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function to every tensor of a model state, keeping its structure."""
+    if isinstance(state, Tensor):
+        return change(state)
+    if isinstance(state, tuple):
+        parts = [map_state(part, change) for part in state]
+        return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+    return state
+
+
+# ==== 13. CHECKPOINT =========================================================
+# Gives: atomic checkpoints, exact resume. A checkpoint holds tensors and plain values only and is read without
+# executing pickled code. Needs: RUNTIME, optimizer banks.
+
+
+@dataclass
+class TrainState:
+    """Everything that changes during training, saved and restored as a whole."""
+
+    step: int = 0
+    seconds: float = 0.0  # training clock
+    position: Position = Position()
+    variant: Variant = Variant()
+    carry: Any = None  # mixer states of this rank's rows, or None
+
+
+def pack_checkpoint(h: Hyperparameters, rt: Runtime, state: TrainState, weights: Weights) -> dict[str, Any]:
+    """The checkpoint as a tree of tensors and plain values; collective, since carries are gathered from all ranks."""
+    banks = {}
+    for key, bank in weights.banks.items():
+        banks[key] = {"names": bank.names, "latent": bank.latent, "state": bank.state, "tuning": tuple(bank.tuning)}
+    return {
+        "format": 1,
+        "structure": json.dumps(structure_config(h), sort_keys=True),
+        "step": state.step,
+        "seconds": state.seconds,
+        "position": tuple(state.position),
+        "variant": tuple(state.variant),
+        "carry": flatten_state(gather_rows(rt, state.carry)),
+        "banks": banks,
+        "rng": torch.get_rng_state(),
+    }
+
+
+def gather_rows(rt: Runtime, state: Any) -> Any:
+    """A carried state with the rows of all ranks, in global order."""
+    if rt.world == 1 or state is None:
+        return state
+
+    def gather(part: Tensor) -> Tensor:
+        whole = part.new_empty((part.shape[0] * rt.world, *part.shape[1:]))
+        dist.all_gather_into_tensor(whole, part.contiguous())
+        return whole
+
+    return map_state(state, gather)
+
+
+def flatten_state(state: Any) -> list[Tensor]:
+    """The tensors of a state in order."""
+    found: list[Tensor] = []
+    map_state(state, lambda part: (found.append(part), part)[1])
+    return found
+
+
+def rebuild_state(like: Any, tensors: list[Tensor]) -> Any:
+    """The inverse of flatten_state, with `like` giving the structure."""
+    left = iter(tensors)
+    return map_state(like, lambda _: next(left))
+
+
+def save_checkpoint(h: Hyperparameters, rt: Runtime, folder: Path, state: TrainState, weights: Weights) -> None:
+    """Write step_*.pt and then `latest` (the file's name), both atomically; drop what KEEP_* does not keep."""
+    tree = pack_checkpoint(h, rt, state, weights)
+    if not rt.main:
+        return
+    folder.mkdir(exist_ok=True)
+    buffer = io.BytesIO()
+    torch.save(tree, buffer)
+    name = f"step_{state.step:07d}.pt"
+    write_atomically(folder / name, buffer.getvalue())
+    write_atomically(folder / "latest", name.encode())
+    old = sorted(folder.glob("step_*.pt"))[: -h.keep_checkpoints]
+    for path in old:
+        if path.name != name and not (h.keep_every and int(path.stem[5:]) % h.keep_every == 0):
+            path.unlink()
+
+
+def find_checkpoint(h: Hyperparameters, folder: Path) -> Path | None:
+    """The checkpoint that RESUME names, or None to start afresh. Raises UserError when a named one is missing."""
+    if h.resume == "auto":
+        latest = folder / "latest"
+        return folder / latest.read_text().strip() if latest.is_file() else None
+    if h.resume and not Path(h.resume).is_file():
+        raise UserError(f"RESUME={h.resume} does not exist; RESUME=auto takes the run folder's latest")
+    return Path(h.resume) if h.resume else None
+
+
+def load_checkpoint(h: Hyperparameters, rt: Runtime, path: Path, model: GPT, weights: Weights) -> TrainState:
+    """Restore weights, averages, optimizer, random state; returns the run state. Raises UserError for a misfit."""
+    try:
+        tree = torch.load(path, map_location=rt.device, weights_only=True)
+        structure, banks = json.loads(tree["structure"]), tree["banks"]
+    except (OSError, RuntimeError, KeyError, ValueError, EOFError, TypeError) as error:
+        raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}); choose an older one") from None
+    mine = structure_config(h)
+    differ = [n.upper() for n in mine if json.dumps(structure.get(n)) != json.dumps(mine[n])]
+    if differ or set(banks) != set(weights.banks):
+        raise UserError(f"{path} was made under another configuration; it differs in {', '.join(differ) or 'weights'}")
+    for key, bank in weights.banks.items():
+        bank.latent, bank.state = banks[key]["latent"], banks[key]["state"]
+        bank.tuning = Tuning(*banks[key]["tuning"])
+    torch.set_rng_state(tree["rng"].cpu())
+    state = TrainState(tree["step"], tree["seconds"], Position(*tree["position"]), Variant(*tree["variant"]))
+    if tree["carry"]:
+        rows = tree["carry"][0].shape[0] // rt.world
+        mine = [part[rt.rank * rows : (rt.rank + 1) * rows] for part in tree["carry"]]
+        state.carry = rebuild_state(model.init_state(rows), mine)
+    return state
+
+
+# ==== 14. TRAINING ===========================================================
+# Gives: preflight, the loop, the finish. Everything is a call into the sections above.
+
+
+class Session(NamedTuple):
+    """What one run works with."""
+
+    h: Hyperparameters
+    rt: Runtime
+    log: Log
+    folder: Path
+    loader: Loader
+    tokenizer: Tokenizer
+    model: GPT
+    weights: Weights
+    optimizer: Optimizer
+    validation: np.ndarray
+    table: ByteTable
+    attention: str
+
+
+def read_validation(h: Hyperparameters) -> np.ndarray:
+    """The validation stream, (N,) int64, or its first MAX_VAL_TOKENS + 1 tokens."""
+    stream = TokenStream(h.data_path, "val", h.vocab_size)
+    count = min(stream.tokens, h.max_val_tokens + 1 if h.max_val_tokens else stream.tokens)
+    if count < 2:
+        raise UserError(f"DATA_PATH={h.data_path} has fewer than two validation tokens")
+    return stream.read(0, count)
+
+
+def check_shares(h: Hyperparameters, rt: Runtime) -> None:
+    """Raise UserError when a batch cannot be shared out evenly over ranks."""
+    for _, tokens in h.stages:
+        rows = tokens // h.train_seq_len
+        if rows % rt.world:
+            raise UserError(
+                f"TRAIN_BATCH_TOKENS={tokens} gives {rows} rows of TRAIN_SEQ_LEN={h.train_seq_len}, not a multiple of "
+                f"{rt.world} ranks; try {max(1, rows // rt.world) * rt.world * h.train_seq_len}"
+            )
+
+
+def open_session(h: Hyperparameters, rt: Runtime, folder: Path, log: Log) -> Session:
+    """Check everything that can be checked before any work, then build data, model and optimizer. Raises UserError."""
+    check_shares(h, rt)
+    tokenizer = load_tokenizer(h)
+    validation = read_validation(h)
+    loader = Loader(h, rt, tokenizer.bos)
+    backend, why = choose_attention(h, rt)
+    h = dataclasses.replace(h, attn_impl=backend)
+    model = build_model(h, rt, tokenizer.bos)
+    weights = Weights(model)
+    weights.materialize(0.0)
+    optimizer = Optimizer(h, rt, weights)
+    table = tokenizer.byte_table()
+    return Session(
+        h, rt, log, folder, loader, tokenizer, model, weights, optimizer, validation, table, f"{backend} ({why})"
+    )
+
+
+def run_folder(h: Hyperparameters, rt: Runtime) -> Path:
+    """The run's folder, made by rank 0; the default name is the time, agreed by all ranks. Raises UserError."""
+    (stamp,) = agree(rt, float(int(time.time())))
+    folder = Path(h.out_dir) / (h.run_id or time.strftime("%Y%m%d-%H%M%S", time.gmtime(stamp)))
+    if rt.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "metrics.jsonl").exists() and not h.resume:
+            raise UserError(f"{folder} already holds a run; RESUME=auto continues it, another RUN_ID starts a new one")
+    return folder
+
+
+def describe(s: Session) -> None:
+    """Log what is about to run: versions, device, roles, sizes, variables without effect."""
+    h, log, rt = s.h, s.log, s.rt
+    log.line(f"python {sys.version.split()[0]} torch {torch.__version__} numpy {np.__version__}")
+    name = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else rt.device.type
+    precision = "bf16" if rt.autocast else str(rt.dtype).removeprefix("torch.")
+    log.line(f"device:{name} ranks:{rt.world} precision:{precision} compile:{int(rt.compile)} attention:{s.attention}")
+    log.line(f"train_tokens:{s.loader.usable} val_tokens:{len(s.validation)} data:{h.data_path}")
+    log.line(f"data_fingerprint:{s.loader.stream.fingerprint()[:16]} tokenizer:{s.tokenizer.fingerprint[:16]}")
+    for line in role_lines(s):
+        log.line(line)
+    for variable in ineffective_variables(h):
+        log.line(f"note: {variable} is set but has no effect under this configuration")
+
+
+def role_lines(s: Session) -> Iterator[str]:
+    """The role table by bank, parameter count and packed bound."""
+    yield f"{'role':<10}{'codec':<10}{'rate':>9}{'decay':>7}{'tensors':>9}{'parameters':>12}  shape"
+    for bank in s.weights.banks.values():
+        role, shape = bank.role, "x".join(map(str, bank.latent.shape[1:]))
+        rate = s.optimizer.rates[role.group] * role.lr_mult
+        decay = role.decay * (s.h.muon_wd if role.group == "matrix" else s.h.adam_wd)
+        count = len(bank.names)
+        yield f"{role.group:<10}{role.codec:<10}{rate:>9.4g}{decay:>7.3g}{count:>9}{bank.latent.numel():>12}  {shape}"
+    total = sum(p.numel() for p in s.model.parameters())
+    packed = sum(s.weights.packed_bytes().values())
+    bound = account(s.h, math.ceil(packed))
+    yield (
+        f"parameters:{total} packed_bound_bytes:{bound.model_bytes} code_bytes:{bound.code_bytes} "
+        f"total_bytes:{bound.total_bytes} budget_bytes:{bound.budget_bytes}"
+    )
+
+
+def make_step(s: Session) -> Callable[[Batch, TrainState, float], tuple[Tensor, Any]]:
+    """The forward and backward pass of one global batch: gradients are left in the parameters.
+
+    Returns a function (batch, run state, progress) -> (summed loss of this rank in nats, carry).
+    """
+    h, rt = s.h, s.rt
+    loss_of = torch.compile(s.model.loss, mode=h.compile_mode, dynamic=False) if rt.compile else s.model.loss
+
+    def step(batch: Batch, state: TrainState, progress: float) -> tuple[Tensor, Any]:
+        rows, seq = batch.tokens.shape
+        micro = max(1, h.micro_batch_tokens // seq)
+        done = torch.tensor(progress, dtype=torch.float32, device=rt.device)
+        total, carries = torch.zeros((), device=rt.device, dtype=torch.float64), []
+        for at in range(0, rows, micro):
+            part = slice(at, min(at + micro, rows))
+            carry = map_state(state.carry, lambda t, p=part: t[p])
+            with rt.precision():
+                out = loss_of(batch.tokens[part], batch.targets[part], state.variant, carry, done)
+            loss = out.total / (rows * rt.world * seq)
+            for auxiliary in out.losses.values():
+                loss = loss + auxiliary / (rows * rt.world)
+            loss.backward()
+            total += out.total.detach().double()
+            carries.append(map_state(out.state, Tensor.detach))
+        return total, join_states(carries)
+
+    return step
+
+
+def join_states(states: list) -> Any:
+    """Put states of consecutive rows together again."""
+    if states[0] is None or len(states) == 1:
+        return states[0]
+    columns = zip(*map(flatten_state, states), strict=True)
+    return rebuild_state(states[0], [torch.cat(column) for column in columns])
+
+
+def compile_warmup(s: Session, step: Callable, state: TrainState) -> None:
+    """Run every variant and batch shape before the clock starts, then restore weights and data position."""
+    h, position = s.h, s.loader.position
+    kept = {key: (bank.latent.clone(), dict(bank.state)) for key, bank in s.weights.banks.items()}
+    variants = dict.fromkeys((state.variant, final_variant(h)))
+    for count, variant in enumerate([*variants, *[state.variant] * max(0, h.warmup_steps - len(variants))]):
+        for _, tokens in h.stages if count < len(variants) else h.stages[:1]:
+            batch = s.loader.next(tokens // h.train_seq_len, h.train_seq_len)
+            carry = s.model.init_state(batch.tokens.shape[0]) if h.carry_train else None
+            step(batch, TrainState(variant=variant, carry=carry), 0.0)
+            s.optimizer.step(0.0, 0.0, False, 0.0)
+            s.weights.clear_gradients()
+    for key, bank in s.weights.banks.items():
+        bank.latent.copy_(kept[key][0])
+        bank.state = kept[key][1]
+    s.weights.materialize(0.0)
+    s.loader.seek(position)
+    synchronize(s.rt)
+
+
+class Pace:
+    """Bounds how far the CPU runs ahead of the GPU, and foresees the length of the next step.
+
+    A GPU step is known to be over only when its event is; so at most two are in flight, and the stop decision adds
+    the slowest recent step for each of those, since training must end before the limit and never after.
+    """
+
+    def __init__(self, rt: Runtime) -> None:
+        self.cuda = rt.device.type == "cuda"
+        self.events: list[Any] = []
+        self.recent: list[float] = []
+
+    def mark(self, seconds: float) -> None:
+        """Note the end of a step, with the time it took."""
+        self.recent = [*self.recent[-15:], seconds]
+        if self.cuda:
+            self.events.append(torch.cuda.current_stream().record_event())
+            if len(self.events) > 2:
+                self.events.pop(0).synchronize()
+
+    def margin(self) -> float:
+        """Seconds that must be left for one more step to end in time."""
+        slowest = max(self.recent, default=0.0)
+        return slowest * (4 if self.cuda else 1.25)
+
+
+def finished(h: Hyperparameters, step: int, seconds: float, margin: float) -> bool:
+    """Whether the run has no further step, or no time for one."""
+    by_steps = h.iterations > 0 and step >= h.iterations + h.extension_steps
+    return by_steps or (h.max_wallclock_seconds > 0 and seconds + margin >= h.max_wallclock_seconds)
+
+
+def train_loop(s: Session, state: TrainState) -> None:
+    """Train until the agreed end: schedule, micro-steps, optimizer, log, validate, save; the clock stops for the rest."""
+    h, rt, log = s.h, s.rt, s.log
+    step, pace, clock = make_step(s), Pace(rt), Clock(state.seconds)
+    s.loader.seek(state.position)
+    if rt.compile and h.warmup_steps:
+        log.line(f"warm-up: {h.warmup_steps} steps outside the clock, undone afterwards")
+        compile_warmup(s, step, state)
+    s.weights.materialize(progress_of(h, state.step, state.seconds))
+    if h.carry_train and state.carry is None:
+        state.carry = s.model.init_state(batch_tokens(h, 0.0) // h.train_seq_len // rt.world)
+    window, began = LossWindow(), state.seconds
+    clock.start()
+    while True:
+        now, margin = agree(rt, clock.seconds(), pace.margin())
+        if finished(h, state.step, now, margin):
+            break
+        progress = progress_of(h, state.step, now)
+        switch_variant(s, state, progress)
+        tokens = batch_tokens(h, progress)
+        batch = s.loader.next(tokens // h.train_seq_len, h.train_seq_len)
+        loss, state.carry = step(batch, state, progress)
+        average = h.ema_decay > 0 and progress >= h.ema_start_fraction
+        s.optimizer.step(rate_scale(h, state.step, now), muon_momentum(h, state.step), average, progress)
+        s.weights.clear_gradients()
+        state.step, state.position = state.step + 1, s.loader.position
+        pace.mark(clock.seconds() - now)
+        window.add(loss, tokens)
+        state.seconds = clock.seconds()
+        if state.step % h.train_log_every == 0 or state.step <= 5:
+            report_training(s, state, window, began)
+        validate_now = h.val_loss_every and state.step % h.val_loss_every == 0
+        save_now = h.save_every and state.step % h.save_every == 0
+        if validate_now or save_now:
+            synchronize(rt)
+            clock.stop()
+            state.seconds = clock.banked
+            if validate_now:
+                report_validation(s, state)
+            if save_now:
+                save_checkpoint(h, rt, s.folder / "checkpoints", state, s.weights)
+            clock.start()
+    synchronize(rt)
+    clock.stop()
+    (state.seconds,) = agree(rt, clock.banked)
+
+
+class LossWindow:
+    """Training loss since the last report, kept on the device until it is read."""
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
+        self.tokens = 0
+        self.since: tuple[int, float] | None = None
+
+    def add(self, loss: Tensor, tokens: int) -> None:
+        self.losses.append(loss)
+        self.tokens += tokens
+
+    def mean(self, rt: Runtime) -> float:
+        """Nats a token over all ranks; empties the window."""
+        total = torch.stack(self.losses).sum()
+        if rt.world > 1:
+            dist.all_reduce(total)
+        mean = float(total) / self.tokens
+        self.losses, self.tokens = [], 0
+        return mean
+
+
+def switch_variant(s: Session, state: TrainState, progress: float) -> None:
+    """Turn on structure whose time has come; a head that is untied starts as a copy of the embedding."""
+    h = s.h
+    if h.untie_at_fraction and not state.variant.untied and progress >= h.untie_at_fraction:
+        s.weights.latent("head.weight").copy_(s.weights.latent("embed.weight"))
+        state.variant = state.variant._replace(untied=True)
+        s.weights.materialize(progress)
+        s.log.line(f"step:{state.step} head untied from the embedding")
+
+
+def eta_text(h: Hyperparameters, state: TrainState, began: float) -> tuple[float, str]:
+    """Progress and remaining time of training."""
+    progress = max(1e-6, progress_of(h, state.step, state.seconds))
+    left = state.seconds / progress - state.seconds
+    if h.max_wallclock_seconds:
+        left = min(left, h.max_wallclock_seconds - state.seconds)
+    return progress, clock_text(left)
+
+
+def report_training(s: Session, state: TrainState, window: LossWindow, began: float) -> None:
+    """One line in the field's format, one metrics object, and the progress bar."""
+    h, rt = s.h, s.rt
+    tokens = window.tokens
+    since = window.since or (0, began)
+    loss = window.mean(rt)
+    pace = (state.seconds - since[1]) / max(1, len_steps(window, state.step, since))
+    window.since = (state.step, state.seconds)
+    speed = tokens / max(1e-9, state.seconds - since[1])
+    progress, eta = eta_text(h, state, began)
+    extra = utilization_text(s, speed)
+    text = (
+        f"step:{state.step}/{h.iterations} train_loss:{loss:.4f} train_time:{state.seconds * 1e3:.0f}ms "
+        f"step_avg:{state.seconds * 1e3 / state.step:.2f}ms"
+    )
+    s.log.line(f"{text} tok/s:{speed:.0f}{extra} eta:{eta}")
+    s.log.progress(progress, f"step {state.step} loss {loss:.4f} eta {eta}")
+    s.log.metric(
+        "train",
+        step=state.step,
+        train_loss_nats=loss,
+        train_time_s=round(state.seconds, 4),
+        step_time_s=round(pace, 6),
+        tokens_per_s=round(speed, 1),
+        rate_scale=round(rate_scale(h, state.step, state.seconds), 6),
+        peak_memory_mib=round(peak_memory_bytes(rt) / MIB, 1),
+    )
+
+
+def len_steps(window: LossWindow, step: int, since: tuple[int, float]) -> int:
+    """Steps since the last report."""
+    return step - since[0]
+
+
+def utilization_text(s: Session, speed: float) -> str:
+    """Model FLOPs utilization on a known GPU, else nothing."""
+    if s.rt.device.type != "cuda":
+        return ""
+    name = torch.cuda.get_device_name(s.rt.device)
+    peak = next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
+    return f" mfu:{speed * flops_per_token(s.model) / (peak * s.rt.world):.1%}" if peak else ""
+
+
+def scorer_of(s: Session, model: GPT) -> Scorer:
+    return Scorer(s.h, s.rt, model, s.table, s.loader.holdout(s.h.holdout_tokens))
+
+
+def report_validation(s: Session, state: TrainState) -> Score:
+    """Score the validation split with the weights as they are; one line, one metrics object."""
+    began = time.monotonic()
+    score = scorer_of(s, s.model).score(
+        s.validation, state.variant, report=lambda share: s.log.progress(share, "validating")
+    )
+    average = state.seconds * 1e3 / max(1, state.step)
+    s.log.line(
+        f"step:{state.step}/{s.h.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
+        f"train_time:{state.seconds * 1e3:.0f}ms step_avg:{average:.2f}ms"
+    )
+    s.log.metric(
+        "val",
+        step=state.step,
+        val_loss_nats=score.loss,
+        val_bpb=score.bpb,
+        val_tokens=score.tokens,
+        val_bytes=score.bytes,
+        train_time_s=round(state.seconds, 4),
+        eval_time_s=round(time.monotonic() - began, 3),
+    )
+    return score
+
+
+def export(s: Session, state: TrainState) -> Path:
+    """Write the artifact of the averaged (if any) and quantized weights; rank 0 writes, all return its path."""
+    path, began = s.folder / "model.pgz", time.monotonic()
+    if s.rt.main:
+        prints = {"data": s.loader.stream.fingerprint(), "tokenizer": s.tokenizer.fingerprint}
+        artifact = write_artifact(s.h, coded_tensors(s.weights), prints)
+        write_atomically(path, artifact.data)
+        s.log.line(f"{'stream':<10}{'packing':<10}{'compressor':<12}{'values':>12}{'packed_bytes':>14}{'stored_bytes':>14}")
+        for kind, packing, tool, values, packed, stored in artifact.table:
+            s.log.line(f"{kind:<10}{packing:<10}{tool:<12}{values:>12}{packed:>14}{stored:>14}")
+        s.log.metric("export", seconds=round(time.monotonic() - began, 3), streams=artifact.table)
+    agree(s.rt, 0.0)  # nobody reads before rank 0 has written
+    return path
+
+
+def finish(s: Session, state: TrainState) -> int:
+    """Average, quantize, score, export, reload, score again, account; returns the exit code."""
+    h, log = s.h, s.log
+    save_checkpoint(h, s.rt, s.folder / "checkpoints", state, s.weights)
+    averaged = s.weights.swap_average()
+    s.weights.materialize(1.0)
+    log.line(f"training done: steps:{state.step} train_time:{state.seconds * 1e3:.0f}ms averaged:{int(averaged)}")
+    in_memory = report_validation(s, state)
+    path = export(s, state)
+    began = time.monotonic()
+    header, arrays = read_artifact(str(path))
+    model = build_model(s.h, s.rt, s.tokenizer.bos)
+    load_weights(model, arrays)
+    score = scorer_of(s, model).score(s.validation)
+    budget = account(h, path.stat().st_size)
+    log.line(f"final_roundtrip val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f}")
+    log.line(f"final_roundtrip_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} in_memory:{in_memory.loss:.8f}")
+    over = budget.total_bytes > budget.budget_bytes
+    counted = "this script" if budget.packaged else "CODE_BYTES_RESERVE"
+    log.line(
+        f"model_bytes:{budget.model_bytes} code_bytes:{budget.code_bytes} ({counted}) total_bytes:{budget.total_bytes} "
+        f"budget_bytes:{budget.budget_bytes}"
+    )
+    log.metric(
+        "final",
+        name="final_roundtrip",
+        step=state.step,
+        val_loss_nats=score.loss,
+        val_bpb=score.bpb,
+        in_memory_val_loss_nats=in_memory.loss,
+        train_time_s=round(state.seconds, 4),
+        reload_and_score_s=round(time.monotonic() - began, 3),
+        peak_memory_mib=round(peak_memory_bytes(s.rt) / MIB, 1),
+        **{k: v for k, v in {**budget._asdict(), "total_bytes": budget.total_bytes}.items() if k != "packaged"},
+    )
+    closing_summary(s, state, model, score, budget, path)
+    if averaged:
+        s.weights.swap_average()
+    if over:
+        log.line(f"error: {budget.total_bytes - budget.budget_bytes} bytes over HARD_BUDGET_BYTES; make the model smaller")
+    return 3 if over else 0
+
+
+def closing_summary(s: Session, state: TrainState, model: GPT, score: Score, budget: Budget, path: Path) -> None:
+    """What a person wants to know at the end, and a sample of what the reloaded model writes."""
+    peak, tokens = peak_memory_bytes(s.rt), state.step and s.h.train_batch_tokens * state.step
+    log = s.log
+    log.line("-" * 72)
+    log.line(f"{'score':<12}{score.bpb:.4f} bits per byte, {score.loss:.4f} nats per token, {score.bytes} bytes scored")
+    log.line(f"{'size':<12}{budget.total_bytes} of {budget.budget_bytes} bytes (model {budget.model_bytes})")
+    log.line(f"{'training':<12}{state.step} steps, {clock_text(state.seconds)}, {tokens / max(1e-9, state.seconds):.0f} tok/s")
+    log.line(f"{'memory':<12}peak {peak / MIB:.0f} MiB ({peak / 2**30:.2f} GiB)")
+    log.line(f"{'artifact':<12}{path}")
+    log.line(f"{'again':<12}ENV_FILE={s.folder / 'config.env'} python train_gpt.py")
+    if s.h.sample_tokens and s.rt.main:
+        prompt = s.validation[: min(64, s.h.train_seq_len // 2)].tolist()
+        limit = max(1, s.h.sample_tokens)
+        written = list(generate(model, s.rt, prompt, limit, 0.8, 0.95, s.h.seed))
+        log.line(f"{'prompt':<12}{s.tokenizer.decode(prompt)!r}")
+        log.line(f"{'sample':<12}{s.tokenizer.decode(written)!r}")
+    log.line("-" * 72)
+
+
+def train(h: Hyperparameters, rt: Runtime) -> int:
+    """A whole run: folder, lock, log, resume, loop, finish. Returns the exit code. Raises UserError."""
+    folder = run_folder(h, rt)
+    lock = lock_folder(folder) if rt.main else None
+    log = Log(folder, rt.main)
+    try:
+        s = open_session(h, rt, folder, log)
+        if rt.main:
+            write_atomically(folder / "config.env", config_env(h).encode())
+            write_atomically(folder / "train_gpt.py", Path(__file__).read_bytes())
+        log.line(f"run:{folder}")
+        describe(s)
+        state = TrainState()
+        path = find_checkpoint(h, folder / "checkpoints")
+        if path:
+            state = load_checkpoint(s.h, rt, path, s.model, s.weights)
+            log.line(f"resumed {path} at step:{state.step} train_time:{state.seconds * 1e3:.0f}ms")
+            log.metric("resume", step=state.step, train_time_s=state.seconds)
+        train_loop(s, state)
+        return finish(s, state)
+    finally:
+        log.close()
+        if lock:
+            lock.close()
+
+
+# ==== 15. MAIN ===============================================================
+# Gives: the command line. Needs: all of the above.
+
+
+def preflight(h: Hyperparameters, rt: Runtime) -> int:
+    """Check configuration, data, tokenizer, disk and attention; print one line each. Raises UserError on a failure."""
+    log = Log(None, rt.main)
+    s = open_session(h, rt, Path(h.out_dir), log)
+    describe(s)
+    bound = account(h, math.ceil(sum(s.weights.packed_bytes().values())))
+    state = "ok" if bound.total_bytes <= bound.budget_bytes else "warn: may not fit unless it compresses well"
+    log.line(f"budget: {state}")
+    free = disk_free(Path(h.out_dir))
+    need = 16 * sum(p.numel() for p in s.model.parameters()) * h.keep_checkpoints
+    log.line(f"disk: {free / MIB:.0f} MiB free, checkpoints need about {need / MIB:.0f} MiB")
+    if free < need:
+        raise UserError(f"OUT_DIR={h.out_dir} has {free / MIB:.0f} MiB free, checkpoints need {need / MIB:.0f} MiB")
+    log.line("preflight: ok")
+    return 0
+
+
+def disk_free(folder: Path) -> int:
+    """Free bytes of the file system that holds a folder (or will)."""
+    while not folder.exists():
+        folder = folder.absolute().parent
+    stats = os.statvfs(folder)
+    return stats.f_bavail * stats.f_frsize
+
+
+def plan(h: Hyperparameters, rt: Runtime) -> int:
+    """Print the site list, the role table of every parameter and the FLOPs of a token, without data."""
+    model = build_model(h, rt, 1)
+    print(f"{'id':>4} {'kind':<10}{'layer':>6}{'loop':>6}{'pass':>6}")
+    for site in model.sites:
+        print(f"{site.id:>4} {site.kind:<10}{site.layer:>6}{site.loop:>6}{site.pass_:>6}")
+    print(f"{'parameter':<34}{'shape':<14}{'codec':<9}{'group':<8}{'rate x':>7}{'decay x':>8}")
+    shapes = {name: "x".join(map(str, p.shape)) for name, p in model.named_parameters()}
+    for name, role in role_table(model).items():
+        print(f"{name:<34}{shapes[name]:<14}{role.codec:<9}{role.group:<8}{role.lr_mult:>7g}{role.decay:>8g}")
+    packed = Weights(model).packed_bytes()
+    print("packed bytes: " + " ".join(f"{codec}:{size:.0f}" for codec, size in packed.items()))
+    total = account(h, math.ceil(sum(packed.values())))
+    print(f"total_bytes:{total.total_bytes} budget_bytes:{total.budget_bytes}")
+    print(f"parameters:{sum(p.numel() for p in model.parameters())} flops_per_token:{flops_per_token(model):.4g}")
+    return 0
+
+
+def open_artifact(path: str, environ: dict[str, str]) -> tuple[Hyperparameters, Runtime, GPT, Tokenizer]:
+    """A model from an artifact under the environment's data and evaluation settings. Raises UserError.
+
+    The network's structure comes from the artifact; a variable that contradicts it is an error.
+    """
+    header, arrays = read_artifact(path)
+    h = load_config(environ, header["config"])
+    values = dataclasses.asdict(h)
+    stretch = {"yarn_factor", "yarn_original", "train_seq_len"}  # these may differ: a longer context at evaluation
+    for name, value in header["config"].items():
+        if values[name] != value and name not in stretch:
+            raise UserError(f"{name.upper()}={values[name]} contradicts the artifact, which has {value}; unset it")
+    rt = start_runtime(h)
+    tokenizer = load_tokenizer(h)
+    if header["prints"].get("tokenizer") != tokenizer.fingerprint:
+        raise UserError(f"{path} was trained with another tokenizer than TOKENIZER_PATH={h.tokenizer_path}")
+    h = dataclasses.replace(h, attn_impl=choose_attention(h, rt)[0])
+    model = build_model(h, rt, tokenizer.bos)
+    load_weights(model, arrays)
+    return h, rt, model, tokenizer
+
+
+def evaluate_command(path: str, environ: dict[str, str]) -> int:
+    """Score an artifact on the validation split of DATA_PATH."""
+    h, rt, model, tokenizer = open_artifact(path, environ)
+    log = Log(None, rt.main)
+    validation = read_validation(h)
+    holdout = Loader(h, rt, tokenizer.bos).holdout(h.holdout_tokens) if h.temp_scaling else validation[:0]
+    began = time.monotonic()
+    scorer = Scorer(h, rt, model, tokenizer.byte_table(), holdout)
+    score = scorer.score(validation, report=lambda share: log.progress(share, "scoring"))
+    seconds = time.monotonic() - began
+    log.line(f"final_eval val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
+    log.line(f"tokens:{score.tokens} bytes:{score.bytes} eval_time:{seconds * 1e3:.0f}ms tok/s:{score.tokens / seconds:.0f}")
+    return 0
+
+
+def generate_command(path: str, options: Any, environ: dict[str, str]) -> int:
+    """Stream a continuation of the prompt."""
+    h, rt, model, tokenizer = open_artifact(path, environ)
+    shown, tokens = "", [tokenizer.bos, *tokenizer.encode(options.prompt)]
+    written: list[int] = []
+    print(options.prompt, end="", flush=True)
+    for token in generate(model, rt, tokens, options.tokens, options.temperature, options.top_p, options.seed):
+        written.append(token)
+        text = tokenizer.decode(tokens[1:] + written)[len(tokenizer.decode(tokens[1:])) :]
+        if text.startswith(shown) and not text.endswith("\ufffd"):  # wait for the rest of a split character
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print()
+    return 0
+
+
+def bench(h: Hyperparameters, rt: Runtime, steps: int) -> int:
+    """Time training steps on the configured data: tokens/s and the split of a step, one JSON object on stdout."""
+    log = Log(None, False)
+    s = open_session(h, rt, Path(h.out_dir), log)
+    step, state, times = make_step(s), TrainState(), []
+    for _ in range(steps + 3):
+        marks = [time.perf_counter()]
+        batch = s.loader.next(h.train_batch_tokens // h.train_seq_len, h.train_seq_len)
+        marks.append(time.perf_counter())
+        step(batch, state, 0.0)
+        synchronize(rt)
+        marks.append(time.perf_counter())
+        s.optimizer.step(1.0, h.muon_momentum, False, 0.0)
+        s.weights.clear_gradients()
+        synchronize(rt)
+        marks.append(time.perf_counter())
+        times.append(np.diff(marks))
+    middle = np.median(np.array(times[3:]), axis=0)
+    result = dict(zip(("data_s", "forward_backward_s", "optimizer_s"), middle.round(6).tolist(), strict=True))
+    result["tokens_per_s"] = round(h.train_batch_tokens / float(middle.sum()), 1)
+    result["peak_memory_mib"] = round(peak_memory_bytes(rt) / MIB, 1)
+    if rt.main:
+        print(json.dumps(result))
+    return 0
+
+
+def parse_command(argv: list[str]) -> Any:
+    """The command line's words; configuration comes from the environment."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="train_gpt.py", description="see --help for the variables")
+    commands = parser.add_subparsers(dest="command")
+    for name in ("train", "preflight", "plan"):
+        commands.add_parser(name)
+    commands.add_parser("eval").add_argument("artifact")
+    writer = commands.add_parser("generate")
+    writer.add_argument("artifact")
+    writer.add_argument("--prompt", default="")
+    writer.add_argument("--tokens", type=int, default=200)
+    writer.add_argument("--temperature", type=float, default=0.8)
+    writer.add_argument("--top-p", type=float, default=0.95)
+    writer.add_argument("--seed", type=int, default=1337)
+    commands.add_parser("bench").add_argument("--steps", type=int, default=20)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str], environ: dict[str, str]) -> int:
+    """Run one command; returns the exit code (2: a mistake of the user's, told in one line)."""
+    options = parse_command(argv)
+    try:
+        if options.command == "eval":
+            return evaluate_command(options.artifact, environ)
+        if options.command == "generate":
+            return generate_command(options.artifact, options, environ)
+        h = load_config(environ)
+        rt = start_runtime(h)
+        if options.command == "preflight":
+            return preflight(h, rt)
+        if options.command == "plan":
+            return plan(h, rt)
+        if options.command == "bench":
+            return bench(h, rt, options.steps)
+        return train(h, rt)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], dict(os.environ)))
