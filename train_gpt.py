@@ -27,7 +27,6 @@ import math
 import os
 import shlex
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -129,7 +128,12 @@ class Hyperparameters:
     partial_rope_dims: int = var(0, "model", "rotated dimensions of each head; 0: all", "channels", low=0)
     yarn_factor: float = var(1.0, "model", "context extension by YaRN; 1: none", "times", low=1)
     yarn_original: int = var(
-        0, "model", "context the model was trained at; 0: TRAIN_SEQ_LEN", "tokens", low=0, when=lambda h: h.yarn_factor > 1
+        0,
+        "model",
+        "context the model was trained at; 0: TRAIN_SEQ_LEN",
+        "tokens",
+        low=0,
+        when=lambda h: h.yarn_factor > 1,
     )
     qk_norm: bool = var(True, "model", "RMS-normalize queries and keys per head")
     qk_gain_init: float = var(1.5, "model", "initial learned gain of each query head", low=0)
@@ -155,7 +159,13 @@ class Hyperparameters:
         when=lambda h: "ternary" in h.codecs,
     )
     ternary_start_fraction: float = var(
-        0.0, "weights", "train in float until this progress", "fraction", low=0, high=1, when=lambda h: "ternary" in h.codecs
+        0.0,
+        "weights",
+        "train in float until this progress",
+        "fraction",
+        low=0,
+        high=1,
+        when=lambda h: "ternary" in h.codecs,
     )
 
     # Optimizer
@@ -164,9 +174,13 @@ class Hyperparameters:
     max_wallclock_seconds: float = var(600.0, "optimizer", "training clock; 0: bound by ITERATIONS only", "s", low=0)
     matrix_lr: float = var(0.04, "optimizer", "Muon rate of matrices", low=0)
     scalar_lr: float = var(0.04, "optimizer", "AdamW rate of gains, scales and mixes", low=0)
-    embed_lr: float = var(0.6, "optimizer", "AdamW rate of an untied embedding", low=0, when=lambda h: not h.tie_embeddings)
+    embed_lr: float = var(
+        0.6, "optimizer", "AdamW rate of an untied embedding", low=0, when=lambda h: not h.tie_embeddings
+    )
     head_lr: float = var(0.008, "optimizer", "AdamW rate of an untied head", low=0, when=lambda h: h.has_head)
-    tied_embed_lr: float = var(0.05, "optimizer", "AdamW rate of a tied embedding", low=0, when=lambda h: h.tie_embeddings)
+    tied_embed_lr: float = var(
+        0.05, "optimizer", "AdamW rate of a tied embedding", low=0, when=lambda h: h.tie_embeddings
+    )
     muon_momentum: float = var(0.95, "optimizer", "Muon momentum", low=0, high=0.9999)
     muon_momentum_warmup_start: float = var(0.85, "optimizer", "Muon momentum at step 0", low=0, high=0.9999)
     muon_momentum_warmup_steps: int = var(500, "optimizer", "steps from there to MUON_MOMENTUM", "steps", low=0)
@@ -179,9 +193,16 @@ class Hyperparameters:
     adam_eps: float = var(1e-8, "optimizer", "AdamW epsilon", low=0)
     grad_clip_norm: float = var(0.0, "optimizer", "clip the global gradient norm to this; 0: off", low=0)
     warmup_steps: int = var(
-        20, "optimizer", "compile warm-up steps outside the clock, undone afterwards", "steps", low=0, when=lambda h: h.compile != "0"
+        20,
+        "optimizer",
+        "compile warm-up steps outside the clock, undone afterwards",
+        "steps",
+        low=0,
+        when=lambda h: h.compile != "0",
     )
-    lr_warmup_fraction: float = var(0.0, "optimizer", "progress over which rates rise from 0", "fraction", low=0, high=1)
+    lr_warmup_fraction: float = var(
+        0.0, "optimizer", "progress over which rates rise from 0", "fraction", low=0, high=1
+    )
     warmdown_iters: int = var(
         0, "optimizer", "steps over which rates fall, by the measured step time; 0: WARMDOWN_FRACTION", "steps", low=0
     )
@@ -192,16 +213,26 @@ class Hyperparameters:
     lr_floor: float = var(0.0, "optimizer", "rate at the end as a share of the peak", "fraction", low=0, high=1)
     ema_decay: float = var(0.0, "optimizer", "decay of the weight average; 0: off", low=0, high=0.99999)
     ema_start_fraction: float = var(
-        0.4, "optimizer", "progress at which averaging starts", "fraction", low=0, high=1, when=lambda h: h.ema_decay > 0
+        0.4,
+        "optimizer",
+        "progress at which averaging starts",
+        "fraction",
+        low=0,
+        high=1,
+        when=lambda h: h.ema_decay > 0,
     )
 
     # Evaluation
-    val_batch_size: int = var(524288, "evaluation", "validation tokens of one forward pass on one rank", "tokens", low=1)
+    val_batch_size: int = var(
+        524288, "evaluation", "validation tokens of one forward pass on one rank", "tokens", low=1
+    )
     val_loss_every: int = var(1000, "evaluation", "validate every so many steps; 0: only at the end", "steps", low=0)
     train_log_every: int = var(200, "evaluation", "log the training loss every so many steps", "steps", low=1)
     max_val_tokens: int = var(0, "evaluation", "validation tokens to score; 0: all", "tokens", low=0)
     eval_seq_len: int = var(0, "evaluation", "evaluation window; 0: TRAIN_SEQ_LEN", "tokens", low=0)
-    eval_streams: int = var(64, "evaluation", "contiguous spans of the validation stream, each with its own state", low=1)
+    eval_streams: int = var(
+        64, "evaluation", "contiguous spans of the validation stream, each with its own state", low=1
+    )
     sliding_eval: bool = var(False, "evaluation", "overlapping windows: each scored token sees a long context")
     sliding_eval_stride: int = var(
         64, "evaluation", "tokens scored per sliding window", "tokens", low=1, when=lambda h: h.sliding_eval
@@ -342,7 +373,9 @@ def parse_value(name: str, text: str) -> Any:
     spec = FIELDS[name]
     booleans = {"0": False, "1": True, "false": False, "true": True}
     try:
-        value: Any = {"int": int, "float": float, "str": str, "bool": lambda t: booleans[t.lower()]}[str(spec.type)](text)
+        value: Any = {"int": int, "float": float, "str": str, "bool": lambda t: booleans[t.lower()]}[str(spec.type)](
+            text
+        )
     except (ValueError, KeyError):
         raise UserError(f"{name}={text} is not {spec.type}; its default is {spec.default}") from None
     check_range(name, value)
@@ -406,7 +439,10 @@ def validate(h: Hyperparameters) -> None:
             f"try {max(1, rows) * h.train_seq_len}",
         ),
         (h.stages[0][0] != 0.0, f"BATCH_STAGES={h.batch_stages} must start at progress 0"),
-        (h.batch_stages and h.batch_mode == "streams", "BATCH_STAGES needs a fixed number of rows: not BATCH_MODE=streams"),
+        (
+            h.batch_stages and h.batch_mode == "streams",
+            "BATCH_STAGES needs a fixed number of rows: not BATCH_MODE=streams",
+        ),
         (h.carry_train and h.batch_mode != "streams", "CARRY_TRAIN=1 needs BATCH_MODE=streams, so that rows continue"),
         (
             (h.carry_train or h.carry_eval) and "attn" in h.mixers and not h.attn_window,
@@ -426,7 +462,10 @@ def validate(h: Hyperparameters) -> None:
             set(h.mixers) - set(kinds),
             f"LAYER_PATTERN={h.layer_pattern} names an unknown mixer; known: {', '.join(kinds)}",
         ),
-        (not h.iterations and not h.max_wallclock_seconds, "ITERATIONS=0 needs MAX_WALLCLOCK_SECONDS, or nothing bounds the run"),
+        (
+            not h.iterations and not h.max_wallclock_seconds,
+            "ITERATIONS=0 needs MAX_WALLCLOCK_SECONDS, or nothing bounds the run",
+        ),
         (h.temp_scaling and not h.holdout_tokens, "TEMP_SCALING=1 needs HOLDOUT_TOKENS to fit the temperature on"),
     )
     for wrong, message in problems:
@@ -526,7 +565,6 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.checkpoint import checkpoint as recompute  # noqa: E402
 
-
 # ==== 2. RUNTIME =============================================================
 # Gives: device and precision policy, ranks, the agreed clock, logger and metrics sink, the lock of a run folder.
 # Needs: CONFIG, torch. Knows nothing of the model.
@@ -602,6 +640,21 @@ def agree(rt: Runtime, *values: float) -> tuple[float, ...]:
     return tuple(shared.tolist())
 
 
+def on_main(rt: Runtime, action: Callable[[], Any]) -> Any:
+    """Run an action on rank 0 alone; its result, or its UserError, reaches every rank, so that none waits for ever."""
+    outcome: list[Any] = [None, ""]
+    if rt.main:
+        try:
+            outcome[0] = action()
+        except UserError as error:
+            outcome[1] = str(error)
+    if rt.world > 1:
+        dist.broadcast_object_list(outcome, 0, group=rt.control)
+    if outcome[1]:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
 def synchronize(rt: Runtime) -> None:
     """Wait until the device has finished what was launched."""
     if rt.device.type == "cuda":
@@ -627,10 +680,8 @@ class Clock:
     """
 
     def __init__(self, elapsed: float = 0.0) -> None:
-        self.banked, self.since = elapsed, None
-
-    banked: float
-    since: float | None
+        self.banked = elapsed
+        self.since: float | None = None
 
     def start(self) -> None:
         self.since = time.monotonic()
@@ -700,24 +751,23 @@ class Log:
                 sink.close()
 
 
-def lock_folder(folder: Path) -> TextIO:
+def lock_folder(folder: Path) -> int:
     """Hold the run folder for this process; the kernel drops the lock when the process dies, so none is ever stale.
 
-    Returns the open lock file. Raises UserError when another process holds it.
+    Returns the lock's file descriptor. Raises UserError when another process holds it.
     """
     import fcntl  # POSIX only
 
-    handle = open(folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115 (held for the process's life)
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        handle.seek(0)
-        owner = handle.read().strip() or "unknown"
+        owner = os.read(descriptor, 32).decode() or "unknown"
+        os.close(descriptor)
         raise UserError(f"{folder} is in use by process {owner}; wait for it, or choose another RUN_ID") from None
-    handle.truncate(0)
-    handle.write(str(os.getpid()))
-    handle.flush()
-    return handle
+    os.truncate(descriptor, 0)
+    os.write(descriptor, str(os.getpid()).encode())
+    return descriptor
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -771,8 +821,8 @@ class TokenStream:
         self.paths = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
         if not self.paths:
             raise UserError(
-                f"DATA_PATH={folder} has no fineweb_{split}_*.bin; make the built-in corpus with `python data/builtin.py`, "
-                "or fetch FineWeb with `python data/download.py`"
+                f"DATA_PATH={folder} has no fineweb_{split}_*.bin; make the built-in corpus (python data/builtin.py) "
+                "or fetch FineWeb (python data/download.py)"
             )
         self.vocab_size = vocab_size
         self.shards = [open_shard(path) for path in self.paths]
@@ -811,7 +861,9 @@ class Position(NamedTuple):
     epoch: int = 0
 
 
-def contiguous_rows(_: TokenStream, usable: int, at: Position, rows: int, seq: int, bos: int) -> tuple[list[int], Position]:
+def contiguous_rows(
+    _: TokenStream, usable: int, at: Position, rows: int, seq: int, bos: int
+) -> tuple[list[int], Position]:
     """Rows follow one another in the stream; the field's order."""
     if at.token + rows * seq + 1 > usable:
         at = Position(0, at.epoch + 1)
@@ -826,7 +878,9 @@ def stream_rows(_: TokenStream, usable: int, at: Position, rows: int, seq: int, 
     return [row * span + at.token for row in range(rows)], Position(at.token + seq, at.epoch)
 
 
-def document_rows(data: TokenStream, usable: int, at: Position, rows: int, seq: int, bos: int) -> tuple[list[int], Position]:
+def document_rows(
+    data: TokenStream, usable: int, at: Position, rows: int, seq: int, bos: int
+) -> tuple[list[int], Position]:
     """Each row starts at the first document start after the row before it."""
     starts: list[int] = []
     look = max(4 * seq, 65536)
@@ -872,7 +926,7 @@ class Loader:
         largest = max(tokens for _, tokens in h.stages)
         if self.usable < largest + 1:
             raise UserError(
-                f"DATA_PATH={h.data_path} has {self.usable} training tokens beside the held-out part, fewer than a step's "
+                f"DATA_PATH={h.data_path} has {self.usable} training tokens without the held-out part, too few for a step's "
                 f"{largest}; use more data or a smaller TRAIN_BATCH_TOKENS"
             )
         self.position = Position()
@@ -1017,6 +1071,11 @@ def read_manifest(folder: str) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise UserError(f"{path} is not JSON; make the data again") from None
+
+
+def data_fingerprint(h: Hyperparameters, stream: TokenStream) -> str:
+    """The corpus fingerprint of the manifest, or that of the shards where there is no manifest."""
+    return read_manifest(h.data_path).get("fingerprint") or stream.fingerprint()
 
 
 def load_tokenizer(h: Hyperparameters) -> Tokenizer:
@@ -1310,7 +1369,7 @@ def unpack_planes(data: bytes, count: int, dtype: np.dtype) -> np.ndarray:
     return np.ascontiguousarray(planes.T).view(dtype).reshape(-1)
 
 
-STREAM_TYPES = {
+STREAM_TYPES: dict[str, np.dtype] = {
     "trits": np.dtype("i1"),
     "ints": np.dtype("i1"),
     "bytes": np.dtype("u1"),
@@ -1326,7 +1385,7 @@ STREAM_TYPES = {
 
 
 class Ctx(NamedTuple):
-    """What a layer may know besides its input; the same for all layers of one forward pass (v0 is filled on the way)."""
+    """What a layer may know besides its input; the same for all layers of one forward pass, but for v0."""
 
     tokens: Tensor  # (B, T) int64
     positions: Tensor  # (B, T) int64, counted from the start of the stream
@@ -1336,7 +1395,9 @@ class Ctx(NamedTuple):
     v0: Tensor | None  # (B, T, Hkv, Dh) values of the first attention layer
     progress: Tensor | None  # 0-dim, share of the run that is done; a tensor, since a float would recompile
     observe: Callable[[str, Tensor], None] | None  # called with (parameter name, input); eager only
-    adapters: dict[str, tuple[Tensor, Tensor]] | None  # parameter name -> low-rank pair (in, r), (r, out), or with B first
+    adapters: (
+        dict[str, tuple[Tensor, Tensor]] | None
+    )  # parameter name -> low-rank pair (in, r), (r, out), or with B first
 
 
 class Out(NamedTuple):
@@ -1345,8 +1406,8 @@ class Out(NamedTuple):
     y: Tensor
     state: Any = None
     v0: Tensor | None = None
-    losses: dict[str, Tensor] = {}  # noqa: RUF012 (never mutated)
-    metrics: dict[str, Tensor] = {}  # noqa: RUF012
+    losses: dict[str, Tensor] = {}
+    metrics: dict[str, Tensor] = {}
 
 
 class Role(NamedTuple):
@@ -1496,6 +1557,8 @@ class Embedding(Module):
 
     def forward(self, ctx: Ctx) -> Tensor:
         x = F.embedding(ctx.tokens, self.weight)
+        if torch.is_autocast_enabled("cuda"):
+            x = x.bfloat16()  # the residual stream is bf16, too: half the traffic between sites
         if self.up is not None:
             x = self.up(rms_norm(x), ctx)
         return rms_norm(x)
@@ -1575,7 +1638,7 @@ def capped_loss_and_slope(z: Tensor, targets: Tensor, cap: float) -> tuple[Tenso
     if cap:
         turned = z.div_(cap).tanh_()
         z = turned * cap
-    top = z.amax(1, keepdim=True) if not cap else cap  # capped logits need no search for their maximum
+    top = cap or z.amax(1, keepdim=True)  # capped logits need no search for their maximum
     picked = z.gather(1, index) - top
     share = z.sub_(top).exp_()
     norm = share.sum(1, keepdim=True)
@@ -1623,7 +1686,12 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> 
     return y.transpose(1, 2)
 
 
-ATTENTION = {"fa3": flash3, "fa2": flash2, "sdpa": sdpa}
+# Causal attention of (B, T, H, Dh) tensors within a window (0: all), without document mask or cache.
+ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
+    "fa3": flash3,
+    "fa2": flash2,
+    "sdpa": lambda q, k, v, window: sdpa(q, k, v, None, True),  # a window takes the masked path instead
+}
 ATTENTION_PACKAGES = {"fa3": "flash_attn_interface", "fa2": "flash_attn"}
 
 
@@ -1690,8 +1758,7 @@ class Attention(Module):
     ) -> tuple[Tensor, AttentionState | None]:
         """Attend to the state's keys and the new ones; the new state keeps what a later query may still see."""
         if state is None and not self.doc_mask and (self.backend != "sdpa" or not self.window):
-            flash = ATTENTION[self.backend] if self.backend != "sdpa" else None
-            return (flash(q, k, v, self.window) if flash else sdpa(q, k, v, None, True)), None  # type: ignore[call-arg]
+            return ATTENTION[self.backend](q, k, v, self.window), None
         key_documents = documents
         if state is not None:
             k, v = torch.cat((state.k, k), 1), torch.cat((state.v, v), 1)
@@ -1725,7 +1792,7 @@ SITE_KINDS: dict[str, Any] = {"attn": Attention, "mlp": MLP}
 
 
 class Site(NamedTuple):
-    """One step of the network: `layer` and `kind` name the parameters, `id` the state; loops and passes repeat layers."""
+    """One step of the network: `layer` and `kind` name the parameters, `id` the state; loops, passes repeat layers."""
 
     id: int
     kind: str
@@ -1889,7 +1956,7 @@ class GPT(Module):
 
     def hidden(self, ctx: Ctx, state: tuple | None) -> tuple[Tensor, tuple | None, dict[str, Tensor]]:
         """(B, T, D) before the head, the next state (None if none was given), auxiliary losses."""
-        r = self.residual.open(self.embed(ctx), None)
+        r: tuple = self.residual.open(self.embed(ctx), None)
         every = self.h.grad_checkpoint if torch.is_grad_enabled() else 0
         new, losses = {}, dict[str, Tensor]()
         for at in range(0, len(self.sites), every or len(self.sites)):
@@ -1911,7 +1978,12 @@ class GPT(Module):
         return self.head.weight if untied else self.embed.weight  # type: ignore[return-value]
 
     def loss(
-        self, tokens: Tensor, targets: Tensor, variant: Variant, state: tuple | None = None, progress: Tensor | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        variant: Variant,
+        state: tuple | None = None,
+        progress: Tensor | None = None,
     ) -> LossOut:
         """Cross-entropy of `targets` (B, T; -100: not scored) after `tokens` (B, T), summed, in nats."""
         ctx = self.context(tokens, state, progress)
@@ -1929,7 +2001,7 @@ class GPT(Module):
         adapters: dict[str, tuple[Tensor, Tensor]] | None = None,
         observe: Callable[[str, Tensor], None] | None = None,
     ) -> tuple[Tensor, tuple | None]:
-        """Softcapped logits (B, T, V) in at least float32, of the `last` positions only if given, and the next state."""
+        """Softcapped logits (B, T, V) in at least float32 (of the `last` positions if given), and the next state."""
         ctx = self.context(tokens, state, None)._replace(adapters=adapters, observe=observe)
         x, state, _ = self.hidden(ctx, state)
         x = self.head(x[:, -last:], ctx)
@@ -1942,7 +2014,7 @@ def final_variant(h: Hyperparameters) -> Variant:
 
 
 def role_table(model: GPT) -> dict[str, Role]:
-    """The one row of each parameter: codec, optimizer group, rate multiplier, decay. Raises KeyError for a missing one."""
+    """The one row of each parameter: codec, optimizer group, rate and decay factors. Raises KeyError if one is missing."""
     rows = {}
     for path, module in model.named_modules():
         for name, _ in module.named_parameters(recurse=False):
@@ -1992,9 +2064,9 @@ def sample_token(logits: Tensor, temperature: float, top_p: float, generator: to
     """One token per row of logits (B, V), (B, 1): greedy for temperature 0, else nucleus sampling."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    ordered, index = (logits.double() / temperature).softmax(-1).sort(-1, descending=True)
-    ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered > top_p, 0.0).cpu()
-    return index.gather(-1, torch.multinomial(ordered, 1, generator=generator).to(index.device))
+    ordered, index = (logits.cpu().double() / temperature).softmax(-1).sort(-1, descending=True)
+    ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered > top_p, 0.0)
+    return index.gather(-1, torch.multinomial(ordered, 1, generator=generator)).to(logits.device)
 
 
 @torch.no_grad()
@@ -2013,7 +2085,7 @@ def generate(
 
 
 def flops_per_token(model: GPT) -> float:
-    """Forward and backward FLOPs of one trained token: 6 per matrix weight, 12 L H Dh T of attention (Chowdhery 2022)."""
+    """Forward and backward FLOPs of one trained token: 6 a matrix weight, 12 L D T of attention (PaLM, app. B)."""
     h = model.h
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and name != "embed.weight")
     head = h.vocab_size * h.embed_width if not h.has_head else 0
@@ -2183,7 +2255,7 @@ class Optimizer:
         return padded[:count]
 
     def adamw(self, bank: Bank, grad: Tensor, has: Tensor, rate: float) -> None:
-        """Decoupled weight decay Adam (Loshchilov & Hutter 2019), counting steps per weight, so a late head starts fresh."""
+        """Decoupled weight decay Adam (Loshchilov & Hutter 2019), with step counts per weight: a late head starts fresh."""
         h, first, second = self.h, bank.slot("first"), bank.slot("second")
         if "count" not in bank.state:
             bank.state["count"] = torch.zeros_like(has, dtype=bank.latent.dtype)
@@ -2392,7 +2464,7 @@ def read_streams(header: dict[str, Any], payload: bytes) -> dict[str, np.ndarray
     streams, at = {}, 0
     for kind, packing, tool, count, packed, stored in header["streams"]:
         dtype = STREAM_TYPES[kind]
-        if not (0 <= count <= MAX_ELEMENTS and 0 <= packed <= 8 + count * max(dtype.itemsize, 2) and 0 <= stored):
+        if not (0 <= count <= MAX_ELEMENTS and 0 <= packed <= 8 + count * max(dtype.itemsize, 2) and stored >= 0):
             raise ValueError(f"stream {kind} has impossible sizes")
         if tool in COMPRESSOR_PACKAGES and find_spec(COMPRESSOR_PACKAGES[tool]) is None:
             raise UserError(f"the artifact needs the package {COMPRESSOR_PACKAGES[tool]}; install it")
@@ -2446,7 +2518,7 @@ def read_artifact(path: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def load_weights(model: GPT, weights: dict[str, np.ndarray]) -> None:
-    """Fill a network with plain decoded floats; nothing is quantized again. Raises UserError on other names or shapes."""
+    """Fill a network with plain decoded floats; nothing is quantized again. Raises UserError for other tensors."""
     parameters = dict(model.named_parameters())
     if {n: tuple(p.shape) for n, p in parameters.items()} != {n: w.shape for n, w in weights.items()}:
         wrong = sorted(set(parameters) ^ set(weights)) or ["shapes"]
@@ -2502,33 +2574,40 @@ class Distribution(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Equally long windows of several spans: the last `count` positions are to be scored."""
+    """Equally long windows of several spans: the last `scored` positions are to be scored."""
 
     spans: list[int]
     tokens: Tensor  # (B, T)
     targets: Tensor  # (B, T)
-    count: int
+    scored: int
     starts: list[int]  # stream index of each row's first scored token
 
 
 class Adapter:
-    """What may change predictions during evaluation. State is passed in and returned; one state serves all spans.
+    """What may change predictions during evaluation. Each span has a state of its own, passed in and returned.
 
-    `begin` may read held-out training tokens; `lora` hands low-rank pairs to the network; `wrap` turns the
-    distribution of a chunk into another normalized one; `learn` is called after the chunk has been scored.
+    `begin` may read held-out training tokens and gives every span's first state; `lora` hands low-rank pairs to the
+    network; `wrap` turns the distribution of a chunk into another normalized one; `learn` is called after the chunk
+    has been scored. An adapter that learns across spans sets `phases` > 1: the spans are then walked in that many
+    parts, and between two parts `merge` sees the states of all spans of all ranks.
     """
+
+    phases: ClassVar[int] = 1
 
     def begin(self, scorer: Scorer) -> Any:
         return None
 
-    def lora(self, state: Any, chunk: Chunk) -> dict[str, tuple[Tensor, Tensor]] | None:
+    def lora(self, states: list[Any], chunk: Chunk) -> dict[str, tuple[Tensor, Tensor]] | None:
         return None
 
-    def wrap(self, state: Any, chunk: Chunk, given: Distribution) -> Distribution:
+    def wrap(self, states: list[Any], chunk: Chunk, given: Distribution) -> Distribution:
         return given
 
-    def learn(self, state: Any, chunk: Chunk, given: Distribution) -> Any:
-        return state
+    def learn(self, states: list[Any], chunk: Chunk, given: Distribution) -> list[Any]:
+        return states
+
+    def merge(self, states: dict[int, Any]) -> dict[int, Any]:
+        return states
 
 
 class TemperatureAdapter(Adapter):
@@ -2549,8 +2628,8 @@ class TemperatureAdapter(Adapter):
             low, high = (low, right) if losses[0] < losses[1] else (left, high)
         return math.exp((low + high) / 2)
 
-    def wrap(self, state: float, chunk: Chunk, given: Distribution) -> Distribution:
-        return Distribution((given.full() / state).log_softmax(-1))
+    def wrap(self, states: list[float], chunk: Chunk, given: Distribution) -> Distribution:
+        return Distribution((given.full() / states[0]).log_softmax(-1))
 
 
 ADAPTERS: dict[str, Callable[[], Adapter]] = {"temperature": TemperatureAdapter}
@@ -2572,6 +2651,10 @@ class Score(NamedTuple):
         return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
 
+# Most logits of one forward pass, which bounds its memory (4 bytes each, twice) whatever VAL_BATCH_SIZE says.
+MAX_LOGITS = {"cuda": 2**28, "mps": 2**25, "cpu": 2**24}
+
+
 class Scorer:
     """Scores token streams with one model and the adapters of a configuration."""
 
@@ -2589,81 +2672,135 @@ class Scorer:
         share done. All ranks return the same sums.
         """
         self.variant = variant or self.variant
-        spans = self.cut(len(tokens) - 1)
-        share = range(self.rt.rank * len(spans) // self.rt.world, (self.rt.rank + 1) * len(spans) // self.rt.world)
+        self.tokens, self.spans = tokens, self.cut(len(tokens) - 1)
+        count, rt = len(self.spans), self.rt
+        mine = range(rt.rank * count // rt.world, (rt.rank + 1) * count // rt.world)
+        rows = max(1, min(self.h.val_batch_size, MAX_LOGITS[rt.device.type] // self.h.vocab_size) // self.h.eval_window)
+        groups = [list(mine[at : at + rows]) for at in range(0, len(mine), rows)]
+        first = [adapter.begin(self) for adapter in self.adapters]
+        states = {span: list(first) for span in mine}
+        carries = {
+            g: self.model.init_state(len(group)) if self.h.carry_eval else None for g, group in enumerate(groups)
+        }
+        phases = max([adapter.phases for adapter in self.adapters], default=1)
+        turns = max(-(-(stop - start) // self.step) for start, stop in self.spans)
         sums = np.zeros(3)
-        rows = max(1, self.h.val_batch_size // self.h.eval_window)
-        for at in range(share.start, share.stop, rows):
-            group = list(range(at, min(at + rows, share.stop)))
-            sums += self.score_group(tokens, spans, group, ledger)
-            if report:
-                report((group[-1] + 1 - share.start) / len(share))
-        if self.rt.world > 1:
-            total = torch.from_numpy(sums)
-            dist.all_reduce(total, group=self.rt.control)
+        for phase in range(phases):
+            part = range(phase * turns // phases, (phase + 1) * turns // phases)
+            for g, group in enumerate(groups):
+                found, carries[g] = self.score_group(group, part, states, carries[g], ledger)
+                sums += found
+                if report:
+                    report((phase + (g + 1) / len(groups)) / phases)
+            states = self.merge(states) if phase + 1 < phases else states
+        if rt.world > 1:
+            dist.all_reduce(torch.from_numpy(sums), group=rt.control)
         return Score(float(sums[0]), int(sums[1]), int(sums[2]))
+
+    @property
+    def step(self) -> int:
+        """Tokens scored at a time."""
+        return self.h.sliding_eval_stride if self.h.sliding_eval else self.h.eval_window
+
+    def merge(self, states: dict[int, list]) -> dict[int, list]:
+        """The barrier between two phases: adapters see all spans' states."""
+        parts: list[Any] = [states]
+        if self.rt.world > 1:
+            parts = [None] * self.rt.world
+            dist.all_gather_object(parts, states, group=self.rt.control)
+        whole = {span: state for part in parts for span, state in part.items()}
+        for i, adapter in enumerate(self.adapters):
+            merged = adapter.merge({span: state[i] for span, state in whole.items()})
+            for span in states:
+                states[span][i] = merged[span]
+        return states
 
     def cut(self, targets: int) -> list[tuple[int, int]]:
         """Contiguous spans of whole chunks (the last may be short), as [first, last + 1) of input positions."""
-        step = self.h.sliding_eval_stride if self.h.sliding_eval else self.h.eval_window
-        chunks = -(-targets // step)
+        chunks = -(-targets // self.step)
         count = min(self.h.eval_streams, chunks)
-        edges = [min(targets, i * chunks // count * step) for i in range(count + 1)]
+        edges = [min(targets, i * chunks // count * self.step) for i in range(count + 1)]
         return list(zip(edges[:-1], edges[1:], strict=True))
 
-    def score_group(self, tokens: np.ndarray, spans: list, group: list[int], ledger: list | None) -> np.ndarray:
-        """Walk some spans side by side, chunk by chunk; returns sums of nats, tokens, bytes in float64."""
-        states = [adapter.begin(self) for adapter in self.adapters]
-        carry = self.model.init_state(len(group)) if self.h.carry_eval else None
-        sums, turn = np.zeros(3), 0
-        while chunks := list(self.chunks(tokens, spans, group, turn)):
-            for chunk in chunks:
-                rows = [group.index(span) for span in chunk.spans]
-                part = None if carry is None else map_state(carry, lambda t, r=rows: t[r])
-                given, part = self.predict(chunk, states, part)
-                nll = -given.log_prob(chunk.targets[:, -chunk.count :]).double()
-                sums += self.tally(chunk, nll)
-                if carry is not None:
-                    carry = part if len(rows) == len(group) else carry  # a short chunk ends its span
-                if ledger is not None:
-                    ledger.extend((s, i + 1, i + 1 + chunk.count) for s, i in zip(chunk.spans, chunk.starts, strict=True))
-                states = [a.learn(s, chunk, given) for a, s in zip(self.adapters, states, strict=True)]
-            turn += 1
-        return sums
+    def score_group(
+        self, group: list[int], turns: Sequence[int], states: dict[int, list], carry: tuple | None, ledger: list | None
+    ) -> tuple[np.ndarray, tuple | None]:
+        """Walk some spans side by side, chunk by chunk; returns sums of nats, tokens and bytes, and the carry."""
+        sums = np.zeros(3)
+        for chunk in (chunk for turn in turns for chunk in self.chunks(group, turn)):
+            rows = [group.index(span) for span in chunk.spans]
+            mine = [states[span] for span in chunk.spans]
+            given, after = self.predict(chunk, mine, take_rows(carry, rows))
+            sums += self.tally(chunk, -given.log_prob(chunk.targets[:, -chunk.scored :]))
+            if len(rows) == len(group):  # a span that ended needs no carry any more
+                carry = after
+            elif after is not None:
+                carry = scatter_rows(carry, rows, after)
+            if ledger is not None:
+                ledger.extend((s, i + 1, i + 1 + chunk.scored) for s, i in zip(chunk.spans, chunk.starts, strict=True))
+            for i, adapter in enumerate(self.adapters):
+                learned = adapter.learn([state[i] for state in mine], chunk, given)
+                for state, new in zip(mine, learned, strict=True):
+                    state[i] = new
+        return sums, carry
 
     @torch.no_grad()
-    def predict(self, chunk: Chunk, states: list, carry: tuple | None) -> tuple[Distribution, tuple | None]:
+    def predict(self, chunk: Chunk, states: list[list], carry: tuple | None) -> tuple[Distribution, tuple | None]:
         """The distribution at the chunk's scored positions, from what came before each of them alone."""
         pairs: dict[str, tuple[Tensor, Tensor]] = {}
-        for adapter, state in zip(self.adapters, states, strict=True):
-            pairs.update(adapter.lora(state, chunk) or {})
+        for i, adapter in enumerate(self.adapters):
+            pairs.update(adapter.lora([state[i] for state in states], chunk) or {})
         with self.rt.precision():
-            logits, carry = self.model.logits(chunk.tokens, self.variant, carry, chunk.count, pairs or None)
+            logits, carry = self.model.logits(chunk.tokens, self.variant, carry, chunk.scored, pairs or None)
         given = Distribution(logits.log_softmax(-1))
-        for adapter, state in zip(self.adapters, states, strict=True):
-            given = adapter.wrap(state, chunk, given)
+        for i, adapter in enumerate(self.adapters):
+            given = adapter.wrap([state[i] for state in states], chunk, given)
         return given, carry
 
-    def chunks(self, tokens: np.ndarray, spans: list, group: list[int], turn: int) -> Iterator[Chunk]:
+    def chunks(self, group: list[int], turn: int) -> Iterator[Chunk]:
         """The turn-th chunk of each span in the group, those of equal shape together."""
         window = self.h.eval_window
-        step = self.h.sliding_eval_stride if self.h.sliding_eval else window
         shapes: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for span in group:
-            first = spans[span][0] + turn * step
-            last = min(first + step, spans[span][1])
+            first = self.spans[span][0] + turn * self.step
+            last = min(first + self.step, self.spans[span][1])
             if first < last:
                 begin = max(0, last - window) if self.h.sliding_eval else first
                 shapes.setdefault((last - begin, last - first), []).append((span, last))
         for (length, count), rows in shapes.items():
-            data = np.stack([tokens[last - length : last + 1] for _, last in rows])
+            data = np.stack([self.tokens[last - length : last + 1] for _, last in rows])
             both = torch.from_numpy(data).to(self.rt.device)
             yield Chunk([s for s, _ in rows], both[:, :-1], both[:, 1:], count, [last - count for _, last in rows])
 
     def tally(self, chunk: Chunk, nll: Tensor) -> np.ndarray:
         """Nats, tokens and bytes of a scored chunk."""
-        previous, current = (x[:, -chunk.count :].cpu().numpy() for x in (chunk.tokens, chunk.targets))
-        return np.array([float(nll.sum()), current.size, self.table.count(previous, current).sum()])
+        previous, current = (x[:, -chunk.scored :].cpu().numpy() for x in (chunk.tokens, chunk.targets))
+        return np.array([float(nll.cpu().double().sum()), current.size, self.table.count(previous, current).sum()])
+
+
+def scatter_rows(state: tuple | None, rows: list[int], part: tuple) -> tuple | None:
+    """A state whose `rows` are those of `part`; rows whose caches have another length have ended and stay behind."""
+    fresh = iter(flatten_state(part))
+
+    def put(old: Tensor) -> Tensor:
+        new = next(fresh)
+        if old.shape[1:] != new.shape[1:]:
+            old = old.new_zeros((old.shape[0], *new.shape[1:]))
+        return old.index_copy(0, torch.tensor(rows, device=old.device), new)
+
+    return map_state(state, put)
+
+
+def flatten_state(state: Any) -> list[Tensor]:
+    """The tensors of a state in order."""
+    if isinstance(state, Tensor):
+        return [state]
+    return [tensor for part in state or () for tensor in flatten_state(part)]
+
+
+def take_rows(state: Any, rows: Any) -> Any:
+    """Some rows of a state: an index, a list of them, or a slice."""
+    return map_state(state, lambda tensor: tensor[rows])
 
 
 def map_state(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -2723,13 +2860,6 @@ def gather_rows(rt: Runtime, state: Any) -> Any:
     return map_state(state, gather)
 
 
-def flatten_state(state: Any) -> list[Tensor]:
-    """The tensors of a state in order."""
-    found: list[Tensor] = []
-    map_state(state, lambda part: (found.append(part), part)[1])
-    return found
-
-
 def rebuild_state(like: Any, tensors: list[Tensor]) -> Any:
     """The inverse of flatten_state, with `like` giving the structure."""
     left = iter(tensors)
@@ -2781,8 +2911,8 @@ def load_checkpoint(h: Hyperparameters, rt: Runtime, path: Path, model: GPT, wei
     state = TrainState(tree["step"], tree["seconds"], Position(*tree["position"]), Variant(*tree["variant"]))
     if tree["carry"]:
         rows = tree["carry"][0].shape[0] // rt.world
-        mine = [part[rt.rank * rows : (rt.rank + 1) * rows] for part in tree["carry"]]
-        state.carry = rebuild_state(model.init_state(rows), mine)
+        share = slice(rt.rank * rows, (rt.rank + 1) * rows)
+        state.carry = rebuild_state(model.init_state(rows), [part[share] for part in tree["carry"]])
     return state
 
 
@@ -2849,10 +2979,16 @@ def run_folder(h: Hyperparameters, rt: Runtime) -> Path:
     """The run's folder, made by rank 0; the default name is the time, agreed by all ranks. Raises UserError."""
     (stamp,) = agree(rt, float(int(time.time())))
     folder = Path(h.out_dir) / (h.run_id or time.strftime("%Y%m%d-%H%M%S", time.gmtime(stamp)))
-    if rt.main:
-        folder.mkdir(parents=True, exist_ok=True)
+
+    def make() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"OUT_DIR={h.out_dir}: {folder} cannot be made: {error.strerror}") from None
         if (folder / "metrics.jsonl").exists() and not h.resume:
             raise UserError(f"{folder} already holds a run; RESUME=auto continues it, another RUN_ID starts a new one")
+
+    on_main(rt, make)
     return folder
 
 
@@ -2864,7 +3000,7 @@ def describe(s: Session) -> None:
     precision = "bf16" if rt.autocast else str(rt.dtype).removeprefix("torch.")
     log.line(f"device:{name} ranks:{rt.world} precision:{precision} compile:{int(rt.compile)} attention:{s.attention}")
     log.line(f"train_tokens:{s.loader.usable} val_tokens:{len(s.validation)} data:{h.data_path}")
-    log.line(f"data_fingerprint:{s.loader.stream.fingerprint()[:16]} tokenizer:{s.tokenizer.fingerprint[:16]}")
+    log.line(f"data_fingerprint:{data_fingerprint(h, s.loader.stream)} tokenizer:{s.tokenizer.fingerprint}")
     for line in role_lines(s):
         log.line(line)
     for variable in ineffective_variables(h):
@@ -2901,17 +3037,17 @@ def make_step(s: Session) -> Callable[[Batch, TrainState, float], tuple[Tensor, 
         rows, seq = batch.tokens.shape
         micro = max(1, h.micro_batch_tokens // seq)
         done = torch.tensor(progress, dtype=torch.float32, device=rt.device)
-        total, carries = torch.zeros((), device=rt.device, dtype=torch.float64), []
+        total, carries = torch.zeros((), device=rt.device, dtype=rt.dtype), []
         for at in range(0, rows, micro):
             part = slice(at, min(at + micro, rows))
-            carry = map_state(state.carry, lambda t, p=part: t[p])
+            carry = take_rows(state.carry, part)
             with rt.precision():
                 out = loss_of(batch.tokens[part], batch.targets[part], state.variant, carry, done)
             loss = out.total / (rows * rt.world * seq)
             for auxiliary in out.losses.values():
                 loss = loss + auxiliary / (rows * rt.world)
             loss.backward()
-            total += out.total.detach().double()
+            total += out.total.detach()
             carries.append(map_state(out.state, Tensor.detach))
         return total, join_states(carries)
 
@@ -2929,7 +3065,10 @@ def join_states(states: list) -> Any:
 def compile_warmup(s: Session, step: Callable, state: TrainState) -> None:
     """Run every variant and batch shape before the clock starts, then restore weights and data position."""
     h, position = s.h, s.loader.position
-    kept = {key: (bank.latent.clone(), dict(bank.state)) for key, bank in s.weights.banks.items()}
+    kept = {
+        key: (bank.latent.clone(), {name: moment.clone() for name, moment in bank.state.items()})
+        for key, bank in s.weights.banks.items()
+    }
     variants = dict.fromkeys((state.variant, final_variant(h)))
     for count, variant in enumerate([*variants, *[state.variant] * max(0, h.warmup_steps - len(variants))]):
         for _, tokens in h.stages if count < len(variants) else h.stages[:1]:
@@ -2979,7 +3118,7 @@ def finished(h: Hyperparameters, step: int, seconds: float, margin: float) -> bo
 
 
 def train_loop(s: Session, state: TrainState) -> None:
-    """Train until the agreed end: schedule, micro-steps, optimizer, log, validate, save; the clock stops for the rest."""
+    """Train until the agreed end; the clock stops for validation and saving."""
     h, rt, log = s.h, s.rt, s.log
     step, pace, clock = make_step(s), Pace(rt), Clock(state.seconds)
     s.loader.seek(state.position)
@@ -2989,12 +3128,15 @@ def train_loop(s: Session, state: TrainState) -> None:
     s.weights.materialize(progress_of(h, state.step, state.seconds))
     if h.carry_train and state.carry is None:
         state.carry = s.model.init_state(batch_tokens(h, 0.0) // h.train_seq_len // rt.world)
-    window, began = LossWindow(), state.seconds
+    window, fresh = LossWindow(state), state.step
     clock.start()
     while True:
         now, margin = agree(rt, clock.seconds(), pace.margin())
         if finished(h, state.step, now, margin):
             break
+        if state.step > fresh:
+            pause_for(s, state, clock)
+            now = clock.seconds() if rt.world == 1 else agree(rt, clock.seconds())[0]
         progress = progress_of(h, state.step, now)
         switch_variant(s, state, progress)
         tokens = batch_tokens(h, progress)
@@ -3008,42 +3150,47 @@ def train_loop(s: Session, state: TrainState) -> None:
         window.add(loss, tokens)
         state.seconds = clock.seconds()
         if state.step % h.train_log_every == 0 or state.step <= 5:
-            report_training(s, state, window, began)
-        validate_now = h.val_loss_every and state.step % h.val_loss_every == 0
-        save_now = h.save_every and state.step % h.save_every == 0
-        if validate_now or save_now:
-            synchronize(rt)
-            clock.stop()
-            state.seconds = clock.banked
-            if validate_now:
-                report_validation(s, state)
-            if save_now:
-                save_checkpoint(h, rt, s.folder / "checkpoints", state, s.weights)
-            clock.start()
+            report_training(s, state, window)
     synchronize(rt)
     clock.stop()
     (state.seconds,) = agree(rt, clock.banked)
 
 
+def pause_for(s: Session, state: TrainState, clock: Clock) -> None:
+    """Validate and save between two steps when they are due, with the clock stopped."""
+    h = s.h
+    validates = h.val_loss_every and state.step % h.val_loss_every == 0
+    saves = h.save_every and state.step % h.save_every == 0
+    if not validates and not saves:
+        return
+    synchronize(s.rt)
+    clock.stop()
+    state.seconds = clock.banked
+    if validates:
+        report_validation(s, state)
+    if saves:
+        save_checkpoint(h, s.rt, s.folder / "checkpoints", state, s.weights)
+    clock.start()
+
+
 class LossWindow:
     """Training loss since the last report, kept on the device until it is read."""
 
-    def __init__(self) -> None:
+    def __init__(self, state: TrainState) -> None:
         self.losses: list[Tensor] = []
-        self.tokens = 0
-        self.since: tuple[int, float] | None = None
+        self.tokens, self.step, self.seconds = 0, state.step, state.seconds
 
     def add(self, loss: Tensor, tokens: int) -> None:
         self.losses.append(loss)
         self.tokens += tokens
 
-    def mean(self, rt: Runtime) -> float:
-        """Nats a token over all ranks; empties the window."""
-        total = torch.stack(self.losses).sum()
+    def mean(self, rt: Runtime, state: TrainState) -> float:
+        """Nats a token over all ranks; the next window begins at this state."""
+        total = torch.stack(self.losses).cpu().double().sum()
         if rt.world > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=rt.control)
         mean = float(total) / self.tokens
-        self.losses, self.tokens = [], 0
+        self.losses, self.tokens, self.step, self.seconds = [], 0, state.step, state.seconds
         return mean
 
 
@@ -3057,47 +3204,28 @@ def switch_variant(s: Session, state: TrainState, progress: float) -> None:
         s.log.line(f"step:{state.step} head untied from the embedding")
 
 
-def eta_text(h: Hyperparameters, state: TrainState, began: float) -> tuple[float, str]:
-    """Progress and remaining time of training."""
-    progress = max(1e-6, progress_of(h, state.step, state.seconds))
-    left = state.seconds / progress - state.seconds
-    if h.max_wallclock_seconds:
-        left = min(left, h.max_wallclock_seconds - state.seconds)
-    return progress, clock_text(left)
-
-
-def report_training(s: Session, state: TrainState, window: LossWindow, began: float) -> None:
+def report_training(s: Session, state: TrainState, window: LossWindow) -> None:
     """One line in the field's format, one metrics object, and the progress bar."""
-    h, rt = s.h, s.rt
-    tokens = window.tokens
-    since = window.since or (0, began)
-    loss = window.mean(rt)
-    pace = (state.seconds - since[1]) / max(1, len_steps(window, state.step, since))
-    window.since = (state.step, state.seconds)
-    speed = tokens / max(1e-9, state.seconds - since[1])
-    progress, eta = eta_text(h, state, began)
-    extra = utilization_text(s, speed)
-    text = (
+    h, passed = s.h, max(1e-9, state.seconds - window.seconds)
+    speed, steps = window.tokens / passed, state.step - window.step
+    loss = window.mean(s.rt, state)
+    progress = max(1e-6, progress_of(h, state.step, state.seconds))
+    eta = clock_text(state.seconds / progress - state.seconds)
+    s.log.line(
         f"step:{state.step}/{h.iterations} train_loss:{loss:.4f} train_time:{state.seconds * 1e3:.0f}ms "
-        f"step_avg:{state.seconds * 1e3 / state.step:.2f}ms"
+        f"step_avg:{state.seconds * 1e3 / state.step:.2f}ms tok/s:{speed:.0f}{utilization_text(s, speed)} eta:{eta}"
     )
-    s.log.line(f"{text} tok/s:{speed:.0f}{extra} eta:{eta}")
     s.log.progress(progress, f"step {state.step} loss {loss:.4f} eta {eta}")
     s.log.metric(
         "train",
         step=state.step,
         train_loss_nats=loss,
         train_time_s=round(state.seconds, 4),
-        step_time_s=round(pace, 6),
+        step_time_s=round(passed / steps, 6),
         tokens_per_s=round(speed, 1),
         rate_scale=round(rate_scale(h, state.step, state.seconds), 6),
-        peak_memory_mib=round(peak_memory_bytes(rt) / MIB, 1),
+        peak_memory_mib=round(peak_memory_bytes(s.rt) / MIB, 1),
     )
-
-
-def len_steps(window: LossWindow, step: int, since: tuple[int, float]) -> int:
-    """Steps since the last report."""
-    return step - since[0]
 
 
 def utilization_text(s: Session, speed: float) -> str:
@@ -3141,10 +3269,12 @@ def export(s: Session, state: TrainState) -> Path:
     """Write the artifact of the averaged (if any) and quantized weights; rank 0 writes, all return its path."""
     path, began = s.folder / "model.pgz", time.monotonic()
     if s.rt.main:
-        prints = {"data": s.loader.stream.fingerprint(), "tokenizer": s.tokenizer.fingerprint}
+        prints = {"data": data_fingerprint(s.h, s.loader.stream), "tokenizer": s.tokenizer.fingerprint}
         artifact = write_artifact(s.h, coded_tensors(s.weights), prints)
         write_atomically(path, artifact.data)
-        s.log.line(f"{'stream':<10}{'packing':<10}{'compressor':<12}{'values':>12}{'packed_bytes':>14}{'stored_bytes':>14}")
+        s.log.line(
+            f"{'stream':<10}{'packing':<10}{'compressor':<12}{'values':>12}{'packed_bytes':>14}{'stored_bytes':>14}"
+        )
         for kind, packing, tool, values, packed, stored in artifact.table:
             s.log.line(f"{kind:<10}{packing:<10}{tool:<12}{values:>12}{packed:>14}{stored:>14}")
         s.log.metric("export", seconds=round(time.monotonic() - began, 3), streams=artifact.table)
@@ -3191,7 +3321,9 @@ def finish(s: Session, state: TrainState) -> int:
     if averaged:
         s.weights.swap_average()
     if over:
-        log.line(f"error: {budget.total_bytes - budget.budget_bytes} bytes over HARD_BUDGET_BYTES; make the model smaller")
+        log.line(
+            f"error: {budget.total_bytes - budget.budget_bytes} bytes over HARD_BUDGET_BYTES; make the model smaller"
+        )
     return 3 if over else 0
 
 
@@ -3202,7 +3334,9 @@ def closing_summary(s: Session, state: TrainState, model: GPT, score: Score, bud
     log.line("-" * 72)
     log.line(f"{'score':<12}{score.bpb:.4f} bits per byte, {score.loss:.4f} nats per token, {score.bytes} bytes scored")
     log.line(f"{'size':<12}{budget.total_bytes} of {budget.budget_bytes} bytes (model {budget.model_bytes})")
-    log.line(f"{'training':<12}{state.step} steps, {clock_text(state.seconds)}, {tokens / max(1e-9, state.seconds):.0f} tok/s")
+    log.line(
+        f"{'training':<12}step {state.step}, {clock_text(state.seconds)}, {tokens / max(1e-9, state.seconds):.0f} tok/s"
+    )
     log.line(f"{'memory':<12}peak {peak / MIB:.0f} MiB ({peak / 2**30:.2f} GiB)")
     log.line(f"{'artifact':<12}{path}")
     log.line(f"{'again':<12}ENV_FILE={s.folder / 'config.env'} python train_gpt.py")
@@ -3218,7 +3352,7 @@ def closing_summary(s: Session, state: TrainState, model: GPT, score: Score, bud
 def train(h: Hyperparameters, rt: Runtime) -> int:
     """A whole run: folder, lock, log, resume, loop, finish. Returns the exit code. Raises UserError."""
     folder = run_folder(h, rt)
-    lock = lock_folder(folder) if rt.main else None
+    lock = on_main(rt, lambda: lock_folder(folder))
     log = Log(folder, rt.main)
     try:
         s = open_session(h, rt, folder, log)
@@ -3237,8 +3371,8 @@ def train(h: Hyperparameters, rt: Runtime) -> int:
         return finish(s, state)
     finally:
         log.close()
-        if lock:
-            lock.close()
+        if rt.main:
+            os.close(lock)
 
 
 # ==== 15. MAIN ===============================================================
@@ -3321,7 +3455,9 @@ def evaluate_command(path: str, environ: dict[str, str]) -> int:
     score = scorer.score(validation, report=lambda share: log.progress(share, "scoring"))
     seconds = time.monotonic() - began
     log.line(f"final_eval val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
-    log.line(f"tokens:{score.tokens} bytes:{score.bytes} eval_time:{seconds * 1e3:.0f}ms tok/s:{score.tokens / seconds:.0f}")
+    log.line(
+        f"tokens:{score.tokens} bytes:{score.bytes} eval_time:{seconds * 1e3:.0f}ms tok/s:{score.tokens / seconds:.0f}"
+    )
     return 0
 
 
@@ -3405,7 +3541,8 @@ def main(argv: list[str], environ: dict[str, str]) -> int:
             return bench(h, rt, options.steps)
         return train(h, rt)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
         if dist.is_available() and dist.is_initialized():
