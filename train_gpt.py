@@ -368,14 +368,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+BOOLEANS = {"0": False, "1": True, "false": False, "true": True}
+PARSERS: dict[str, Callable[[str], Any]] = {
+    "int": int,
+    "float": float,
+    "str": str,
+    "bool": lambda text: BOOLEANS[text.lower()],
+}
+
+
 def parse_value(name: str, text: str) -> Any:
     """Turn a variable's text into its field's type and check its range. Raises UserError."""
     spec = FIELDS[name]
-    booleans = {"0": False, "1": True, "false": False, "true": True}
     try:
-        value: Any = {"int": int, "float": float, "str": str, "bool": lambda t: booleans[t.lower()]}[str(spec.type)](
-            text
-        )
+        value = PARSERS[str(spec.type)](text)
     except (ValueError, KeyError):
         raise UserError(f"{name}={text} is not {spec.type}; its default is {spec.default}") from None
     check_range(name, value)
@@ -926,8 +932,8 @@ class Loader:
         largest = max(tokens for _, tokens in h.stages)
         if self.usable < largest + 1:
             raise UserError(
-                f"DATA_PATH={h.data_path} has {self.usable} training tokens without the held-out part, too few for a step's "
-                f"{largest}; use more data or a smaller TRAIN_BATCH_TOKENS"
+                f"DATA_PATH={h.data_path} has {self.usable} training tokens beside the held-out part, too few "
+                f"for a step's {largest}; use more data or a smaller TRAIN_BATCH_TOKENS"
             )
         self.position = Position()
         self.ready: Future | None = None
@@ -982,7 +988,8 @@ class Future(NamedTuple):
         return self.future.result()
 
 
-class ByteTable(NamedTuple):
+@dataclass(frozen=True)
+class ByteTable:
     """UTF-8 bytes of each token's surface form.
 
     A token counts `base` bytes, and one more for its leading space where the tokenizer drops that space at the start
@@ -1959,6 +1966,7 @@ class GPT(Module):
         r: tuple = self.residual.open(self.embed(ctx), None)
         every = self.h.grad_checkpoint if torch.is_grad_enabled() else 0
         new, losses = {}, dict[str, Tensor]()
+        states: dict[int, Any]
         for at in range(0, len(self.sites), every or len(self.sites)):
             part = self.sites[at : at + (every or len(self.sites))]
             if every:
@@ -1968,10 +1976,9 @@ class GPT(Module):
             new.update(states)
             losses = {name: losses.get(name, 0) + more.get(name, 0) for name in {**losses, **more}}
         x = rms_norm(self.residual.close(r))
-        if state is None:
-            return x, None, losses
         stream = StreamState(ctx.positions[:, -1] + 1, ctx.documents[:, -1])
-        return x, (stream, *(new[site.id] for site in self.sites)), losses
+        after = None if state is None else (stream, *(new[site.id] for site in self.sites))
+        return x, after, losses
 
     def head_weight(self, variant: Variant) -> Tensor:
         untied = self.head.weight is not None and (variant.untied or not self.h.tie_embeddings)
@@ -2001,7 +2008,7 @@ class GPT(Module):
         adapters: dict[str, tuple[Tensor, Tensor]] | None = None,
         observe: Callable[[str, Tensor], None] | None = None,
     ) -> tuple[Tensor, tuple | None]:
-        """Softcapped logits (B, T, V) in at least float32 (of the `last` positions if given), and the next state."""
+        """Softcapped logits (B, T, V) in at least float32 (of the `last` positions if given), and the state."""
         ctx = self.context(tokens, state, None)._replace(adapters=adapters, observe=observe)
         x, state, _ = self.hidden(ctx, state)
         x = self.head(x[:, -last:], ctx)
@@ -2255,7 +2262,7 @@ class Optimizer:
         return padded[:count]
 
     def adamw(self, bank: Bank, grad: Tensor, has: Tensor, rate: float) -> None:
-        """Decoupled weight decay Adam (Loshchilov & Hutter 2019), with step counts per weight: a late head starts fresh."""
+        """Decoupled weight decay Adam (Loshchilov & Hutter 2019), steps counted per weight: a late head starts fresh."""
         h, first, second = self.h, bank.slot("first"), bank.slot("second")
         if "count" not in bank.state:
             bank.state["count"] = torch.zeros_like(has, dtype=bank.latent.dtype)
