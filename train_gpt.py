@@ -69,6 +69,7 @@ CODEC_NAMES = ("ternary", "int4", "int5", "int6", "int7", "int8", "fp8", "bf16",
 class Hyperparameters:
     """Every knob of a run. Field `model_dim` is read from the variable `MODEL_DIM`, and so on for each."""
 
+    # fmt: off
     # Run
     preset: str = var("", "run", "named set of the values below; explicit variables override it")
     env_file: str = var("", "run", "file of KEY=VALUE lines read before the environment (a run's config.env)")
@@ -89,24 +90,19 @@ class Hyperparameters:
 
     # Data
     data_path: str = var("./data/datasets/builtin_sp1024", "data", "folder of token shards")
-    tokenizer_path: str = var(
-        "./data/tokenizers/builtin_1024_bpe.model", "data", "sentencepiece model", when=lambda h: h.vocab_size != 256
-    )
+    tokenizer_path: str = var("./data/tokenizers/builtin_1024_bpe.model", "data", "sentencepiece model",
+        when=lambda h: h.vocab_size != 256)
     vocab_size: int = var(1024, "data", "tokens in the vocabulary; 256: the byte tokenizer", low=2, high=65535)
     train_batch_tokens: int = var(524288, "data", "tokens of one optimizer step over all ranks", "tokens", low=1)
     micro_batch_tokens: int = var(65536, "data", "most tokens of one forward pass on one rank", "tokens", low=1)
     train_seq_len: int = var(1024, "data", "training window", "tokens", low=1)
-    batch_mode: str = var(
-        "contiguous",
-        "data",
+    batch_mode: str = var("contiguous", "data",
         "contiguous: rows follow one another; streams: each row continues its own; documents: rows start at one",
-        choices=("contiguous", "streams", "documents"),
-    )
+        choices=("contiguous", "streams", "documents"))
     batch_stages: str = var("", "data", "batch-size stages as progress:tokens,..., e.g. 0:131072,0.3:262144")
     carry_train: bool = var(False, "data", "carry mixer states from window to window (BATCH_MODE=streams)")
-    holdout_tokens: int = var(
-        65536, "data", "training tokens set aside for calibration and model selection", "tokens", low=0
-    )
+    holdout_tokens: int = var(65536, "data", "training tokens set aside for calibration and model selection", "tokens",
+        low=0)
 
     # Model
     num_layers: int = var(9, "model", "layers, each a mixer and an MLP", low=1)
@@ -120,21 +116,14 @@ class Hyperparameters:
     resid_mix: bool = var(True, "model", "each block mixes the embedding back in, per channel")
     embed_dim: int = var(0, "model", "width of factored embeddings; 0: MODEL_DIM", low=0)
     tie_embeddings: bool = var(True, "model", "output head shares the embedding table")
-    untie_at_fraction: float = var(
-        0.0, "model", "progress at which a tied head becomes its own matrix; 0: never", "fraction", low=0, high=1
-    )
+    untie_at_fraction: float = var(0.0, "model", "progress at which a tied head becomes its own matrix; 0: never",
+        "fraction", low=0, high=1)
     tied_embed_init_std: float = var(0.005, "model", "standard deviation of initial embeddings", low=0)
     rope_base: float = var(10000.0, "model", "rotary base", low=1)
     partial_rope_dims: int = var(0, "model", "rotated dimensions of each head; 0: all", "channels", low=0)
     yarn_factor: float = var(1.0, "model", "context extension by YaRN; 1: none", "times", low=1)
-    yarn_original: int = var(
-        0,
-        "model",
-        "context the model was trained at; 0: TRAIN_SEQ_LEN",
-        "tokens",
-        low=0,
-        when=lambda h: h.yarn_factor > 1,
-    )
+    yarn_original: int = var(0, "model", "context the model was trained at; 0: TRAIN_SEQ_LEN", "tokens", low=0,
+        when=lambda h: h.yarn_factor > 1)
     qk_norm: bool = var(True, "model", "RMS-normalize queries and keys per head")
     qk_gain_init: float = var(1.5, "model", "initial learned gain of each query head", low=0)
     logit_softcap: float = var(30.0, "model", "logits are cap * tanh(z / cap); 0: no cap", low=0)
@@ -148,25 +137,13 @@ class Hyperparameters:
     matrix_codec: str = var("bf16", "weights", "codec of the big matrices", choices=CODEC_NAMES)
     fp_storage: str = var("bf16", "weights", "codec of embeddings and head", choices=CODEC_NAMES)
     scalar_codec: str = var("fp16", "weights", "codec of gains, scales and mixes", choices=CODEC_NAMES)
-    group_size: int = var(
-        128, "weights", "weights that share one scale, along the input dimension", low=1, when=lambda h: h.any_grouped
-    )
-    ternary_scale: str = var(
-        "absmean",
-        "weights",
-        "scale of a ternary group: mean |w|, or least squares for its codes",
-        choices=("absmean", "lstsq"),
-        when=lambda h: "ternary" in h.codecs,
-    )
-    ternary_start_fraction: float = var(
-        0.0,
-        "weights",
-        "train in float until this progress",
-        "fraction",
-        low=0,
-        high=1,
-        when=lambda h: "ternary" in h.codecs,
-    )
+    group_size: int = var(128, "weights", "weights that share one scale, along the input dimension", low=1,
+        when=lambda h: h.any_grouped)
+    ternary_scale: str = var("absmean", "weights",
+        "scale of a ternary group: mean |w|, or least squares for its codes", choices=("absmean", "lstsq"),
+        when=lambda h: "ternary" in h.codecs)
+    ternary_start_fraction: float = var(0.0, "weights", "train in float until this progress", "fraction", low=0,
+        high=1, when=lambda h: "ternary" in h.codecs)
 
     # Optimizer
     iterations: int = var(20000, "optimizer", "steps of the schedule", "steps", low=0)
@@ -174,13 +151,11 @@ class Hyperparameters:
     max_wallclock_seconds: float = var(600.0, "optimizer", "training clock; 0: bound by ITERATIONS only", "s", low=0)
     matrix_lr: float = var(0.04, "optimizer", "Muon rate of matrices", low=0)
     scalar_lr: float = var(0.04, "optimizer", "AdamW rate of gains, scales and mixes", low=0)
-    embed_lr: float = var(
-        0.6, "optimizer", "AdamW rate of an untied embedding", low=0, when=lambda h: not h.tie_embeddings
-    )
+    embed_lr: float = var(0.6, "optimizer", "AdamW rate of an untied embedding", low=0,
+        when=lambda h: not h.tie_embeddings)
     head_lr: float = var(0.008, "optimizer", "AdamW rate of an untied head", low=0, when=lambda h: h.has_head)
-    tied_embed_lr: float = var(
-        0.05, "optimizer", "AdamW rate of a tied embedding", low=0, when=lambda h: h.tie_embeddings
-    )
+    tied_embed_lr: float = var(0.05, "optimizer", "AdamW rate of a tied embedding", low=0,
+        when=lambda h: h.tie_embeddings)
     muon_momentum: float = var(0.95, "optimizer", "Muon momentum", low=0, high=0.9999)
     muon_momentum_warmup_start: float = var(0.85, "optimizer", "Muon momentum at step 0", low=0, high=0.9999)
     muon_momentum_warmup_steps: int = var(500, "optimizer", "steps from there to MUON_MOMENTUM", "steps", low=0)
@@ -192,57 +167,38 @@ class Hyperparameters:
     beta2: float = var(0.95, "optimizer", "AdamW second beta", low=0, high=0.99999)
     adam_eps: float = var(1e-8, "optimizer", "AdamW epsilon", low=0)
     grad_clip_norm: float = var(0.0, "optimizer", "clip the global gradient norm to this; 0: off", low=0)
-    warmup_steps: int = var(
-        20,
-        "optimizer",
-        "compile warm-up steps outside the clock, undone afterwards",
-        "steps",
-        low=0,
-        when=lambda h: h.compile != "0",
-    )
-    lr_warmup_fraction: float = var(
-        0.0, "optimizer", "progress over which rates rise from 0", "fraction", low=0, high=1
-    )
-    warmdown_iters: int = var(
-        0, "optimizer", "steps over which rates fall, by the measured step time; 0: WARMDOWN_FRACTION", "steps", low=0
-    )
-    warmdown_fraction: float = var(
-        0.5, "optimizer", "last part of the run over which rates fall", "fraction", low=0, high=1,
-        when=lambda h: h.warmdown_iters == 0,
-    )  # fmt: skip
+    warmup_steps: int = var(20, "optimizer", "compile warm-up steps outside the clock, undone afterwards", "steps",
+        low=0, when=lambda h: h.compile != "0")
+    lr_warmup_fraction: float = var(0.0, "optimizer", "progress over which rates rise from 0", "fraction", low=0,
+        high=1)
+    warmdown_iters: int = var(0, "optimizer",
+        "steps over which rates fall, by the measured step time; 0: WARMDOWN_FRACTION", "steps", low=0)
+    warmdown_fraction: float = var(0.5, "optimizer", "last part of the run over which rates fall", "fraction", low=0,
+        high=1, when=lambda h: h.warmdown_iters == 0)
     lr_floor: float = var(0.0, "optimizer", "rate at the end as a share of the peak", "fraction", low=0, high=1)
     ema_decay: float = var(0.0, "optimizer", "decay of the weight average; 0: off", low=0, high=0.99999)
-    ema_start_fraction: float = var(
-        0.4,
-        "optimizer",
-        "progress at which averaging starts",
-        "fraction",
-        low=0,
-        high=1,
-        when=lambda h: h.ema_decay > 0,
-    )
+    ema_start_fraction: float = var(0.4, "optimizer", "progress at which averaging starts", "fraction", low=0, high=1,
+        when=lambda h: h.ema_decay > 0)
 
     # Evaluation
-    val_batch_size: int = var(
-        524288, "evaluation", "validation tokens of one forward pass on one rank", "tokens", low=1
-    )
+    val_batch_size: int = var(524288, "evaluation", "validation tokens of one forward pass on one rank", "tokens",
+        low=1)
     val_loss_every: int = var(1000, "evaluation", "validate every so many steps; 0: only at the end", "steps", low=0)
     train_log_every: int = var(200, "evaluation", "log the training loss every so many steps", "steps", low=1)
     max_val_tokens: int = var(0, "evaluation", "validation tokens to score; 0: all", "tokens", low=0)
     eval_seq_len: int = var(0, "evaluation", "evaluation window; 0: TRAIN_SEQ_LEN", "tokens", low=0)
-    eval_streams: int = var(
-        64, "evaluation", "contiguous spans of the validation stream, each with its own state", low=1
-    )
+    eval_streams: int = var(64, "evaluation", "contiguous spans of the validation stream, each with its own state",
+        low=1)
     sliding_eval: bool = var(False, "evaluation", "overlapping windows: each scored token sees a long context")
-    sliding_eval_stride: int = var(
-        64, "evaluation", "tokens scored per sliding window", "tokens", low=1, when=lambda h: h.sliding_eval
-    )
+    sliding_eval_stride: int = var(64, "evaluation", "tokens scored per sliding window", "tokens", low=1,
+        when=lambda h: h.sliding_eval)
     carry_eval: bool = var(False, "evaluation", "carry mixer states from window to window of a stream")
     temp_scaling: bool = var(False, "evaluation", "divide logits by a temperature fitted on held-out training tokens")
 
     # Artifact
     hard_budget_bytes: int = var(16_000_000, "artifact", "most bytes of artifact and code together", "bytes", low=1)
     code_bytes_reserve: int = var(24_000, "artifact", "bytes the unpackaged script counts for", "bytes", low=0)
+    # fmt: on
 
     @property
     def codecs(self) -> tuple[str, ...]:
@@ -1994,10 +1950,10 @@ class GPT(Module):
     ) -> LossOut:
         """Cross-entropy of `targets` (B, T; -100: not scored) after `tokens` (B, T), summed, in nats."""
         ctx = self.context(tokens, state, progress)
-        x, state, losses = self.hidden(ctx, state)
+        x, after, losses = self.hidden(ctx, state)
         x = self.head(x, ctx).flatten(0, 1)
         total = SoftcapCrossEntropy.apply(x, self.head_weight(variant), targets.flatten(), self.h.logit_softcap)
-        return LossOut(total, losses, state)
+        return LossOut(total, losses, after)
 
     def logits(
         self,
@@ -2021,7 +1977,7 @@ def final_variant(h: Hyperparameters) -> Variant:
 
 
 def role_table(model: GPT) -> dict[str, Role]:
-    """The one row of each parameter: codec, optimizer group, rate and decay factors. Raises KeyError if one is missing."""
+    """The one row of each parameter: codec, optimizer group, rate and decay. Raises KeyError if one is missing."""
     rows = {}
     for path, module in model.named_modules():
         for name, _ in module.named_parameters(recurse=False):
@@ -2083,7 +2039,7 @@ def generate(
     """Continue a prompt token by token from the mixers' states; yields each new token."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.tensor([list(prompt)], device=rt.device)
-    state = model.init_state(1)
+    state: tuple | None = model.init_state(1)
     for _ in range(count):
         with rt.precision():
             logits, state = model.logits(tokens, final_variant(model.h), state, last=1)
@@ -2262,7 +2218,7 @@ class Optimizer:
         return padded[:count]
 
     def adamw(self, bank: Bank, grad: Tensor, has: Tensor, rate: float) -> None:
-        """Decoupled weight decay Adam (Loshchilov & Hutter 2019), steps counted per weight: a late head starts fresh."""
+        """Decoupled weight decay Adam (Loshchilov & Hutter 2019), steps counted per weight."""
         h, first, second = self.h, bank.slot("first"), bank.slot("second")
         if "count" not in bank.state:
             bank.state["count"] = torch.zeros_like(has, dtype=bank.latent.dtype)
