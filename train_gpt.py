@@ -75,7 +75,7 @@ class Hyperparameters:
     env_file: str = var("", "run", "file of KEY=VALUE lines read before the environment (a run's config.env)")
     run_id: str = var("", "run", "name of the run folder; default: date and time")
     out_dir: str = var("runs", "run", "folder of run folders")
-    seed: int = var(1337, "run", "seed of initial weights and noise", low=0)
+    seed: int = var(1337, "run", "seed of initial weights and noise", low=0, high=2**63 - 1)
     resume: str = var("", "run", "auto: continue the run folder's latest checkpoint; or a checkpoint's path")
     save_every: int = var(0, "run", "checkpoint every so many steps; 0: only at the end", "steps", low=0)
     keep_checkpoints: int = var(2, "run", "recent checkpoints to keep", low=1)
@@ -93,7 +93,8 @@ class Hyperparameters:
     tokenizer_path: str = var("./data/tokenizers/builtin_1024_bpe.model", "data", "sentencepiece model",
         when=lambda h: h.vocab_size != 256)
     vocab_size: int = var(1024, "data", "tokens in the vocabulary; 256: the byte tokenizer", low=2, high=65535)
-    train_batch_tokens: int = var(524288, "data", "tokens of one optimizer step over all ranks", "tokens", low=1)
+    train_batch_tokens: int = var(524288, "data", "tokens of one optimizer step over all ranks", "tokens", low=1,
+        when=lambda h: not h.batch_stages)
     micro_batch_tokens: int = var(65536, "data", "most tokens of one forward pass on one rank", "tokens", low=1)
     train_seq_len: int = var(1024, "data", "training window", "tokens", low=1)
     batch_mode: str = var("contiguous", "data",
@@ -147,7 +148,8 @@ class Hyperparameters:
 
     # Optimizer
     iterations: int = var(20000, "optimizer", "steps of the schedule", "steps", low=0)
-    extension_steps: int = var(0, "optimizer", "steps after the schedule, at the floor rate", "steps", low=0)
+    extension_steps: int = var(0, "optimizer", "steps after the schedule, at the floor rate", "steps", low=0,
+        when=lambda h: h.iterations > 0)
     max_wallclock_seconds: float = var(600.0, "optimizer", "training clock; 0: bound by ITERATIONS only", "s", low=0)
     matrix_lr: float = var(0.04, "optimizer", "Muon rate of matrices", low=0)
     scalar_lr: float = var(0.04, "optimizer", "AdamW rate of gains, scales and mixes", low=0)
@@ -157,7 +159,8 @@ class Hyperparameters:
     tied_embed_lr: float = var(0.05, "optimizer", "AdamW rate of a tied embedding", low=0,
         when=lambda h: h.tie_embeddings)
     muon_momentum: float = var(0.95, "optimizer", "Muon momentum", low=0, high=0.9999)
-    muon_momentum_warmup_start: float = var(0.85, "optimizer", "Muon momentum at step 0", low=0, high=0.9999)
+    muon_momentum_warmup_start: float = var(0.85, "optimizer", "Muon momentum at step 0", low=0, high=0.9999,
+        when=lambda h: h.muon_momentum_warmup_steps > 0)
     muon_momentum_warmup_steps: int = var(500, "optimizer", "steps from there to MUON_MOMENTUM", "steps", low=0)
     muon_backend_steps: int = var(5, "optimizer", "Newton-Schulz iterations", low=1, high=20)
     muon_row_norm: bool = var(True, "optimizer", "normalize the update's rows before Newton-Schulz (MuonEq-R)")
@@ -266,6 +269,7 @@ class Hyperparameters:
 FIELDS = {f.name.upper(): f for f in dataclasses.fields(Hyperparameters)}
 # Variables of these families are ours alone, so an unknown one is a mistake even when it resembles none of ours.
 FAMILIES = "TTT_ NGRAM_ EVAL_ENGRAM_ CURRICULUM_ EMA_ MOE_ MUON_ ADAM_ ROPE_ YARN_ SLIDING_ WARMDOWN_ TERNARY_ SKC_ "
+FOREIGN = ("COMPILER", "DEVICES")  # other programs' variables that resemble ours
 FAMILY_PREFIXES = tuple((FAMILIES + "MHC_ HC_ RMT_ NSA_ ENGRAM_ BIGRAM_ CAPSULE_ FEEDBACK_ CALIB_ GPTQ_").split())
 
 LOCAL_FLOAT = {
@@ -363,6 +367,8 @@ def read_env_file(path: str) -> dict[str, str]:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(f"ENV_FILE={path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"ENV_FILE={path} is not UTF-8 text") from None
     pairs = {}
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -370,7 +376,14 @@ def read_env_file(path: str) -> dict[str, str]:
         name, found, value = line.partition("=")
         if not found or name not in FIELDS:
             raise UserError(f"{path}:{number}: {line.strip()!r} is not VARIABLE=value of a known variable")
-        pairs[name] = "".join(shlex.split(value))
+        try:
+            words = shlex.split(value)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: {name}: {error}; quote the value") from None
+        if len(words) > 1:
+            raise UserError(f"{path}:{number}: {name} has {len(words)} words; quote the value")
+        if words and words[0]:
+            pairs[name] = words[0]
     return pairs
 
 
@@ -379,7 +392,7 @@ def reject_mistyped(environ: dict[str, str]) -> None:
     for name in environ:
         if name in FIELDS:
             continue
-        near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.85)
+        near = [] if name in FOREIGN else difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.85)
         if near or name.startswith(FAMILY_PREFIXES):
             near = near or difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.0)
             raise UserError(f"{name} is not a variable of this program; nearest: {near[0]} (--help lists all)")
@@ -400,7 +413,11 @@ def validate(h: Hyperparameters) -> None:
             f"TRAIN_BATCH_TOKENS={stage_tokens} must be a multiple of TRAIN_SEQ_LEN={h.train_seq_len}; "
             f"try {max(1, rows) * h.train_seq_len}",
         ),
-        (h.stages[0][0] != 0.0, f"BATCH_STAGES={h.batch_stages} must start at progress 0"),
+        (
+            h.stages[0][0] != 0.0 or [at for at, _ in h.stages] != sorted({at for at, _ in h.stages if 0 <= at < 1}),
+            f"BATCH_STAGES={h.batch_stages} must start at progress 0 and rise to less than 1",
+        ),
+        (round(h.mlp_mult * h.model_dim) < 1, f"MLP_MULT={h.mlp_mult} leaves an MLP of width 0"),
         (
             h.batch_stages and h.batch_mode == "streams",
             "BATCH_STAGES needs a fixed number of rows: not BATCH_MODE=streams",
@@ -502,7 +519,7 @@ COMMANDS = ("train", "preflight", "plan", "eval", "generate", "bench")
 
 def answer_early(argv: list[str], environ: dict[str, str]) -> None:
     """Help, unknown commands and bad configuration end the program here, before torch costs two seconds."""
-    if any(arg in ("--help", "-h", "help") for arg in argv):
+    if "--help" in argv or "-h" in argv or argv[:1] == ["help"]:
         print(help_text())
         sys.exit(0)
     try:
@@ -742,7 +759,8 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        if temporary.is_file():
+            temporary.unlink()
         raise UserError(f"{path} could not be written: {error.strerror}; the old one is untouched") from None
 
 
@@ -759,10 +777,15 @@ def open_shard(path: Path) -> np.ndarray:
 
     Returns a read-only uint16 array (tokens,). Raises UserError for anything that is not a whole shard.
     """
-    size = path.stat().st_size
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as handle:
+            head = np.frombuffer(handle.read(12).ljust(12, b"\0"), "<i4")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if size < SHARD_HEADER_BYTES:
         raise UserError(f"{path} has {size} bytes, less than a shard's header; fetch or make it again")
-    magic, version, count = (int(word) for word in np.fromfile(path, dtype="<i4", count=3))
+    magic, version, count = (int(word) for word in head)
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         raise UserError(f"{path} is not a token shard: magic {magic}, version {version}, not {SHARD_MAGIC}, 1")
     if size != SHARD_HEADER_BYTES + 2 * count:
@@ -793,7 +816,7 @@ class TokenStream:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count) of the stream as int64, across shard borders."""
-        parts, index = [], int(np.searchsorted(self.ends, start, side="right"))
+        parts, index = [np.zeros(0, np.uint16)], int(np.searchsorted(self.ends, start, side="right"))
         while count > 0:
             offset = start - (int(self.ends[index - 1]) if index else 0)
             part = self.shards[index][offset : offset + count]
@@ -843,23 +866,21 @@ def stream_rows(_: TokenStream, usable: int, at: Position, rows: int, seq: int, 
 def document_rows(
     data: TokenStream, usable: int, at: Position, rows: int, seq: int, bos: int
 ) -> tuple[list[int], Position]:
-    """Each row starts at the first document start after the row before it."""
+    """Each row starts at the first document start after the row before it. Raises UserError where there is none."""
     starts: list[int] = []
-    look = max(4 * seq, 65536)
+    look, wrapped = 4 * seq, -1
     while len(starts) < rows:
-        block = data.read(at.token, min(look, usable - at.token))
-        room = np.flatnonzero(block[: max(0, usable - 1 - at.token - seq)] == bos)
-        if len(room):
-            starts.append(at.token + int(room[0]))
-            at = Position(starts[-1] + seq, at.epoch)
-        elif at.token + look < usable:
-            at = Position(at.token + look, at.epoch)
-        elif at.token == 0:
+        block = data.read(at.token, max(0, min(look, usable - seq - at.token)))
+        found = np.flatnonzero(block == bos)
+        if len(found):
+            starts.append(at.token + int(found[0]))
+            at, look = Position(starts[-1] + seq, at.epoch), 4 * seq
+        elif at.token + len(block) + seq < usable:
+            at, look = Position(at.token + len(block), at.epoch), 2 * look
+        elif wrapped == len(starts):
             raise UserError(f"BATCH_MODE=documents: no document start (token {bos}) in the training shards")
         else:
-            at = Position(0, at.epoch + 1)
-        if usable - at.token < seq + 1:
-            at = Position(0, at.epoch + 1)
+            at, wrapped = Position(0, at.epoch + 1), len(starts)
     return starts, at
 
 
@@ -1031,9 +1052,12 @@ def read_manifest(folder: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise UserError(f"{path} is not JSON; make the data again") from None
+        manifest = None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("tokenizer", {}), dict):
+        raise UserError(f"{path} is not a manifest; make the data again")
+    return manifest
 
 
 def data_fingerprint(h: Hyperparameters, stream: TokenStream) -> str:
@@ -1047,8 +1071,8 @@ def load_tokenizer(h: Hyperparameters) -> Tokenizer:
     tokenizer = ByteTokenizer() if h.vocab_size == 256 else SentencePieceTokenizer(h.tokenizer_path, h.vocab_size)
     made_with = (manifest.get("sha256") or manifest.get("kind")) if manifest else tokenizer.fingerprint
     if made_with != tokenizer.fingerprint:
-        name = manifest.get("file") or manifest.get("kind")
-        raise UserError(f"DATA_PATH={h.data_path} was made with another tokenizer ({name}) than {h.tokenizer_path}")
+        name, mine = manifest.get("file") or manifest.get("kind"), "bytes" if h.vocab_size == 256 else h.tokenizer_path
+        raise UserError(f"DATA_PATH={h.data_path} was made with another tokenizer ({name}) than this run's ({mine})")
     return tokenizer
 
 
@@ -1157,8 +1181,8 @@ class HalfCodec(Codec):
 
 def group_view(w: Tensor, size: int) -> Tensor:
     """(..., columns) as (..., groups, size), the last group padded with zeros where columns are not a multiple."""
-    short = -w.shape[-1] % size
-    return F.pad(w, (0, short)).unflatten(-1, (-1, size))
+    size = min(size, w.shape[-1])
+    return F.pad(w, (0, -w.shape[-1] % size)).unflatten(-1, (-1, size))
 
 
 def ungroup(w: Tensor, columns: int) -> Tensor:
@@ -1183,12 +1207,13 @@ class GroupedCodec(Codec):
 
     def decode(self, coded: Codes) -> Tensor:
         assert coded.scales is not None
-        spread = coded.scales.repeat_interleave(self.group, -1)[..., : coded.codes.shape[-1]]
-        return coded.codes.float() * spread
+        columns = coded.codes.shape[-1]
+        return coded.codes.float() * coded.scales.repeat_interleave(min(self.group, columns), -1)[..., :columns]
 
     def decode_numpy(self, codes: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
         assert scales is not None
-        return codes.astype(np.float32) * np.repeat(scales, self.group, axis=-1)[..., : codes.shape[-1]]
+        columns = codes.shape[-1]
+        return codes.astype(np.float32) * np.repeat(scales, min(self.group, columns), axis=-1)[..., :columns]
 
     def sizes(self, w: Tensor) -> Tensor:
         """Real elements of each group, (groups,)."""
@@ -1233,8 +1258,10 @@ class IntCodec(GroupedCodec):
 
     def quantize(self, w: Tensor, tuning: Tuning) -> Codes:
         grouped = group_view(w, self.group)
-        stored = round_to(grouped.abs().amax(-1) / self.top * tuning.multiplier, torch.bfloat16)
-        codes = (grouped / stored.clamp(min=1e-12).unsqueeze(-1).to(w.dtype)).round().clamp(-self.top, self.top)
+        alive = grouped.abs().sum(-1) / self.sizes(w) >= 1e-12
+        stored = round_to(grouped.abs().amax(-1) / self.top * tuning.multiplier, torch.bfloat16) * alive
+        divisor = torch.where(stored > 0, stored, 1.0).unsqueeze(-1).to(w.dtype)
+        codes = (grouped / divisor).round().clamp(-self.top, self.top) * alive.unsqueeze(-1)
         return Codes(ungroup(codes, w.shape[-1]).to(torch.int8), stored)
 
 
@@ -2276,7 +2303,7 @@ def batch_tokens(h: Hyperparameters, progress: float) -> int:
 # Needs: CODECS, weights' banks. Reading needs numpy only, and does not care how the model was trained.
 
 ARTIFACT_MAGIC = b"PGZ1"
-MAX_ELEMENTS = 2**31  # no artifact of the field comes near; bounds what a hostile header can make us allocate
+MAX_HEADER_BYTES = 2**20  # JSON; that of a 75M-parameter model has 10 kB
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "pb": 0, "dict_size": 2**24}]
 
 
@@ -2289,13 +2316,16 @@ def brotli_compress(data: bytes) -> bytes:
 def brotli_expand(data: bytes, size: int) -> bytes:
     import brotli
 
-    reader, out = brotli.Decompressor(), b""
-    while not reader.is_finished() and len(out) <= size:
-        part = reader.process(data if reader.can_accept_more_data() else b"", output_buffer_limit=size + 1 - len(out))
-        data, out = b"", out + part
-        if not part and not reader.is_finished():
+    reader, parts, room = brotli.Decompressor(), [b""], size + 1
+    while not reader.is_finished() and room > 0:
+        try:
+            parts.append(reader.process(data, output_buffer_limit=room))
+        except brotli.error:
+            raise ValueError("brotli stream is damaged") from None
+        data, room = b"", room - len(parts[-1])
+        if not parts[-1] and not reader.is_finished():
             raise ValueError("brotli stream is cut short")
-    return out
+    return b"".join(parts)
 
 
 def lzma_expand(data: bytes, size: int) -> bytes:
@@ -2405,6 +2435,11 @@ def write_artifact(h: Hyperparameters, tensors: Iterator[Coded], prints: dict[st
     return Artifact(ARTIFACT_MAGIC + zlib.crc32(body).to_bytes(4, "little") + body, table)
 
 
+def most_elements(data: bytes) -> int:
+    """Bound on the weights of a file, which bounds what a hostile one can make us allocate (untrained ternary: 11)."""
+    return 2**24 + 256 * len(data)
+
+
 def read_header(data: bytes) -> tuple[dict[str, Any], bytes]:
     """Header and payload of an artifact. Raises UserError for a foreign, truncated or damaged file."""
     if data[:4] != ARTIFACT_MAGIC:
@@ -2414,20 +2449,44 @@ def read_header(data: bytes) -> tuple[dict[str, Any], bytes]:
         raise UserError("the artifact is truncated or damaged (checksum differs); copy or export it again")
     size = int.from_bytes(body[:4], "little")
     try:
-        header = json.loads(lzma_expand(body[4 : 4 + size], 2**24))
-    except (ValueError, lzma.LZMAError, EOFError):
+        header = json.loads(lzma_expand(body[4 : 4 + size], MAX_HEADER_BYTES))
+    except (ValueError, lzma.LZMAError, EOFError, RecursionError):
         raise UserError("the artifact's header cannot be read") from None
     if not isinstance(header, dict) or header.get("version") != 1:
         raise UserError("the artifact's version is not 1; read it with the program that wrote it")
     return header, body[4 + size :]
 
 
-def read_streams(header: dict[str, Any], payload: bytes) -> dict[str, np.ndarray]:
-    """Unpacked streams by kind. Checks sizes before it allocates. Raises UserError."""
+def check_header(header: dict[str, Any], limit: int) -> dict[str, Any]:
+    """The configuration of a header, all of whose values and sizes are sane. Raises ValueError or UserError."""
+    config, shapes = header["config"], [row[2:] for row in header["tensors"]]
+    if not isinstance(config, dict) or not isinstance(header["prints"], dict):
+        raise ValueError("config and prints must be objects")
+    if unknown := set(config) ^ set(structure_config(Hyperparameters())):
+        raise ValueError(f"it was written by another version ({', '.join(sorted(unknown))})")
+    for name, value in config.items():
+        text = str(int(value)) if isinstance(value, bool) else str(value)
+        if type(parse_value(name.upper(), text)) is not type(value):
+            raise ValueError(f"{name} is a {type(value).__name__}")
+    if len({row[0] for row in header["tensors"]}) != len(shapes) or len({r[0] for r in header["streams"]}) != len(
+        header["streams"]
+    ):
+        raise ValueError("a name occurs twice")
+    if not all(type(n) is int and n > 0 for shape in shapes for n in shape):
+        raise ValueError("a tensor has an impossible shape")
+    if sum(math.prod(shape) for shape in shapes) > limit:
+        raise ValueError("more weights than its bytes can hold")
+    return config
+
+
+def read_streams(header: dict[str, Any], payload: bytes, limit: int) -> dict[str, np.ndarray]:
+    """Unpacked streams by kind. Checks sizes before it allocates. Raises ValueError or UserError."""
     streams, at = {}, 0
     for kind, packing, tool, count, packed, stored in header["streams"]:
         dtype = STREAM_TYPES[kind]
-        if not (0 <= count <= MAX_ELEMENTS and 0 <= packed <= 8 + count * max(dtype.itemsize, 2) and stored >= 0):
+        if packing not in packings_of(kind):
+            raise ValueError(f"stream {kind} cannot be packed as {packing}")
+        if not (0 <= count <= limit and 0 <= packed <= 8 + count * dtype.itemsize and stored >= 0):
             raise ValueError(f"stream {kind} has impossible sizes")
         if tool in COMPRESSOR_PACKAGES and find_spec(COMPRESSOR_PACKAGES[tool]) is None:
             raise UserError(f"the artifact needs the package {COMPRESSOR_PACKAGES[tool]}; install it")
@@ -2452,10 +2511,8 @@ def decode_artifact(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]
     """Header and float32 weights by name. Needs no torch arithmetic. Raises UserError for any file it cannot read."""
     header, payload = read_header(data)
     try:
-        base = Hyperparameters(**{n: v for n, v in header["config"].items() if n.upper() in FIELDS})
-        if sum(math.prod(row[2:]) for row in header["tensors"]) > MAX_ELEMENTS:
-            raise ValueError("too many elements")
-        streams = read_streams(header, payload)
+        base = Hyperparameters(**check_header(header, most_elements(data)))
+        streams = read_streams(header, payload, most_elements(data))
         weights, used = {}, dict[str, int]()
         for name, codec_name, *shape in header["tensors"]:
             codec = CODECS[codec_name](base)
@@ -2463,7 +2520,7 @@ def decode_artifact(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]
             bits = take(streams, used, "scales", scale_shape).astype(np.uint32) if scale_shape else None
             scales = None if bits is None else (bits << 16).view(np.float32)
             weights[name] = codec.decode_numpy(np.ascontiguousarray(codes), scales)
-    except (ValueError, KeyError, TypeError, IndexError, OverflowError, lzma.LZMAError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError, lzma.LZMAError, EOFError) as error:
         raise UserError(f"the artifact cannot be decoded: {error}") from None
     if any(used.get(kind, 0) != stream.size for kind, stream in streams.items()):
         raise UserError("the artifact cannot be decoded: streams and tensors do not match")
