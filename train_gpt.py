@@ -506,9 +506,9 @@ def help_text() -> str:
             meta = spec.metadata
             if meta["group"] == group:
                 default = int(spec.default) if isinstance(spec.default, bool) else spec.default
-                kind = "|".join(meta["choices"]) if meta["choices"] and len(meta["choices"]) < 6 else str(spec.type)
                 unit = f" [{meta['unit']}]" if meta["unit"] else ""
-                lines.append(f"  {name:<28} {kind:<26} {default!s:<12} {meta['meaning']}{unit}")
+                choices = f" ({'|'.join(meta['choices'])})" if meta["choices"] else ""
+                lines.append(f"  {name:<28} {spec.type:<6} {default!s:<10} {meta['meaning']}{unit}{choices}")
         lines.append("")
     lines.append("presets (PRESET=): " + ", ".join(PRESETS))
     return "\n".join(lines)
@@ -1444,7 +1444,7 @@ def rms_norm(x: Tensor) -> Tensor:
     """Root-mean-square norm over the last dimension, no gain; a zero vector gives zero (Zhang & Sennrich 2019)."""
     if x.device.type == "cpu":
         return RMSNormFunction.apply(x)
-    return F.rms_norm(x, (x.shape[-1],))
+    return F.rms_norm(x, (x.shape[-1],), eps=1e-12)  # the default would halve embeddings as small as ours start
 
 
 class SquaredReLUFunction(torch.autograd.Function):
@@ -1502,7 +1502,7 @@ def rotary_frequencies(h: Hyperparameters) -> tuple[np.ndarray, float]:
 
 
 class Rotary(Module):
-    """Cosine and sine of any position below 2^24, exact to the last bits of float32.
+    """Cosine and sine of any position, exact to the last bits of float32; positions start anew every 2^24.
 
     A float32 angle is off by 4e-3 rad at position 64k. So two tables made in float64, one for the low twelve bits of
     the position and one for the rest, are joined by the addition theorem: e^(i(a+b)) = e^(ia) e^(ib).
@@ -1522,7 +1522,7 @@ class Rotary(Module):
     high: Tensor
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = self.low[positions % self.SPLIT], self.high[positions // self.SPLIT]  # (B, T, R/2, 2)
+        a, b = self.low[positions % self.SPLIT], self.high[positions // self.SPLIT % self.SPLIT]
         cosine = a[..., 0] * b[..., 0] - a[..., 1] * b[..., 1]
         sine = a[..., 0] * b[..., 1] + a[..., 1] * b[..., 0]
         return (cosine * self.factor).unsqueeze(-2), (sine * self.factor).unsqueeze(-2)
@@ -1628,7 +1628,8 @@ def capped_loss_and_slope(z: Tensor, targets: Tensor, cap: float) -> tuple[Tenso
     if cap:
         turned = z.div_(cap).tanh_()
         z = turned * cap
-    top = cap or z.amax(1, keepdim=True)  # capped logits need no search for their maximum
+    # Logits under a small cap need no search for their maximum: exp(-2 cap) is still far above the smallest float32.
+    top = cap if 0 < cap <= 40 else z.amax(1, keepdim=True)
     picked = z.gather(1, index) - top
     share = z.sub_(top).exp_()
     norm = share.sum(1, keepdim=True)
@@ -1932,7 +1933,8 @@ class GPT(Module):
         self, sites: Sequence[Site], r: tuple, ctx: Ctx, states: tuple | None
     ) -> tuple[tuple, Ctx, dict[int, Any], dict[str, Tensor]]:
         """Pass the residual state through some sites; returns it with the context, new states and losses."""
-        new, losses = {}, dict[str, Tensor]()
+        new: dict[int, Any] = {}
+        losses: dict[str, Tensor] = {}
         for site in sites:
             x, r, link = self.residual.read(r, site)
             out = self.site(site)(rms_norm(x), ctx, None if states is None else states[1 + site.id])
@@ -1948,7 +1950,8 @@ class GPT(Module):
         """(B, T, D) before the head, the next state (None if none was given), auxiliary losses."""
         r: tuple = self.residual.open(self.embed(ctx), None)
         every = self.h.grad_checkpoint if torch.is_grad_enabled() else 0
-        new, losses = {}, dict[str, Tensor]()
+        new: dict[int, Any] = {}
+        losses: dict[str, Tensor] = {}
         states: dict[int, Any]
         for at in range(0, len(self.sites), every or len(self.sites)):
             part = self.sites[at : at + (every or len(self.sites))]
@@ -2055,7 +2058,10 @@ def sample_token(logits: Tensor, temperature: float, top_p: float, generator: to
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     ordered, index = (logits.cpu().double() / temperature).softmax(-1).sort(-1, descending=True)
-    ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered > top_p, 0.0)
+    before = ordered.cumsum(-1) - ordered
+    drop = before >= top_p
+    drop[..., 0] = False
+    ordered = ordered.masked_fill(drop, 0.0)
     return index.gather(-1, torch.multinomial(ordered, 1, generator=generator)).to(logits.device)
 
 
@@ -2115,8 +2121,9 @@ class Bank:
         has = torch.tensor([p.grad is not None for p in self.parameters], device=self.latent.device)
         return torch.stack(grads), has.view(-1, *[1] * (self.latent.ndim - 1))
 
-    def coded(self) -> Codes:
-        return self.codec.quantize(self.latent, self.tuning)
+    def coded(self, part: slice = slice(None)) -> Codes:
+        """Codes of some of the bank's weights; all of them at once by default."""
+        return self.codec.quantize(self.latent[part], Tuning(*(tuned[part] for tuned in self.tuning)))
 
     @torch.no_grad()
     def materialize(self, quantized: bool) -> None:
@@ -2392,10 +2399,10 @@ class Coded(NamedTuple):
 def coded_tensors(weights: Weights) -> Iterator[Coded]:
     """All tensors as the model's forward pass has them, bank by bank."""
     for bank in weights.banks.values():
-        coded = bank.coded()
-        codes, scales = coded.codes.cpu().numpy(), None if coded.scales is None else coded.scales.cpu().numpy()
-        for i, name in enumerate(bank.names):
-            yield Coded(name, bank.role.codec, codes[i], None if scales is None else scales[i])
+        for i, name in enumerate(bank.names):  # one by one: a bank's temporaries would be as large as the model
+            coded = bank.coded(slice(i, i + 1))
+            scales = None if coded.scales is None else coded.scales[0].cpu().numpy()
+            yield Coded(name, bank.role.codec, coded.codes[0].cpu().numpy(), scales)
 
 
 def bf16_bits(values: np.ndarray) -> np.ndarray:
