@@ -83,7 +83,7 @@ class Hyperparameters:
     device: str = var("auto", "run", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     precision: str = var("auto", "run", "arithmetic of the forward pass", choices=("auto", "bf16", "fp32", "fp64"))
     compile: str = var("auto", "run", "torch.compile the step; auto: on CUDA only", choices=("auto", "0", "1"))
-    compile_mode: str = var("default", "run", "mode handed to torch.compile", when=lambda h: h.compile != "0")
+    compile_mode: str = var("default", "run", "mode handed to torch.compile", when=lambda h: h.may_compile)
     cpu_threads: int = var(0, "run", "threads of one process on a CPU; 0: torch's choice", low=0)
     strict_config: bool = var(False, "run", "fail when a variable is set that has no effect")
     sample_tokens: int = var(160, "run", "tokens of sample text in the closing summary; 0: none", "tokens", low=0)
@@ -171,7 +171,7 @@ class Hyperparameters:
     adam_eps: float = var(1e-8, "optimizer", "AdamW epsilon", low=0)
     grad_clip_norm: float = var(0.0, "optimizer", "clip the global gradient norm to this; 0: off", low=0)
     warmup_steps: int = var(20, "optimizer", "compile warm-up steps outside the clock, undone afterwards", "steps",
-        low=0, when=lambda h: h.compile != "0")
+        low=0, when=lambda h: h.may_compile)
     lr_warmup_fraction: float = var(0.0, "optimizer", "progress over which rates rise from 0", "fraction", low=0,
         high=1)
     warmdown_iters: int = var(0, "optimizer",
@@ -212,6 +212,11 @@ class Hyperparameters:
     def any_grouped(self) -> bool:
         """Whether some codec shares scales in groups."""
         return any(c == "ternary" or c.startswith("int") for c in self.codecs)
+
+    @property
+    def may_compile(self) -> bool:
+        """Whether the step could be compiled on some device that this configuration allows."""
+        return self.compile == "1" or (self.compile == "auto" and self.device in ("auto", "cuda"))
 
     @property
     def has_head(self) -> bool:
@@ -364,7 +369,7 @@ def check_range(name: str, value: Any) -> None:
 def read_env_file(path: str) -> dict[str, str]:
     """KEY=VALUE lines of a config.env; comments and blank lines are skipped. Raises UserError."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise UserError(f"ENV_FILE={path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -687,7 +692,7 @@ class Log:
 
     def __init__(self, folder: Path | None, active: bool) -> None:
         self.active = active
-        self.bar_width = 0
+        self.bar_width, self.bar_time = 0, 0.0
         self.file: TextIO | None = None
         self.metrics: TextIO | None = None
         if active and folder is not None:
@@ -711,7 +716,9 @@ class Log:
             self.metrics.flush()
 
     def progress(self, fraction: float, text: str) -> None:
-        if self.active and sys.stdout.isatty():
+        """Redraw the progress line, at most five times a second."""
+        if self.active and sys.stdout.isatty() and time.monotonic() - self.bar_time > 0.2:
+            self.bar_time = time.monotonic()
             filled = round(24 * min(1.0, fraction))
             bar = f"[{'#' * filled}{'.' * (24 - filled)}] {fraction:4.0%} {text}"
             sys.stdout.write("\r" + bar.ljust(self.bar_width))
@@ -1444,7 +1451,7 @@ def rms_norm(x: Tensor) -> Tensor:
     """Root-mean-square norm over the last dimension, no gain; a zero vector gives zero (Zhang & Sennrich 2019)."""
     if x.device.type == "cpu":
         return RMSNormFunction.apply(x)
-    return F.rms_norm(x, (x.shape[-1],), eps=1e-12)  # the default would halve embeddings as small as ours start
+    return F.rms_norm(x, (x.shape[-1],), eps=1e-12)  # the default eps shifts small embeddings by 0.4%
 
 
 class SquaredReLUFunction(torch.autograd.Function):
@@ -3176,6 +3183,7 @@ def train_loop(s: Session, state: TrainState) -> None:
         pace.mark(clock.seconds() - now)
         window.add(loss, tokens)
         state.seconds = clock.seconds()
+        log.progress(progress, f"step {state.step} eta {eta_text(h, state)}")
         if state.step % h.train_log_every == 0 or state.step <= 5:
             report_training(s, state, window)
     synchronize(rt)
@@ -3231,18 +3239,21 @@ def switch_variant(s: Session, state: TrainState, progress: float) -> None:
         s.log.line(f"step:{state.step} head untied from the embedding")
 
 
+def eta_text(h: Hyperparameters, state: TrainState) -> str:
+    """Training time that remains at the pace so far."""
+    progress = max(1e-6, progress_of(h, state.step, state.seconds))
+    return clock_text(state.seconds / progress - state.seconds)
+
+
 def report_training(s: Session, state: TrainState, window: LossWindow) -> None:
     """One line in the field's format, one metrics object, and the progress bar."""
     h, passed = s.h, max(1e-9, state.seconds - window.seconds)
     speed, steps = window.tokens / passed, state.step - window.step
     loss = window.mean(s.rt, state)
-    progress = max(1e-6, progress_of(h, state.step, state.seconds))
-    eta = clock_text(state.seconds / progress - state.seconds)
     s.log.line(
         f"step:{state.step}/{h.iterations} train_loss:{loss:.4f} train_time:{state.seconds * 1e3:.0f}ms "
-        f"step_avg:{state.seconds * 1e3 / state.step:.2f}ms tok/s:{speed:.0f}{utilization_text(s, speed)} eta:{eta}"
+        f"step_avg:{state.seconds * 1e3 / state.step:.2f}ms tok/s:{speed:.0f}{utilization_text(s, speed)} eta:{eta_text(h, state)}"
     )
-    s.log.progress(progress, f"step {state.step} loss {loss:.4f} eta {eta}")
     s.log.metric(
         "train",
         step=state.step,

@@ -1,0 +1,107 @@
+"""What only a GPU can show: presets causal there, attention backends alike, rotary angles exact, compiled = eager."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt as t
+
+SMALL = {"NUM_LAYERS": "3", "TRAIN_SEQ_LEN": "128", "TRAIN_BATCH_TOKENS": "512", "MICRO_BATCH_TOKENS": "512"}
+
+
+def build(preset: str, **more: str) -> tuple[t.Hyperparameters, t.Runtime, t.GPT]:
+    """A preset at its own width and vocabulary but few layers, with all weights drawn (none starts at zero)."""
+    h = t.load_config({"PRESET": preset, "DEVICE": "cuda", **SMALL, **more})
+    rt = t.start_runtime(h)
+    model = t.build_model(h, rt, 1)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            drawn = torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5
+            parameter.copy_(drawn if parameter.ndim == 2 else parameter.cpu() + 0.1 * drawn)
+    return h, rt, model
+
+
+@pytest.mark.parametrize("preset", t.PRESETS)
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_no_later_token_moves_an_earlier_logit(preset: str, precision: str) -> None:
+    h, rt, model = build(preset, PRECISION=precision)
+    tokens = torch.randint(2, h.vocab_size, (2, 128), generator=torch.Generator().manual_seed(1)).cuda()
+    with torch.no_grad(), rt.precision():
+        whole, _ = model.logits(tokens, t.final_variant(h))
+        for at in (1, 63, 64, 127):
+            changed = tokens.clone()
+            changed[:, at:] = (changed[:, at:] + 1) % h.vocab_size
+            other, _ = model.logits(changed, t.final_variant(h))
+            assert torch.equal(whole[:, :at], other[:, :at])
+            assert not torch.equal(whole[:, at:], other[:, at:])
+
+
+@pytest.mark.parametrize("window", [0, 32])
+@pytest.mark.parametrize("backend", ["fa3", "fa2"])
+def test_flash_attention_agrees_with_sdpa(backend: str, window: int) -> None:
+    if find_spec(t.ATTENTION_PACKAGES[backend]) is None:
+        pytest.skip(f"{backend} is not installed")
+    q, k, v = (torch.randn(2, 256, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 4, 4))
+    key = torch.arange(256, device="cuda")
+    mask = (key <= key[:, None]) & (key > key[:, None] - (window or 256))
+    expected = t.sdpa(q.float(), k.float(), v.float(), mask, False)
+    assert (t.ATTENTION[backend](q, k, v, window).float() - expected).abs().max() < 2e-2
+
+
+def test_masked_and_causal_sdpa_agree_in_bf16() -> None:
+    q, k, v = (torch.randn(2, 256, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 4, 4))
+    mask = torch.ones(256, 256, dtype=torch.bool, device="cuda").tril()
+    assert (t.sdpa(q, k, v, None, True).float() - t.sdpa(q, k, v, mask, False).float()).abs().max() < 2e-2
+
+
+def test_rotary_angles_are_exact_at_64k() -> None:
+    h = t.load_config({"PRESET": "attn", "DEVICE": "cuda"})
+    positions = torch.tensor([[0, 1, 4095, 4096, 65535, 65536, 2**20 + 1]], device="cuda")
+    cosine, sine = t.Rotary(h).cuda()(positions)
+    assert cosine.dtype == torch.float32
+    angles = positions.cpu().numpy()[0][:, None] * t.rotary_frequencies(h)[0]
+    for found, expected in ((cosine, np.cos(angles)), (sine, np.sin(angles))):
+        assert np.abs(found[0, :, 0].cpu().double().numpy() - expected).max() < 1e-6
+
+
+@pytest.mark.parametrize("preset", ["attn", "ternary"])
+def test_compiled_loss_and_gradients_agree_with_eager(preset: str) -> None:
+    h, rt, model = build(preset)
+    tokens = torch.randint(2, h.vocab_size, (4, 129), generator=torch.Generator().manual_seed(1)).cuda()
+    found = []
+    for loss_of in (model.loss, torch.compile(model.loss, dynamic=False, fullgraph=True)):
+        model.zero_grad()
+        with rt.precision():
+            out = loss_of(tokens[:, :-1], tokens[:, 1:], t.Variant())
+        (out.total / tokens.numel()).backward()
+        found.append((float(out.total) / tokens.numel(), {n: p.grad.clone() for n, p in model.named_parameters()}))
+    assert abs(found[0][0] - found[1][0]) < 1e-2
+    for name, grad in found[0][1].items():
+        assert (grad - found[1][1][name]).norm() <= 0.1 * grad.norm() + 1e-8, name
+
+
+def test_codecs_give_the_same_bits_on_gpu_and_cpu() -> None:
+    h = t.load_config({"PRESET": "ternary"})
+    weights = torch.randn(3, 96, 300, generator=torch.Generator().manual_seed(3))
+    for name in t.CODECS:
+        codec = t.CODECS[name](h)
+        there, here = (codec.quantize(w, t.default_tuning(w)) for w in (weights.cuda(), weights))
+        # A mean summed in another order may round to the next bf16; whatever came out must decode alike.
+        assert torch.equal(
+            codec.decode(there).cpu(), codec.decode(t.Codes(*(x if x is None else x.cpu() for x in there)))
+        )
+        assert (there.codes.cpu() != here.codes).float().mean() < 1e-3
+
+
+def test_loader_delivers_the_same_batches_as_on_the_cpu(byte_data: Path) -> None:
+    settings = {"PRESET": "tiny", "VOCAB_SIZE": "256", "DATA_PATH": str(byte_data)}
+    runs = []
+    for device in ("cuda", "cpu"):
+        h = t.load_config({**settings, "DEVICE": device})
+        loader = t.Loader(h, t.start_runtime(h), t.BYTE_BOS)
+        runs.append([loader.next(8, 32).tokens.cpu() for _ in range(50)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
