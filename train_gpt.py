@@ -3252,7 +3252,8 @@ def report_training(s: Session, state: TrainState, window: LossWindow) -> None:
     loss = window.mean(s.rt, state)
     s.log.line(
         f"step:{state.step}/{h.iterations} train_loss:{loss:.4f} train_time:{state.seconds * 1e3:.0f}ms "
-        f"step_avg:{state.seconds * 1e3 / state.step:.2f}ms tok/s:{speed:.0f}{utilization_text(s, speed)} eta:{eta_text(h, state)}"
+        f"step_avg:{state.seconds * 1e3 / state.step:.2f}ms tok/s:{speed:.0f}"
+        f"{utilization_text(s, speed)} eta:{eta_text(h, state)}"
     )
     s.log.metric(
         "train",
