@@ -25,6 +25,7 @@ import json
 import lzma
 import math
 import os
+import pickle
 import shlex
 import sys
 import time
@@ -44,6 +45,10 @@ from typing import Any, ClassVar, NamedTuple, TextIO
 
 class UserError(Exception):
     """A mistake the user can mend; printed as one line, exit code 2."""
+
+
+class AgreedError(UserError):
+    """A UserError that all ranks raise alike; rank 0 prints it."""
 
 
 def var(
@@ -446,6 +451,7 @@ def validate(h: Hyperparameters) -> None:
             set(h.mixers) - set(kinds),
             f"LAYER_PATTERN={h.layer_pattern} names an unknown mixer; known: {', '.join(kinds)}",
         ),
+        (h.resume == "auto" and not h.run_id, "RESUME=auto needs the RUN_ID of the run to continue"),
         (
             not h.iterations and not h.max_wallclock_seconds,
             "ITERATIONS=0 needs MAX_WALLCLOCK_SECONDS, or nothing bounds the run",
@@ -635,7 +641,7 @@ def on_main(rt: Runtime, action: Callable[[], Any]) -> Any:
     if rt.world > 1:
         dist.broadcast_object_list(outcome, 0, group=rt.control)
     if outcome[1]:
-        raise UserError(outcome[1])
+        raise AgreedError(outcome[1])
     return outcome[0]
 
 
@@ -712,7 +718,8 @@ class Log:
     def metric(self, kind: str, **values: Any) -> None:
         """Append one JSON object; units are part of the names."""
         if self.metrics:
-            self.metrics.write(json.dumps({"kind": kind, **values}) + "\n")
+            finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
+            self.metrics.write(json.dumps({"kind": kind, **finite}, allow_nan=False) + "\n")
             self.metrics.flush()
 
     def progress(self, fraction: float, text: str) -> None:
@@ -846,6 +853,18 @@ class TokenStream:
         return digest.hexdigest()
 
 
+def holdout_size(h: Hyperparameters, stream: TokenStream) -> int:
+    """Tokens at the end of the training stream that are never trained on: at most a tenth of it."""
+    return min(h.holdout_tokens, stream.tokens // 10)
+
+
+def read_holdout(h: Hyperparameters) -> np.ndarray:
+    """The held-out training tokens, for calibration and model selection."""
+    stream = TokenStream(h.data_path, "train", h.vocab_size)
+    size = holdout_size(h, stream)
+    return stream.read(stream.tokens - size, size)
+
+
 class Position(NamedTuple):
     """Where the loader stands: tokens (or offset within each stream) consumed in this epoch, and the epoch."""
 
@@ -912,7 +931,7 @@ class Loader:
     def __init__(self, h: Hyperparameters, rt: Runtime, bos: int) -> None:
         self.stream = TokenStream(h.data_path, "train", h.vocab_size)
         self.rt, self.bos, self.mode = rt, bos, BATCH_MODES[h.batch_mode]
-        self.usable = self.stream.tokens - min(h.holdout_tokens, self.stream.tokens // 10)
+        self.usable = self.stream.tokens - holdout_size(h, self.stream)
         largest = max(tokens for _, tokens in h.stages)
         if self.usable < largest + 1:
             raise UserError(
@@ -927,10 +946,6 @@ class Loader:
     def seek(self, position: Position) -> None:
         """Continue from a saved position; what was prepared is dropped."""
         self.position, self.ready = position, None
-
-    def holdout(self, count: int) -> np.ndarray:
-        """The first `count` tokens of the held-out end of the training stream; never trained on."""
-        return self.stream.read(self.usable, min(count, self.stream.tokens - self.usable))
 
     def next(self, rows: int, seq: int) -> Batch:
         """This rank's share of the next global batch of `rows` rows of `seq` tokens."""
@@ -1033,10 +1048,13 @@ class SentencePieceTokenizer:
         """Whether decoding strips the space before a text's first piece (models trained with a dummy prefix)."""
         pieces = (i for i in range(self.model.vocab_size()) if self.model.id_to_piece(i).startswith("\u2581"))
         first = next((i for i in pieces if not self.model.is_control(i)), None)
-        return first is not None and not self.model.decode([first]).startswith(" ")
+        return first is not None and self.model.decode([first]) != self.model.id_to_piece(first).replace("\u2581", " ")
 
     def byte_table(self) -> ByteTable:
-        """The field's rule, with a piece's inner space marks counted as the one-byte spaces they stand for."""
+        """The field's rule, with a piece's inner space marks counted as the one-byte spaces they stand for.
+
+        The unknown token (in models without byte fallback, such as the published ones) counts nothing, like control ones.
+        """
         model, size = self.model, self.model.vocab_size()
         base, space, boundary = np.zeros(size, np.int64), np.zeros(size, bool), np.ones(size, bool)
         drops = self.drops_first_space()
@@ -2162,9 +2180,12 @@ class Weights:
             early = bank.role.codec == "ternary" and progress < self.h.ternary_start_fraction
             bank.materialize(quantized=not early)
 
-    def latent(self, name: str) -> Tensor:
-        bank, index = self.where[name]
-        return bank.latent[index]
+    def copy(self, source: str, target: str) -> None:
+        """Let one weight start again as a copy of another, its running average (if any) as the other's."""
+        (old, i), (new, j) = self.where[source], self.where[target]
+        new.latent[j] = old.latent[i]
+        if "ema" in old.state:
+            new.state["ema"][j] = old.state["ema"][i]
 
     def clear_gradients(self) -> None:
         for bank in self.banks.values():
@@ -2317,6 +2338,8 @@ def batch_tokens(h: Hyperparameters, progress: float) -> int:
 # Needs: CODECS, weights' banks. Reading needs numpy only, and does not care how the model was trained.
 
 ARTIFACT_MAGIC = b"PGZ1"
+# What a file of the wrong shape makes our readers raise.
+MALFORMED = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, EOFError, RuntimeError)
 MAX_HEADER_BYTES = 2**20  # JSON; that of a 75M-parameter model has 10 kB
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "pb": 0, "dict_size": 2**24}]
 
@@ -2534,7 +2557,7 @@ def decode_artifact(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]
             bits = take(streams, used, "scales", scale_shape).astype(np.uint32) if scale_shape else None
             scales = None if bits is None else (bits << 16).view(np.float32)
             weights[name] = codec.decode_numpy(np.ascontiguousarray(codes), scales)
-    except (ValueError, KeyError, TypeError, IndexError, OverflowError, lzma.LZMAError, EOFError) as error:
+    except (lzma.LZMAError, *MALFORMED) as error:
         raise UserError(f"the artifact cannot be decoded: {error}") from None
     if any(used.get(kind, 0) != stream.size for kind, stream in streams.items()):
         raise UserError("the artifact cannot be decoded: streams and tensors do not match")
@@ -2858,6 +2881,7 @@ class TrainState:
 
     step: int = 0
     seconds: float = 0.0  # training clock
+    token_seconds: float = 0.0  # of the slowest recent step, to foresee the next
     position: Position = Position()
     variant: Variant = Variant()
     carry: Any = None  # mixer states of this rank's rows, or None
@@ -2873,6 +2897,7 @@ def pack_checkpoint(h: Hyperparameters, rt: Runtime, state: TrainState, weights:
         "structure": json.dumps(structure_config(h), sort_keys=True),
         "step": state.step,
         "seconds": state.seconds,
+        "token_seconds": state.token_seconds,
         "position": tuple(state.position),
         "variant": tuple(state.variant),
         "carry": flatten_state(gather_rows(rt, state.carry)),
@@ -2902,19 +2927,19 @@ def rebuild_state(like: Any, tensors: list[Tensor]) -> Any:
 
 def save_checkpoint(h: Hyperparameters, rt: Runtime, folder: Path, state: TrainState, weights: Weights) -> None:
     """Write step_*.pt and then `latest` (the file's name), both atomically; drop what KEEP_* does not keep."""
-    tree = pack_checkpoint(h, rt, state, weights)
-    if not rt.main:
-        return
-    folder.mkdir(exist_ok=True)
-    buffer = io.BytesIO()
-    torch.save(tree, buffer)
-    name = f"step_{state.step:07d}.pt"
-    write_atomically(folder / name, buffer.getvalue())
-    write_atomically(folder / "latest", name.encode())
-    old = sorted(folder.glob("step_*.pt"))[: -h.keep_checkpoints]
-    for path in old:
-        if path.name != name and not (h.keep_every and int(path.stem[5:]) % h.keep_every == 0):
-            path.unlink()
+    tree, name = pack_checkpoint(h, rt, state, weights), f"step_{state.step:07d}.pt"
+
+    def write() -> None:
+        folder.mkdir(exist_ok=True)
+        buffer = io.BytesIO()
+        torch.save(tree, buffer)
+        write_atomically(folder / name, buffer.getvalue())
+        write_atomically(folder / "latest", name.encode())
+        for path in sorted(folder.glob("step_*.pt"))[: -h.keep_checkpoints]:
+            if path.name != name and not (h.keep_every and int(path.stem[5:]) % h.keep_every == 0):
+                path.unlink()
+
+    on_main(rt, write)
 
 
 def find_checkpoint(h: Hyperparameters, folder: Path) -> Path | None:
@@ -2931,22 +2956,24 @@ def load_checkpoint(h: Hyperparameters, rt: Runtime, path: Path, model: GPT, wei
     """Restore weights, averages, optimizer, random state; returns the run state. Raises UserError for a misfit."""
     try:
         tree = torch.load(path, map_location=rt.device, weights_only=True)
-        structure, banks = json.loads(tree["structure"]), tree["banks"]
-    except (OSError, RuntimeError, KeyError, ValueError, EOFError, TypeError) as error:
+        structure, banks, rng = json.loads(tree["structure"]), tree["banks"], tree["rng"].cpu()
+        position, variant = Position(*tree["position"]), Variant(*tree["variant"])
+        state = TrainState(tree["step"], tree["seconds"], tree["token_seconds"], position, variant)
+        for saved in banks.values():
+            saved["tuning"] = Tuning(*saved["tuning"])
+        differ = [n.upper() for n, v in structure_config(h).items() if json.dumps(structure.get(n)) != json.dumps(v)]
+        carry = list(tree["carry"])
+    except (OSError, pickle.UnpicklingError, *MALFORMED) as error:
         raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}); choose an older one") from None
-    mine = structure_config(h)
-    differ = [n.upper() for n in mine if json.dumps(structure.get(n)) != json.dumps(mine[n])]
     if differ or set(banks) != set(weights.banks):
         raise UserError(f"{path} was made under another configuration; it differs in {', '.join(differ) or 'weights'}")
     for key, bank in weights.banks.items():
-        bank.latent, bank.state = banks[key]["latent"], banks[key]["state"]
-        bank.tuning = Tuning(*banks[key]["tuning"])
-    torch.set_rng_state(tree["rng"].cpu())
-    state = TrainState(tree["step"], tree["seconds"], Position(*tree["position"]), Variant(*tree["variant"]))
-    if tree["carry"]:
-        rows = tree["carry"][0].shape[0] // rt.world
+        bank.latent, bank.state, bank.tuning = banks[key]["latent"], banks[key]["state"], banks[key]["tuning"]
+    torch.set_rng_state(rng)
+    if carry:
+        rows = carry[0].shape[0] // rt.world
         share = slice(rt.rank * rows, (rt.rank + 1) * rows)
-        state.carry = rebuild_state(model.init_state(rows), [part[share] for part in tree["carry"]])
+        state.carry = rebuild_state(model.init_state(rows), [part[share] for part in carry])
     return state
 
 
@@ -3019,7 +3046,8 @@ def run_folder(h: Hyperparameters, rt: Runtime) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"OUT_DIR={h.out_dir}: {folder} cannot be made: {error.strerror}") from None
-        if (folder / "metrics.jsonl").exists() and not h.resume:
+        metrics = folder / "metrics.jsonl"
+        if not h.resume and metrics.is_file() and metrics.stat().st_size:
             raise UserError(f"{folder} already holds a run; RESUME=auto continues it, another RUN_ID starts a new one")
 
     on_main(rt, make)
@@ -3126,23 +3154,22 @@ class Pace:
     the slowest recent step for each of those, since training must end before the limit and never after.
     """
 
-    def __init__(self, rt: Runtime) -> None:
+    def __init__(self, rt: Runtime, token_seconds: float) -> None:
         self.cuda = rt.device.type == "cuda"
         self.events: list[Any] = []
-        self.recent: list[float] = []
+        self.recent = [token_seconds]
 
-    def mark(self, seconds: float) -> None:
+    def mark(self, seconds: float, tokens: int) -> None:
         """Note the end of a step, with the time it took."""
-        self.recent = [*self.recent[-15:], seconds]
+        self.recent = [*self.recent[-15:], seconds / tokens]
         if self.cuda:
             self.events.append(torch.cuda.current_stream().record_event())
             if len(self.events) > 2:
                 self.events.pop(0).synchronize()
 
-    def margin(self) -> float:
-        """Seconds that must be left for one more step to end in time."""
-        slowest = max(self.recent, default=0.0)
-        return slowest * (4 if self.cuda else 1.25)
+    def margin(self, tokens: int) -> float:
+        """Seconds that must be left for one more step of so many tokens to end in time."""
+        return max(self.recent) * tokens * (4 if self.cuda else 1.25)
 
 
 def finished(h: Hyperparameters, step: int, seconds: float, margin: float) -> bool:
@@ -3154,7 +3181,7 @@ def finished(h: Hyperparameters, step: int, seconds: float, margin: float) -> bo
 def train_loop(s: Session, state: TrainState) -> None:
     """Train until the agreed end; the clock stops for validation and saving."""
     h, rt, log = s.h, s.rt, s.log
-    step, pace, clock = make_step(s), Pace(rt), Clock(state.seconds)
+    step, pace, clock = make_step(s), Pace(rt, state.token_seconds), Clock(state.seconds)
     s.loader.seek(state.position)
     if rt.compile and h.warmup_steps:
         log.line(f"warm-up: {h.warmup_steps} steps outside the clock, undone afterwards")
@@ -3165,22 +3192,25 @@ def train_loop(s: Session, state: TrainState) -> None:
     window, fresh = LossWindow(state), state.step
     clock.start()
     while True:
-        now, margin = agree(rt, clock.seconds(), pace.margin())
+        tokens = batch_tokens(h, progress_of(h, state.step, clock.seconds()))
+        now, margin, size = agree(rt, clock.seconds(), pace.margin(tokens), tokens)
         if finished(h, state.step, now, margin):
             break
         if state.step > fresh:
             pause_for(s, state, clock)
-            now = clock.seconds() if rt.world == 1 else agree(rt, clock.seconds())[0]
+            (now,) = agree(rt, clock.seconds())
         progress = progress_of(h, state.step, now)
         switch_variant(s, state, progress)
-        tokens = batch_tokens(h, progress)
+        tokens = int(size)
         batch = s.loader.next(tokens // h.train_seq_len, h.train_seq_len)
         loss, state.carry = step(batch, state, progress)
         average = h.ema_decay > 0 and progress >= h.ema_start_fraction
-        s.optimizer.step(rate_scale(h, state.step, now), muon_momentum(h, state.step), average, progress)
+        ahead = progress_of(h, state.step + 1, now)  # a resumed run quantizes its weights for the next step, too
+        s.optimizer.step(rate_scale(h, state.step, now), muon_momentum(h, state.step), average, ahead)
         s.weights.clear_gradients()
         state.step, state.position = state.step + 1, s.loader.position
-        pace.mark(clock.seconds() - now)
+        pace.mark(clock.seconds() - now, tokens)
+        state.token_seconds = max(pace.recent)
         window.add(loss, tokens)
         state.seconds = clock.seconds()
         log.progress(progress, f"step {state.step} eta {eta_text(h, state)}")
@@ -3233,7 +3263,7 @@ def switch_variant(s: Session, state: TrainState, progress: float) -> None:
     """Turn on structure whose time has come; a head that is untied starts as a copy of the embedding."""
     h = s.h
     if h.untie_at_fraction and not state.variant.untied and progress >= h.untie_at_fraction:
-        s.weights.latent("head.weight").copy_(s.weights.latent("embed.weight"))
+        s.weights.copy("embed.weight", "head.weight")
         state.variant = state.variant._replace(untied=True)
         s.weights.materialize(progress)
         s.log.line(f"step:{state.step} head untied from the embedding")
@@ -3277,7 +3307,7 @@ def utilization_text(s: Session, speed: float) -> str:
 
 
 def scorer_of(s: Session, model: GPT) -> Scorer:
-    return Scorer(s.h, s.rt, model, s.table, s.loader.holdout(s.h.holdout_tokens))
+    return Scorer(s.h, s.rt, model, s.table, read_holdout(s.h) if s.h.temp_scaling else s.validation[:0])
 
 
 def report_validation(s: Session, state: TrainState) -> Score:
@@ -3307,7 +3337,8 @@ def report_validation(s: Session, state: TrainState) -> Score:
 def export(s: Session, state: TrainState) -> Path:
     """Write the artifact of the averaged (if any) and quantized weights; rank 0 writes, all return its path."""
     path, began = s.folder / "model.pgz", time.monotonic()
-    if s.rt.main:
+
+    def write() -> None:
         prints = {"data": data_fingerprint(s.h, s.loader.stream), "tokenizer": s.tokenizer.fingerprint}
         artifact = write_artifact(s.h, coded_tensors(s.weights), prints)
         write_atomically(path, artifact.data)
@@ -3317,7 +3348,8 @@ def export(s: Session, state: TrainState) -> Path:
         for kind, packing, tool, values, packed, stored in artifact.table:
             s.log.line(f"{kind:<10}{packing:<10}{tool:<12}{values:>12}{packed:>14}{stored:>14}")
         s.log.metric("export", seconds=round(time.monotonic() - began, 3), streams=artifact.table)
-    agree(s.rt, 0.0)  # nobody reads before rank 0 has written
+
+    on_main(s.rt, write)
     return path
 
 
@@ -3395,9 +3427,8 @@ def train(h: Hyperparameters, rt: Runtime) -> int:
     log = Log(folder, rt.main)
     try:
         s = open_session(h, rt, folder, log)
-        if rt.main:
-            write_atomically(folder / "config.env", config_env(h).encode())
-            write_atomically(folder / "train_gpt.py", Path(__file__).read_bytes())
+        on_main(rt, lambda: write_atomically(folder / "config.env", config_env(h).encode()))
+        on_main(rt, lambda: write_atomically(folder / "train_gpt.py", Path(__file__).read_bytes()))
         log.line(f"run:{folder}")
         describe(s)
         state = TrainState()
@@ -3467,7 +3498,8 @@ def open_artifact(path: str, environ: dict[str, str]) -> tuple[Hyperparameters, 
     The network's structure comes from the artifact; a variable that contradicts it is an error.
     """
     header, arrays = read_artifact(path)
-    h = load_config(environ, header["config"])
+    window = header["config"]["train_seq_len"]
+    h = load_config(environ, {**header["config"], "train_batch_tokens": window, "micro_batch_tokens": window})
     values = dataclasses.asdict(h)
     stretch = {"yarn_factor", "yarn_original", "train_seq_len"}  # these may differ: a longer context at evaluation
     for name, value in header["config"].items():
@@ -3488,7 +3520,7 @@ def evaluate_command(path: str, environ: dict[str, str]) -> int:
     h, rt, model, tokenizer = open_artifact(path, environ)
     log = Log(None, rt.main)
     validation = read_validation(h)
-    holdout = Loader(h, rt, tokenizer.bos).holdout(h.holdout_tokens) if h.temp_scaling else validation[:0]
+    holdout = read_holdout(h) if h.temp_scaling else validation[:0]
     began = time.monotonic()
     scorer = Scorer(h, rt, model, tokenizer.byte_table(), holdout)
     score = scorer.score(validation, report=lambda share: log.progress(share, "scoring"))
@@ -3565,6 +3597,8 @@ def parse_command(argv: list[str]) -> Any:
 def main(argv: list[str], environ: dict[str, str]) -> int:
     """Run one command; returns the exit code (2: a mistake of the user's, told in one line)."""
     options = parse_command(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a console of another encoding must not end a run at its last line
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if options.command == "eval":
             return evaluate_command(options.artifact, environ)
@@ -3580,8 +3614,9 @@ def main(argv: list[str], environ: dict[str, str]) -> int:
             return bench(h, rt, options.steps)
         return train(h, rt)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not isinstance(error, AgreedError):
+            print(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr)
         return 2
     finally:
         if dist.is_available() and dist.is_initialized():
