@@ -1053,7 +1053,7 @@ class SentencePieceTokenizer:
     def byte_table(self) -> ByteTable:
         """The field's rule, with a piece's inner space marks counted as the one-byte spaces they stand for.
 
-        The unknown token (in models without byte fallback, such as the published ones) counts nothing, like control ones.
+        The unknown token (in models without byte fallback, like the published ones) counts nothing, as control ones do.
         """
         model, size = self.model, self.model.vocab_size()
         base, space, boundary = np.zeros(size, np.int64), np.zeros(size, bool), np.ones(size, bool)
