@@ -1783,7 +1783,8 @@ class Attention(Module):
         if state is None:
             return y, None
         keep = slice(max(0, k.shape[1] - self.window + 1) if self.window else 0, None)
-        return y, AttentionState(k[:, keep], v[:, keep], key_documents[:, keep])
+        # Contiguous, or the whole history stays in memory and every length of it compiles anew.
+        return y, AttentionState(*(part[:, keep].contiguous() for part in (k, v, key_documents)))
 
     def mask(self, documents: Tensor, key_documents: Tensor) -> Tensor:
         """(B or 1, 1, T, S) bool: not later, within the window, in the same document."""
@@ -1987,7 +1988,7 @@ class GPT(Module):
             new.update(states)
             losses = {name: losses.get(name, 0) + more.get(name, 0) for name in {**losses, **more}}
         x = rms_norm(self.residual.close(r))
-        stream = StreamState(ctx.positions[:, -1] + 1, ctx.documents[:, -1])
+        stream = StreamState(ctx.positions[:, -1] + 1, ctx.documents[:, -1].contiguous())
         after = None if state is None else (stream, *(new[site.id] for site in self.sites))
         return x, after, losses
 
@@ -2108,8 +2109,9 @@ def generate(
 def flops_per_token(model: GPT) -> float:
     """Forward and backward FLOPs of one trained token: 6 a matrix weight, 12 L D T of attention (PaLM, app. B)."""
     h = model.h
-    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and name != "embed.weight")
-    head = h.vocab_size * h.embed_width if not h.has_head else 0
+    roles, sizes = role_table(model), {name: p.numel() for name, p in model.named_parameters()}
+    matrices = sum(sizes[name] for name, role in roles.items() if role.group == "matrix")
+    head = h.vocab_size * h.embed_width
     window = min(h.train_seq_len, h.attn_window or h.train_seq_len)
     return 6.0 * (matrices + head) + 12.0 * h.mixers.count("attn") * h.model_dim * window
 
@@ -2281,16 +2283,16 @@ class Optimizer:
 
     def adamw(self, bank: Bank, grad: Tensor, has: Tensor, rate: float) -> None:
         """Decoupled weight decay Adam (Loshchilov & Hutter 2019), steps counted per weight."""
-        h, first, second = self.h, bank.slot("first"), bank.slot("second")
+        h, first, second, has = self.h, bank.slot("first"), bank.slot("second"), has.to(grad.dtype)
         if "count" not in bank.state:
-            bank.state["count"] = torch.zeros_like(has, dtype=bank.latent.dtype)
+            bank.state["count"] = torch.zeros_like(has)
         count = bank.state["count"].add_(has)
-        first.lerp_(grad, 1 - h.beta1)
-        second.lerp_(grad.square(), 1 - h.beta2)
+        first.lerp_(grad, has * (1 - h.beta1))
+        second.lerp_(grad.square(), has * (1 - h.beta2))
         floor = count.clamp(min=1)
         denominator = (second / (1 - h.beta2**floor)).sqrt_().add_(h.adam_eps)
         decay = 1 - rate * h.adam_wd * bank.role.decay
-        bank.latent.mul_(torch.where(has, decay, 1.0))
+        bank.latent.mul_(1 - has + has * decay)
         bank.latent.sub_(first / (1 - h.beta1**floor) / denominator * has, alpha=rate)
 
     def average(self, bank: Bank) -> None:
@@ -2640,6 +2642,13 @@ class Chunk(NamedTuple):
     starts: list[int]  # stream index of each row's first scored token
 
 
+class Carry(NamedTuple):
+    """The network's state after the spans' last chunk, a row for each span that goes on; None where none is carried."""
+
+    spans: list[int]
+    state: tuple | None
+
+
 class Adapter:
     """What may change predictions during evaluation. Each span has a state of its own, passed in and returned.
 
@@ -2673,6 +2682,11 @@ class TemperatureAdapter(Adapter):
     def begin(self, scorer: Scorer) -> float:
         """tau in [0.5, 2] with the least loss, by golden-section search on log tau."""
         window = scorer.h.eval_window
+        if len(scorer.holdout) <= window:
+            raise UserError(
+                f"TEMP_SCALING=1 has {len(scorer.holdout)} held-out tokens, too few for a window of {window}; "
+                "raise HOLDOUT_TOKENS (at most a tenth of the training tokens are held out)"
+            )
         data = scorer.holdout[: len(scorer.holdout) // (window + 1) * (window + 1)].reshape(-1, window + 1)
         rows = torch.from_numpy(data[: max(1, 32768 // window)]).to(scorer.rt.device)
         with torch.no_grad(), scorer.rt.precision():
@@ -2736,9 +2750,7 @@ class Scorer:
         groups = [list(mine[at : at + rows]) for at in range(0, len(mine), rows)]
         first = [adapter.begin(self) for adapter in self.adapters]
         states = {span: list(first) for span in mine}
-        carries = {
-            g: self.model.init_state(len(group)) if self.h.carry_eval else None for g, group in enumerate(groups)
-        }
+        carries = [Carry(g, self.model.init_state(len(g)) if self.h.carry_eval else None) for g in groups]
         phases = max([adapter.phases for adapter in self.adapters], default=1)
         turns = max(-(-(stop - start) // self.step) for start, stop in self.spans)
         sums = np.zeros(3)
@@ -2780,25 +2792,27 @@ class Scorer:
         return list(zip(edges[:-1], edges[1:], strict=True))
 
     def score_group(
-        self, group: list[int], turns: Sequence[int], states: dict[int, list], carry: tuple | None, ledger: list | None
-    ) -> tuple[np.ndarray, tuple | None]:
+        self, group: list[int], turns: Sequence[int], states: dict[int, list], carry: Carry, ledger: list | None
+    ) -> tuple[np.ndarray, Carry]:
         """Walk some spans side by side, chunk by chunk; returns sums of nats, tokens and bytes, and the carry."""
         sums = np.zeros(3)
-        for chunk in (chunk for turn in turns for chunk in self.chunks(group, turn)):
-            rows = [group.index(span) for span in chunk.spans]
-            mine = [states[span] for span in chunk.spans]
-            given, after = self.predict(chunk, mine, take_rows(carry, rows))
-            sums += self.tally(chunk, -given.log_prob(chunk.targets[:, -chunk.scored :]))
-            if len(rows) == len(group):  # a span that ended needs no carry any more
-                carry = after
-            elif after is not None:
-                carry = scatter_rows(carry, rows, after)
-            if ledger is not None:
-                ledger.extend((s, i + 1, i + 1 + chunk.scored) for s, i in zip(chunk.spans, chunk.starts, strict=True))
-            for i, adapter in enumerate(self.adapters):
-                learned = adapter.learn([state[i] for state in mine], chunk, given)
-                for state, new in zip(mine, learned, strict=True):
-                    state[i] = new
+        for turn in turns:
+            before = carry
+            for chunk in self.chunks(group, turn):
+                mine = [states[span] for span in chunk.spans]
+                rows = [before.spans.index(span) for span in chunk.spans] if before.state else []
+                given, after = self.predict(chunk, mine, take_rows(before.state, rows))
+                sums += self.tally(chunk, -given.log_prob(chunk.targets[:, -chunk.scored :]))
+                if chunk.scored == self.step:  # a shorter chunk ends its span
+                    carry = Carry(chunk.spans, after)
+                if ledger is not None:
+                    ledger.extend(
+                        (s, i + 1, i + 1 + chunk.scored) for s, i in zip(chunk.spans, chunk.starts, strict=True)
+                    )
+                for i, adapter in enumerate(self.adapters):
+                    learned = adapter.learn([state[i] for state in mine], chunk, given)
+                    for state, new in zip(mine, learned, strict=True):
+                        state[i] = new
         return sums, carry
 
     @torch.no_grad()
@@ -2833,19 +2847,6 @@ class Scorer:
         """Nats, tokens and bytes of a scored chunk."""
         previous, current = (x[:, -chunk.scored :].cpu().numpy() for x in (chunk.tokens, chunk.targets))
         return np.array([float(nll.cpu().double().sum()), current.size, self.table.count(previous, current).sum()])
-
-
-def scatter_rows(state: tuple | None, rows: list[int], part: tuple) -> tuple | None:
-    """A state whose `rows` are those of `part`; rows whose caches have another length have ended and stay behind."""
-    fresh = iter(flatten_state(part))
-
-    def put(old: Tensor) -> Tensor:
-        new = next(fresh)
-        if old.shape[1:] != new.shape[1:]:
-            old = old.new_zeros((old.shape[0], *new.shape[1:]))
-        return old.index_copy(0, torch.tensor(rows, device=old.device), new)
-
-    return map_state(state, put)
 
 
 def flatten_state(state: Any) -> list[Tensor]:
@@ -3131,14 +3132,19 @@ def compile_warmup(s: Session, step: Callable, state: TrainState) -> None:
         key: (bank.latent.clone(), {name: moment.clone() for name, moment in bank.state.items()})
         for key, bank in s.weights.banks.items()
     }
-    variants = dict.fromkeys((state.variant, final_variant(h)))
-    for count, variant in enumerate([*variants, *[state.variant] * max(0, h.warmup_steps - len(variants))]):
-        for _, tokens in h.stages if count < len(variants) else h.stages[:1]:
-            batch = s.loader.next(tokens // h.train_seq_len, h.train_seq_len)
-            carry = s.model.init_state(batch.tokens.shape[0]) if h.carry_train else None
-            step(batch, TrainState(variant=variant, carry=carry), 0.0)
-            s.optimizer.step(0.0, 0.0, False, 0.0)
-            s.weights.clear_gradients()
+    variants = list(dict.fromkeys((state.variant, final_variant(h))))
+    # A carried attention cache has a new length until its window is full.
+    fill = 2 + -(-h.attn_window // h.train_seq_len) if h.carry_train else 1
+    plan = [(variant, tokens) for variant in variants for _, tokens in h.stages for _ in range(fill)]
+    plan += [(state.variant, h.stages[0][1])] * (h.warmup_steps - len(plan))
+    carry = None
+    for count, (variant, tokens) in enumerate(plan):
+        batch = s.loader.next(tokens // h.train_seq_len, h.train_seq_len)
+        if h.carry_train and count % fill == 0:
+            carry = s.model.init_state(batch.tokens.shape[0])
+        _, carry = step(batch, TrainState(variant=variant, carry=carry), 0.0)
+        s.optimizer.step(0.0, 0.0, False, 0.0)
+        s.weights.clear_gradients()
     for key, bank in s.weights.banks.items():
         bank.latent.copy_(kept[key][0])
         bank.state = kept[key][1]

@@ -28,7 +28,7 @@ import numpy as np
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 BYTE_MARKER = 255  # of the byte tokenizer: starts a document and never occurs in UTF-8
 SCORE_CHUNK = 4_000_000  # tokens scored at a time, which bounds memory
-FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)  # where counts of counts are missing, as in a tiny corpus
+FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)  # where the closed form fails, as in a tiny corpus
 
 Report = Callable[[int, int, int], None]  # order, highest order, number of grams
 
@@ -156,11 +156,14 @@ class Order(NamedTuple):
 def discounts(counts: np.ndarray) -> np.ndarray:
     """D of the counts 0, 1, 2 and from 3 on: Chen and Goodman's closed form from the counts of counts n1 to n4."""
     n1, n2, n3, n4 = (int(n) for n in np.bincount(np.minimum(counts, 5), minlength=6)[1:5])
-    if min(n1, n2, n3, n4) == 0:
-        return np.array([0.0, *FALLBACK_DISCOUNTS])
-    y = n1 / (n1 + 2 * n2)
-    raw = np.array([0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
-    return np.clip(raw, 0.0, np.arange(4.0))  # a discount may neither add to a count nor exceed it
+    if min(n1, n2, n3, n4) > 0:
+        y = n1 / (n1 + 2 * n2)
+        found = (1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3)
+        if (
+            min(found) > 0
+        ):  # else a context could leave nothing for unseen tokens; the counts are too few or too regular
+            return np.array([0.0, *found])
+    return np.array([0.0, *FALLBACK_DISCOUNTS])
 
 
 def make_order(keys: np.ndarray, counts: np.ndarray, contexts: int, vocab_size: int) -> Order:
