@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
-SETTINGS = {"NUM_LAYERS": 4, "MODEL_DIM": 128, "NUM_HEADS": 4, "VOCAB_SIZE": 1024, "TRAIN_SEQ_LEN": 256}
-SETTINGS |= {"TRAIN_BATCH_TOKENS": 4096, "ITERATIONS": 1_000_000, "SEED": 1337, "MAX_WALLCLOCK_SECONDS": 300}
-LEARNING_RATE, WARMUP_STEPS, LOG_EVERY, INIT_STD = 4e-3, 50, 50, 0.02
+SETTINGS = {"NUM_LAYERS": 4, "MODEL_DIM": 128, "NUM_HEADS": 4, "VOCAB_SIZE": 1024, "TRAIN_SEQ_LEN": 256, "SEED": 1337}
+SETTINGS |= {"TRAIN_BATCH_TOKENS": 4096, "ITERATIONS": 1_000_000, "TRAIN_LOG_EVERY": 50, "MAX_VAL_TOKENS": 0}
+LEARNING_RATE, WARMUP_STEPS, INIT_STD = 4e-3, 50, 0.02
 
 
 class Block(nn.Module):
@@ -49,8 +50,9 @@ class MinimalGPT(nn.Module):
         self.embed = nn.Embedding(vocab_size, model_dim)
         self.blocks = nn.ModuleList(Block(model_dim, num_heads) for _ in range(num_layers))
         self.norm = nn.RMSNorm(model_dim, elementwise_affine=False)
-        half = model_dim // num_heads // 2
-        angles = torch.outer(torch.arange(seq_len), 10000.0 ** (-torch.arange(half) / half))
+        angles = torch.outer(
+            torch.arange(seq_len), 10000.0 ** -torch.linspace(0, 1, model_dim // num_heads // 2 + 1)[:-1]
+        )
         self.register_buffer("angles", torch.stack((angles.cos(), angles.sin()))[:, :, None], persistent=False)
         for name, weight in self.named_parameters():  # 2L branches are summed, so their outputs start smaller
             shrink = math.sqrt(2 * num_layers) if name.endswith(("out.weight", "down.weight")) else 1.0
@@ -102,8 +104,6 @@ def count_bytes(tokens: np.ndarray, tokenizer_path: str) -> int:
     """UTF-8 bytes of tokens[1:] by the field's rule; without a tokenizer, tokens are bytes and 255 is a marker."""
     if not tokenizer_path:
         return int((tokens[1:] != 255).sum())
-    from sentencepiece import SentencePieceProcessor
-
     sp = SentencePieceProcessor(model_file=tokenizer_path)
     ids = range(sp.vocab_size())
     silent = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])
@@ -127,23 +127,24 @@ def validate(model: nn.Module, tokens: np.ndarray, seq_len: int) -> float:
 def main() -> None:
     s = {name: int(os.environ.get(name, value)) for name, value in SETTINGS.items()}
     peak_lr, folder = float(os.environ.get("LEARNING_RATE", LEARNING_RATE)), os.environ.get("DATA_PATH", "")
-    tokens = np.concatenate(read_shards(folder, "val"))
+    limit = float(os.environ.get("MAX_WALLCLOCK_SECONDS", 300)) or math.inf
+    tokens = np.concatenate(read_shards(folder, "val"))[: s["MAX_VAL_TOKENS"] + 1 if s["MAX_VAL_TOKENS"] else None]
     size = count_bytes(tokens, os.environ["TOKENIZER_PATH"] if s["VOCAB_SIZE"] != 256 else "")
     torch.manual_seed(s["SEED"])
     model = make_model(s["NUM_LAYERS"], s["MODEL_DIM"], s["NUM_HEADS"], s["VOCAB_SIZE"], s["TRAIN_SEQ_LEN"])
     optimizer, data = make_optimizer(model, peak_lr), batches(folder, s["TRAIN_BATCH_TOKENS"], s["TRAIN_SEQ_LEN"])
     step, elapsed, clock, began = 0, 0.0, "", time.perf_counter()
-    while step < s["ITERATIONS"] and elapsed < s["MAX_WALLCLOCK_SECONDS"]:
-        progress = max(step / s["ITERATIONS"], elapsed / s["MAX_WALLCLOCK_SECONDS"])
-        optimizer.param_groups[0]["lr"] = peak_lr * min((step + 1) / WARMUP_STEPS, 1 - progress)
+    while step < s["ITERATIONS"] and elapsed < limit:
+        left = min(1 - step / s["ITERATIONS"], 1 - elapsed / limit)
+        optimizer.param_groups[0]["lr"] = peak_lr * min(left, (step + 1) / WARMUP_STEPS)
         loss = train_step(model, optimizer, *next(data))
         step, elapsed = step + 1, time.perf_counter() - began
         clock = f"train_time:{elapsed * 1e3:.0f}ms step_avg:{elapsed * 1e3 / step:.2f}ms"
-        if step % LOG_EVERY == 0 or step == 1:
+        if step % s["TRAIN_LOG_EVERY"] == 0 or step == 1:
             print(f"step:{step}/{s['ITERATIONS']} train_loss:{loss.item():.4f} {clock}", flush=True)
     nats = validate(model, tokens, s["TRAIN_SEQ_LEN"])
-    scores = f"val_loss:{nats / (len(tokens) - 1):.4f} val_bpb:{nats / math.log(2) / size:.4f}"
-    print(f"step:{step}/{s['ITERATIONS']} {scores} {clock}", flush=True)
+    bits, count = nats / math.log(2), len(tokens) - 1
+    print(f"step:{step}/{s['ITERATIONS']} val_loss:{nats / count:.4f} val_bpb:{bits / size:.4f} {clock}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,536 @@
+"""ARTIFACT: the file holds exactly the model's weights; damaged and hostile files give one clear error."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import lzma
+import math
+import subprocess
+import sys
+import time
+import tracemalloc
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import brotli
+import numpy as np
+import pytest
+import torch
+import train_gpt as t
+from conftest import ROOT, clean_environment
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+TINY = {"PRESET": "tiny", "VOCAB_SIZE": "256", "DEVICE": "cpu", "COMPILE": "0"}
+PRINTS = {"data": "d" * 64, "tokenizer": "byte"}
+ALLOCATION_LIMIT = 200 * 2**20  # bytes that reading a small file may hold at any time
+SECONDS_LIMIT = 5.0
+
+
+def trained_like(h: t.Hyperparameters) -> tuple[t.GPT, t.Weights]:
+    """A model whose latents are all random (fresh ones have zero matrices), quantized as training leaves them."""
+    model = t.build_model(h, t.start_runtime(h), 255)
+    weights = t.Weights(model)
+    generator = torch.Generator().manual_seed(1)
+    for bank in weights.banks.values():
+        bank.latent.copy_(torch.randn(bank.latent.shape, generator=generator))
+    weights.materialize(1.0)
+    return model, weights
+
+
+def export(environ: dict[str, str]) -> tuple[t.Hyperparameters, t.GPT, t.Artifact]:
+    h = t.load_config({**TINY, **environ})
+    model, weights = trained_like(h)
+    return h, model, t.write_artifact(h, t.coded_tensors(weights), PRINTS)
+
+
+@pytest.fixture(scope="module")
+def artifact() -> bytes:
+    """The tiny ternary model's file."""
+    return export({})[2].data
+
+
+def bits(values: Any) -> bytes:
+    return np.ascontiguousarray(values, np.float32).tobytes()
+
+
+# ---- what is written is what is read ----
+
+CONFIGS: list[dict[str, str]] = [
+    *({"MATRIX_CODEC": name, "FP_STORAGE": name} for name in t.CODECS),
+    *({"SCALAR_CODEC": name} for name in t.CODECS),
+    {"GROUP_SIZE": "7", "TERNARY_SCALE": "lstsq", "EMBED_DIM": "12", "FP_STORAGE": "fp8"},
+    {"TIE_EMBEDDINGS": "0", "MLP_ACT": "swiglu", "VALUE_RESIDUAL": "1", "NUM_LAYERS": "3", "MODEL_DIM": "24"},
+    {"UNTIE_AT_FRACTION": "0.5", "RESIDUAL": "plain", "RESID_MIX": "0", "GROUP_SIZE": "100000"},
+    {"PRECISION": "fp64", "MATRIX_CODEC": "int6"},
+]
+
+
+@pytest.mark.parametrize("environ", CONFIGS, ids=str)
+def test_file_holds_the_models_weights_bit_for_bit(environ: dict[str, str]) -> None:
+    h, model, artifact = export(environ)
+    header, weights = t.decode_artifact(artifact.data)
+    parameters = dict(model.named_parameters())
+    assert set(weights) == set(parameters)
+    for name, parameter in parameters.items():
+        assert weights[name].dtype == np.float32 and weights[name].shape == tuple(parameter.shape)
+        assert bits(weights[name]) == bits(parameter.detach()), name
+    again = t.build_model(h, t.start_runtime(h), 255)
+    t.load_weights(again, weights)
+    assert all(torch.equal(p, parameters[name]) for name, p in again.named_parameters())
+    assert header["prints"] == PRINTS
+    rebuilt = t.load_config({"DEVICE": "cpu"}, {**header["config"], "train_batch_tokens": 32, "micro_batch_tokens": 32})
+    assert t.structure_config(rebuilt) == t.structure_config(h)
+
+
+def test_header_rebuilds_the_network_alone() -> None:
+    """Every field that changes a parameter's name or shape, or the function they compute, is in the file."""
+    fields = {s.name for s in t.FIELDS.values() if s.metadata["group"] in ("model", "weights")}
+    kept = set(t.structure_config(t.load_config({})))
+    assert fields - kept == {"attn_impl", "grad_checkpoint"} and kept - fields == {"vocab_size", "train_seq_len"}
+
+
+def test_same_weights_give_the_same_bytes() -> None:
+    first, second = export({"FP_STORAGE": "fp8"})[2], export({"FP_STORAGE": "fp8"})[2]
+    assert first.data == second.data
+    assert export({"FP_STORAGE": "fp8", "SEED": "7", "DATA_PATH": "elsewhere", "MATRIX_LR": "9"})[2].data == first.data
+
+
+def test_table_accounts_for_every_byte() -> None:
+    _, model, artifact = export({})
+    assert sum(row[-1] for row in artifact.table) == len(artifact.data)
+    counts = {row[0]: row[3] for row in artifact.table}
+    values = sum(count for kind, count in counts.items() if kind not in ("scales", "header"))
+    assert values == sum(p.numel() for p in model.parameters())
+    assert all(stored <= packed for *_, packed, stored in artifact.table[:-1])  # never larger than without compression
+
+
+def test_packed_bound_holds_before_compression() -> None:
+    h = t.load_config(TINY)
+    _, weights = trained_like(h)
+    artifact = t.write_artifact(h, t.coded_tensors(weights), PRINTS)
+    packed = {row[0]: row[4] for row in artifact.table if row[0] != "header" and row[1] != "bitmask"}
+    assert sum(packed.values()) <= math.ceil(sum(weights.packed_bytes().values())) + len(packed)
+
+
+def naive_reader(data: bytes) -> dict[str, np.ndarray]:
+    """The container as another program would read it: standard library, numpy and brotli, nothing of ours."""
+    filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 2**24, "lc": 0, "pb": 0}]
+    expand = {"none": bytes, "brotli": brotli.decompress}
+    expand["lzma"] = lambda b: lzma.decompress(b, lzma.FORMAT_RAW, filters=filters)
+    assert data[:4] == b"PGZ1" and zlib.crc32(data[8:]) == int.from_bytes(data[4:8], "little")
+    size = int.from_bytes(data[8:12], "little")
+    header, at, streams = json.loads(expand["lzma"](data[12 : 12 + size])), 12 + size, {}
+    types = {"ints": "i1", "bytes": "u1", "scales": "<u2", "halves": "<u2", "floats": "<f4"}
+    for kind, packing, tool, count, _, stored in header["streams"]:
+        raw, at = np.frombuffer(expand[tool](data[at : at + stored]), np.uint8), at + stored
+        if packing == "base3":
+            streams[kind] = np.array([int(byte) // 3**i % 3 - 1 for byte in raw for i in range(5)][:count])
+        elif packing == "bitmask":
+            mask = np.unpackbits(raw)[:count]
+            signs = iter(np.unpackbits(raw[-(-count // 8) :]).tolist())
+            streams[kind] = np.array([2 * next(signs) - 1 if bit else 0 for bit in mask])
+        else:
+            wide = np.dtype(types[kind]).itemsize
+            streams[kind] = np.ascontiguousarray(raw.reshape(wide, count).T).view(types[kind])[:, 0]
+    used, weights = dict.fromkeys(streams, 0), {}
+
+    def take(kind: str, count: int) -> np.ndarray:
+        used[kind] += count
+        return streams[kind][used[kind] - count : used[kind]]
+
+    for name, codec, *shape in header["tensors"]:
+        count, columns = math.prod(shape), shape[-1]
+        if codec == "exact":
+            weights[name] = take("floats", count).reshape(shape)
+        elif codec == "bf16":
+            weights[name] = (take("halves", count).astype(np.uint32) << 16).view(np.float32).reshape(shape)
+        elif codec == "fp16":
+            weights[name] = take("halves", count).view(np.float16).astype(np.float32).reshape(shape)
+        else:
+            group = columns if codec == "fp8" else header["config"]["group_size"]
+            groups, rows = -(-columns // group), count // columns
+            kind = {"fp8": "bytes", "ternary": "trits"}.get(codec, "ints")
+            codes = take(kind, count).reshape(rows, columns)
+            scales = (take("scales", rows * groups).astype(np.uint32) << 16).view(np.float32).reshape(rows, groups)
+            if codec == "fp8":
+                values = torch.from_numpy(codes.copy()).view(torch.float8_e4m3fn).float().numpy()
+            else:
+                values = codes.astype(np.float32)
+            spread = np.stack([scales[:, j // group] for j in range(columns)], 1)
+            weights[name] = (values * spread).reshape(shape)
+    assert at == len(data) and all(used[kind] == len(stream) for kind, stream in streams.items())
+    return weights
+
+
+@pytest.mark.parametrize("environ", CONFIGS[::3], ids=str)
+def test_another_program_can_read_it(environ: dict[str, str]) -> None:
+    _, model, artifact = export(environ)
+    weights = naive_reader(artifact.data)
+    assert all(bits(weights[name]) == bits(p.detach()) for name, p in model.named_parameters())
+
+
+def test_long_streams_are_judged_by_a_sample_and_stored_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(t, "SAMPLE_BYTES", 512)
+    rng = np.random.default_rng(0)
+    for kind, values in {
+        "trits": rng.choice(np.array([-1, 0, 1], np.int8), 20000, p=[0.02, 0.96, 0.02]),
+        "floats": rng.standard_normal(20000).astype("<f4"),
+        "ints": rng.integers(-5, 6, 20000).astype(np.int8),
+    }.items():
+        packing, tool, packed, stored = t.compress_best(kind, values)
+        raw = t.COMPRESSORS[tool][1](stored, packed)
+        assert t.PACKINGS[packing][1](raw, values.size, t.STREAM_TYPES[kind]).tolist() == values.tolist()
+        if kind == "trits":
+            assert len(stored) <= min(len(t.pack_base3(values)), len(t.pack_bitmask(values)))
+
+
+def test_load_refuses_other_tensors() -> None:
+    h, model, artifact = export({})
+    _, weights = t.decode_artifact(artifact.data)
+    for change in ({"extra": np.zeros(3, np.float32)}, {"embed.weight": np.zeros((256, 31), np.float32)}):
+        with pytest.raises(t.UserError, match="do not fit the network"):
+            t.load_weights(model, {**weights, **change})
+    weights.pop("embed.weight")
+    with pytest.raises(t.UserError, match="embed.weight"):
+        t.load_weights(model, weights)
+
+
+# ---- the budget ----
+
+
+def test_budget_counts_the_reserve_or_the_packaged_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    h = t.load_config({**TINY, "CODE_BYTES_RESERVE": "1234", "HARD_BUDGET_BYTES": "5000"})
+    budget = t.account(h, 3000)
+    assert (budget.model_bytes, budget.code_bytes, budget.total_bytes, budget.budget_bytes) == (3000, 1234, 4234, 5000)
+    assert not budget.packaged
+    monkeypatch.setattr(t, "PACKAGED", True)
+    packaged = t.account(h, 3000)
+    assert packaged.packaged and packaged.code_bytes == (ROOT / "train_gpt.py").stat().st_size
+    assert packaged.total_bytes == 3000 + packaged.code_bytes
+
+
+# ---- damaged and hostile files ----
+
+
+def sealed(body: bytes) -> bytes:
+    """A body under a right checksum."""
+    return t.ARTIFACT_MAGIC + zlib.crc32(body).to_bytes(4, "little") + body
+
+
+def opened(data: bytes) -> tuple[dict[str, Any], bytes]:
+    size = int.from_bytes(data[8:12], "little")
+    return json.loads(t.lzma_expand(data[12 : 12 + size], 2**24)), data[12 + size :]
+
+
+def forged(header: Any, payload: bytes) -> bytes:
+    """A file with any header, as JSON or as raw bytes."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    head = t.COMPRESSORS["lzma"][0](raw)
+    return sealed(len(head).to_bytes(4, "little") + head + payload)
+
+
+def read_within_limits(data: bytes) -> str:
+    """Read a file in bounded time and memory; returns what it was refused with, or '' if it was read."""
+    began = time.process_time()
+    tracemalloc.start()
+    try:
+        t.decode_artifact(data)
+        refused = ""
+    except t.UserError as error:
+        refused = str(error)
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < ALLOCATION_LIMIT, f"{peak / 2**20:.0f} MiB were allocated for {len(data)} bytes"
+    assert time.process_time() - began < SECONDS_LIMIT
+    assert "\n" not in refused
+    return refused
+
+
+def test_every_truncation_is_refused(artifact: bytes) -> None:
+    for size in [*range(0, 16), *range(16, len(artifact), 100), len(artifact) - 1]:
+        with pytest.raises(t.UserError):
+            t.decode_artifact(artifact[:size])
+    with pytest.raises(t.UserError):
+        t.decode_artifact(artifact + b"\0")
+
+
+def test_every_flipped_bit_is_refused(artifact: bytes) -> None:
+    for place in [*range(0, 40), *range(40, len(artifact), 37)]:
+        damaged = bytearray(artifact)
+        damaged[place] ^= 1 << place % 8
+        with pytest.raises(t.UserError):
+            t.decode_artifact(bytes(damaged))
+
+
+@pytest.mark.parametrize("data", [b"", b"PGZ1", b"PGZ1" + bytes(4), b"\x80\x04K\x01.", b"{}", bytes(10**6)])
+def test_foreign_file_is_one_line_naming_it(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "model.pgz"
+    path.write_bytes(data)
+    with pytest.raises(t.UserError, match=str(path)) as caught:
+        t.read_artifact(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_is_one_line(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.pgz", tmp_path):
+        with pytest.raises(t.UserError, match=f"{path} cannot be read"):
+            t.read_artifact(str(path))
+
+
+HUGE = 10**30
+BOMB = t.COMPRESSORS["lzma"][0](bytes(2**26))  # 64 MiB of zeros in 10 kB
+
+
+def replaced(header: dict[str, Any], path: list[Any], value: Any) -> dict[str, Any]:
+    """A header with one value changed; the path's last part may be new."""
+    new = copy.deepcopy(header)
+    place = new
+    for part in path[:-1]:
+        place = place[part]
+    place[path[-1]] = value
+    return new
+
+
+# (place in the header, value): each must be refused.
+HOSTILE: list[tuple[list[Any], Any]] = [
+    *((["version"], value) for value in (0, 2, None, "1", [])),
+    *((["config"], value) for value in (None, [], "x", 3, {})),
+    *((["prints"], value) for value in (None, [], "x")),
+    *((["tensors"], value) for value in (None, {}, "x", 3, [3], [[]], [None], ["abc"], [["a"]], [[]] * 100)),
+    *((["streams"], value) for value in (None, {}, "x", 3, [], [3], [[]], [["trits"]])),
+    *((["config", "group_size"], value) for value in (0, -1, HUGE, 2.5, "x", None, [], True, 1e300, math.nan, 2**30)),
+    *((["config", "model_dim"], value) for value in (0, "x", None, [])),
+    (["config", "zork"], 1),
+    (["config", "iterations"], 1),
+    *((["tensors", 0, 0], value) for value in (None, [], {}, 3)),
+    *((["tensors", 0, 1], value) for value in (None, [], "zork", "exact", 3)),
+    *((["tensors", 0, 2], value) for value in (0, -1, -2, HUGE, 2**31, 2**62, 2.0, "x", None, [], True, math.nan)),
+    (["tensors", 0], ["embed.weight", "bf16"]),
+    (["tensors", 0], ["embed.weight", "bf16", -256, -32]),
+    (["tensors", 0], ["embed.weight", "bf16", *[1] * 100, 256, 32]),
+    (["tensors", 0], ["embed.weight", "bf16", *[9] * 400_000]),
+    (["tensors", 1, 0], "embed.weight"),
+    *((["streams", 0, 0], value) for value in (None, [], "zork", "floats", "scales", "halves")),
+    *((["streams", 0, 1], value) for value in (None, [], "zork", "planes", "base3 ")),
+    *((["streams", 0, 2], value) for value in (None, [], "zork", "zip", 3)),
+    *((["streams", 0, place], value) for place in (3, 4, 5) for value in (-1, HUGE, 2**31, 1.5, "x", None, [], math.nan)),
+]
+
+
+@pytest.mark.parametrize("path,value", HOSTILE, ids=lambda x: str(x)[:50])
+def test_hostile_header_is_refused(path: list[Any], value: Any, artifact: bytes) -> None:
+    header, payload = opened(artifact)
+    assert header["tensors"][0][0] == "embed.weight" and header["streams"][0][0] == "trits"
+    assert read_within_limits(forged(header, payload)) == "", "the untouched file is read"
+    assert read_within_limits(forged(replaced(header, path, value), payload)) != ""
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"{", b"null", b"[]", b"3", b'"x"', b"{}", b"\xff\xfe", b"[" * 10**6, b'{"a":' * 10**5, b"[[]," * 10**6,
+     b"1" * 10**6, b'{"version":1,"config":' + b"[" * 9 * 10**5, b'{"version": 1, "x": "' + b"y" * 2**26 + b'"}'],
+    ids=range(14),
+)  # fmt: skip
+def test_header_that_is_no_header_is_refused(raw: bytes, artifact: bytes) -> None:
+    assert read_within_limits(forged(raw, b"")) != ""
+
+
+@pytest.mark.parametrize("missing", ["config", "prints", "tensors", "streams"])
+def test_header_without_a_part_is_refused(missing: str, artifact: bytes) -> None:
+    header, payload = opened(artifact)
+    del header[missing]
+    assert read_within_limits(forged(header, payload)) != ""
+
+
+@pytest.mark.parametrize("size", [0, 3, 2**31, 2**32 - 1])
+def test_header_length_that_is_none_is_refused(size: int, artifact: bytes) -> None:
+    assert read_within_limits(sealed(size.to_bytes(4, "little") + artifact[12:])) != ""
+
+
+def bomb(kind: str, packing: str, tool: str, count: int, packed: int, stored: bytes, tensors: list, group: int) -> bytes:
+    """A small file that claims to hold much."""
+    config = {**t.structure_config(t.load_config(TINY)), "group_size": group}
+    rows, payload = [[kind, packing, tool, count, packed, len(stored)]], stored
+    if kind == "trits":  # with the scales that its codec asks for
+        scales = sum(math.prod(shape[:-1]) * -(-shape[-1] // group) for _, _, *shape in tensors)
+        squeezed = t.COMPRESSORS["brotli"][0](bytes(2 * scales))
+        rows, payload = [*rows, ["scales", "planes", "brotli", scales, 2 * scales, len(squeezed)]], payload + squeezed
+    header = {"version": 1, "config": config, "prints": {}, "tensors": tensors, "streams": rows}
+    return forged(header, payload)
+
+
+@pytest.mark.parametrize("tool", ["lzma", "brotli"])
+@pytest.mark.parametrize("group", [1, 2**30])
+@pytest.mark.parametrize("millions", [3, 16, 60])
+def test_decompression_bombs_stay_small(tool: str, group: int, millions: int) -> None:
+    """Zeros compress a thousandfold; what a small file may unfold to is bounded before anything is allocated."""
+    count = millions * 10**6
+    trits = t.COMPRESSORS[tool][0](bytes(count // 5))
+    read_within_limits(bomb("trits", "base3", tool, count, count // 5, trits, [["a", "ternary", count]], group))
+    read_within_limits(bomb("trits", "base3", tool, count, count // 5, trits, [["a", "ternary", count // 2, 2]], group))
+    floats = t.COMPRESSORS[tool][0](bytes(4 * count))
+    read_within_limits(bomb("floats", "planes", tool, count, 4 * count, floats, [["a", "exact", count]], 1))
+
+
+@pytest.mark.parametrize("tool", ["lzma", "brotli", "none"])
+def test_streams_that_unfold_to_another_size_are_refused(tool: str) -> None:
+    for real, claimed in ((2**26, 8), (8, 16), (0, 8), (16, 8)):
+        stored = t.COMPRESSORS[tool][0](bytes(real)) if (tool != "none" or real < 99) else bytes(99)
+        data = bomb("floats", "planes", tool, claimed // 4, claimed, stored, [["a", "exact", claimed // 4]], 1)
+        assert read_within_limits(data) != ""
+        assert read_within_limits(bomb("floats", "planes", tool, 2, 8, stored[: len(stored) // 2], [["a", "exact", 2]], 1))
+
+
+def test_streams_and_tensors_must_match(artifact: bytes) -> None:
+    header, payload = opened(artifact)
+    for change in (header["tensors"][:-1], header["tensors"] + [["extra", "exact", 3]], header["tensors"][::-1]):
+        data = forged({**header, "tensors": change}, payload)
+        if change == header["tensors"][::-1]:  # another order is another model, not a damaged file
+            read_within_limits(data)
+        else:
+            assert read_within_limits(data) != ""
+    assert read_within_limits(forged(header, payload + b"\0")) != ""
+    twice = [*header["streams"], header["streams"][0]]
+    first = payload[: header["streams"][0][-1]]
+    assert read_within_limits(forged({**header, "streams": twice}, payload + first)) != ""
+
+
+JSON_VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-HUGE, HUGE), st.floats(), st.text(max_size=8)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
+    max_leaves=6,
+)
+
+
+def places(value: Any, path: tuple = ()) -> list[tuple]:
+    """All paths inside a JSON value."""
+    found = [path] if path else []
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in items:
+        found += places(part, (*path, key))
+    return found
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_no_forged_header_crashes_the_reader(data: st.DataObject, artifact: bytes) -> None:
+    header, payload = opened(artifact)
+    for _ in range(data.draw(st.integers(1, 3))):
+        path = data.draw(st.sampled_from(places(header)))
+        header = replaced(header, list(path), data.draw(JSON_VALUES))
+    read_within_limits(forged(header, payload))
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_no_forged_bytes_crash_the_reader(data: st.DataObject, artifact: bytes) -> None:
+    """Bytes changed, left out, put in or moved, under a right checksum."""
+    body = bytearray(artifact[8:])
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.one_of(st.integers(0, 40), st.integers(0, len(body) - 1)))
+        kind = data.draw(st.sampled_from(["set", "flip", "cut", "insert", "drop"]))
+        if kind == "set":
+            body[at : at + 1] = data.draw(st.binary(min_size=1, max_size=1))
+        elif kind == "flip":
+            body[at] ^= 1 << data.draw(st.integers(0, 7))
+        elif kind == "cut":
+            del body[at + 1 :]
+        elif kind == "insert":
+            body[at:at] = data.draw(st.binary(min_size=1, max_size=8))
+        else:
+            del body[at + 1 : at + data.draw(st.integers(2, 50))]
+    read_within_limits(sealed(bytes(body)))
+
+
+# Configurations that no tensors of the tiny file fit; building such a network first would take all memory, or for ever.
+GIANTS = [{"model_dim": 2**20}, {"num_layers": 10**8}, {"mlp_mult": 1e7}, {"embed_dim": 2**30}, {"vocab_size": 65535, "embed_dim": 2**16}]
+
+
+@pytest.mark.parametrize("change", GIANTS, ids=str)
+def test_network_larger_than_its_tensors_is_refused_before_it_is_built(
+    change: dict[str, Any], artifact: bytes, byte_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header, payload = opened(artifact)
+    path = tmp_path / "model.pgz"
+    path.write_bytes(forged({**header, "config": {**header["config"], **change}}, payload))
+
+    def build(*_: Any) -> None:
+        raise AssertionError("the network was about to be built")
+
+    monkeypatch.setattr(t, "build_model", build)
+    with pytest.raises(t.UserError):
+        t.open_artifact(str(path), {"DATA_PATH": str(byte_data), "DEVICE": "cpu"})
+
+
+@pytest.mark.parametrize("change", [{"num_heads": 3}, {"num_kv_heads": 5}, {"layer_pattern": "zork"}, {"model_dim": 33}])
+def test_network_that_cannot_be_is_one_line(
+    change: dict[str, Any], artifact: bytes, byte_data: Path, tmp_path: Path
+) -> None:
+    header, payload = opened(artifact)
+    path = tmp_path / "model.pgz"
+    path.write_bytes(forged({**header, "config": {**header["config"], **change}}, payload))
+    with pytest.raises(t.UserError) as caught:
+        t.open_artifact(str(path), {"DATA_PATH": str(byte_data), "DEVICE": "cpu"})
+    assert "\n" not in str(caught.value)
+
+
+def test_eval_command_refuses_a_damaged_file_in_one_line(
+    artifact: bytes, tiny_env: dict[str, str], tmp_path: Path, run_cli: Callable
+) -> None:
+    path = tmp_path / "model.pgz"
+    path.write_bytes(artifact[:-9])
+    done = run_cli(["eval", str(path)], {k: v for k, v in tiny_env.items() if k != "PRESET"})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(path) in done.stderr
+
+
+# ---- size ----
+
+EXPORT_75M = """
+import resource, sys, time
+import numpy as np, torch, train_gpt as t
+torch.set_num_threads(2)
+h = t.load_config({"PRESET": "ternary", "NUM_LAYERS": "11", "DEVICE": "cpu", "COMPILE": "0"})
+rt = t.start_runtime(h)
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+model = t.build_model(h, rt, 1)
+weights = t.Weights(model)
+generator = torch.Generator().manual_seed(1)
+for bank in weights.banks.values():
+    for latent in bank.latent:
+        latent.copy_(torch.randn(latent.shape, generator=generator))
+weights.materialize(1.0)
+size = 4 * sum(p.numel() for p in model.parameters())
+began = time.monotonic()
+artifact = t.write_artifact(h, t.coded_tensors(weights), {})
+written = time.monotonic() - began
+header, arrays = t.decode_artifact(artifact.data)
+read = time.monotonic() - began - written
+same = all(np.array_equal(arrays[n], p.detach().numpy()) for n, p in model.named_parameters())
+print(size, len(artifact.data), written, read, (peak() - before) / size, int(same))
+"""
+
+
+@pytest.mark.slow  # a minute: the promise of 60 s and four times the weights' memory is made for this size only
+def test_export_and_reload_of_75_million_weights() -> None:
+    environment = {**clean_environment({"PYTHONPATH": str(ROOT)}), "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", EXPORT_75M], env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-500:]
+    size, stored, written, read, memory, same = map(float, done.stdout.split())
+    print(f"{size / 4e6:.1f}M weights, {stored:.0f} bytes, written {written:.1f} s, read {read:.1f} s, peak {memory:.2f} x")
+    assert size > 4 * 70e6 and same == 1
+    assert written + read < 60 and memory < 4
+
+
+def test_header_of_a_large_model_is_far_below_its_limit() -> None:
+    h = dataclasses.replace(t.load_config({"PRESET": "ternary"}), num_layers=64, value_residual=True)
+    names = [f"blocks.{i}.attn.{leaf}" for i in range(h.num_layers) for leaf in ("qkv.weight", "proj.weight", "q_gain")]
+    header = {"config": t.structure_config(h), "tensors": [[name, "ternary", 9999, 9999] for name in names * 2]}
+    assert len(json.dumps(header)) < t.MAX_HEADER_BYTES / 10

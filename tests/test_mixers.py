@@ -1,0 +1,357 @@
+"""Laws of every sequence mixer, under every combination of options: causality, the split law, visibility, gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import train_gpt as t
+
+BOS = t.BYTE_BOS
+TIED = t.Variant()
+MIXERS = [kind for kind in t.SITE_KINDS if kind != "mlp"]
+
+OPTIONS: dict[str, dict[str, object]] = {
+    "plain": {},
+    "one_kv_head": {"NUM_KV_HEADS": 1},
+    "all_kv_heads": {"NUM_KV_HEADS": 4, "QK_NORM": 0},
+    "window3": {"ATTN_WINDOW": 3},
+    "window1": {"ATTN_WINDOW": 1},
+    "window8_documents": {"ATTN_WINDOW": 8, "DOC_MASK": 1},
+    "documents": {"DOC_MASK": 1, "PARTIAL_ROPE_DIMS": 4},
+    "values": {"VALUE_RESIDUAL": 1, "ATTN_WINDOW": 4, "NUM_KV_HEADS": 1, "PARTIAL_ROPE_DIMS": 2},
+    "values_documents": {"VALUE_RESIDUAL": 1, "DOC_MASK": 1, "RESIDUAL": "plain", "RESID_MIX": 0, "MLP_ACT": "swiglu"},
+    "factored": {"EMBED_DIM": 12, "YARN_FACTOR": 4, "YARN_ORIGINAL": 8, "LOGIT_SOFTCAP": 0},
+}
+cases = pytest.mark.parametrize(("kind", "option"), [(kind, option) for kind in MIXERS for option in OPTIONS])
+
+
+def config(kind: str, variables: dict[str, object]) -> t.Hyperparameters:
+    """Three layers of one mixer in float64."""
+    base = {"PRESET": "tiny", "VOCAB_SIZE": 256, "PRECISION": "fp64", "DEVICE": "cpu", "COMPILE": 0, "NUM_LAYERS": 3}
+    shape = {"NUM_HEADS": 4, "NUM_KV_HEADS": 2, "LAYER_PATTERN": kind}
+    return t.load_config({name: str(value) for name, value in {**base, **shape, **variables}.items()})
+
+
+def scrambled_model(kind: str, variables: dict[str, object]) -> t.GPT:
+    """A network whose every parameter is random and matters."""
+    h = config(kind, variables)
+    model = t.build_model(h, t.start_runtime(h), BOS)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(noise * 1.5 / math.sqrt(parameter.shape[-1]) if parameter.ndim == 2 else 0.7 + 0.3 * noise)
+    return model
+
+
+def some_tokens(rows: int, length: int, seed: int = 0, starts: float = 0.2) -> Tensor:
+    """Random tokens, a share of them document starts."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, BOS, (rows, length), generator=generator)
+    return tokens.masked_fill(torch.rand(rows, length, generator=generator) < starts, BOS)
+
+
+def logits(model: t.GPT, tokens: Tensor, state: tuple | None = None) -> Tensor:
+    return model.logits(tokens, TIED, state)[0]
+
+
+def in_pieces(model: t.GPT, tokens: Tensor, edges: list[int]) -> tuple[Tensor, tuple]:
+    """Logits of tokens given piece by piece, and the last state."""
+    parts, state = [], model.init_state(len(tokens))
+    for start, stop in zip([0, *edges], [*edges, tokens.shape[1]], strict=True):
+        part, after = model.logits(tokens[:, start:stop], TIED, state)
+        assert after is not None
+        parts, state = [*parts, part], after
+    return torch.cat(parts, 1), state
+
+
+def assert_same_state(one: tuple, other: tuple) -> None:
+    pairs = list(zip(t.flatten_state(one), t.flatten_state(other), strict=True))
+    assert pairs
+    for left, right in pairs:
+        torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-10)
+
+
+# ---- the future is not seen
+
+
+@cases
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_logits_do_not_depend_on_later_tokens(kind: str, option: str, training: bool) -> None:
+    """Bit for bit, whatever the later tokens become, document starts included; with a carried state, too."""
+    model = scrambled_model(kind, OPTIONS[option]).train(training)
+    with torch.set_grad_enabled(training):
+        tokens, prefix = some_tokens(2, 11), some_tokens(2, 6, seed=7)
+        for state in (None, model.logits(prefix, TIED, model.init_state(2))[1]):
+            before = logits(model, tokens, state)
+            for cut in range(11):
+                changed = torch.cat((tokens[:, :cut], some_tokens(2, 11 - cut, seed=cut + 1)), 1)
+                after = logits(model, changed, state)
+                assert torch.equal(after[:, :cut], before[:, :cut]), f"a token from {cut} on is seen before it"
+                assert not torch.equal(after[:, cut:], before[:, cut:])
+
+
+@cases
+@torch.no_grad()
+def test_rows_of_a_batch_do_not_see_each_other(kind: str, option: str) -> None:
+    model = scrambled_model(kind, OPTIONS[option])
+    tokens = some_tokens(3, 9)
+    together, state = in_pieces(model, tokens, [4])
+    for row in range(3):
+        alone, own = in_pieces(model, tokens[row : row + 1], [4])
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-10, atol=1e-10)
+        assert_same_state(t.take_rows(state, [row]), own)
+
+
+# ---- what should be seen is seen
+
+
+def depends(model: t.GPT, tokens: Tensor, split: int) -> list[list[bool]]:
+    """depends[i][j]: whether position i's logits change with token j, the sequence given in two pieces at `split`."""
+
+    def run(x: Tensor) -> Tensor:
+        return in_pieces(model, x, [split])[0] if split else logits(model, x)
+
+    base, rows = run(tokens), []
+    for j in range(tokens.shape[1]):
+        other = tokens.clone()
+        other[:, j] = (tokens[:, j] + 17) % BOS
+        rows.append((run(other) - base).abs().amax((0, 2)) > 1e-9)
+    return torch.stack(rows, 1).tolist()
+
+
+def documents_of(tokens: Tensor) -> list[int]:
+    return (tokens[0] == BOS).cumsum(0).tolist()
+
+
+@cases
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("split", [0, 5])
+@torch.no_grad()
+def test_every_visible_token_matters_and_no_other(kind: str, option: str, layers: int, split: int) -> None:
+    """Each layer reaches ATTN_WINDOW - 1 tokens further back; DOC_MASK ends the view at the document's start."""
+    model = scrambled_model(kind, {**OPTIONS[option], "NUM_LAYERS": layers})
+    tokens = some_tokens(1, 14, starts=0)
+    tokens[0, [3, 9]] = BOS
+    found, documents, h = depends(model, tokens, split), documents_of(tokens), model.h
+    reach = (h.attn_window - 1) * layers if h.attn_window else 99
+    for i in range(14):
+        for j in range(14):
+            if j in (3, 9):
+                continue  # changing a document start moves the documents themselves
+            same = not h.doc_mask or documents[i] == documents[j]
+            assert found[i][j] == (j <= i and i - j <= reach and same), f"query {i}, key {j}"
+
+
+# ---- the split law
+
+
+@cases
+@torch.no_grad()
+def test_a_sequence_may_be_cut_anywhere(kind: str, option: str) -> None:
+    """forward(x) = forward(x[:k], s0) joined with forward(x[k:], s1) for every k, and token by token."""
+    model = scrambled_model(kind, OPTIONS[option])
+    length = 8
+    for start in range(-1, length):  # a document starting anywhere, or nowhere
+        tokens = some_tokens(2, length, seed=start + 2, starts=0)
+        if start >= 0:
+            tokens[0, start] = BOS
+            tokens[1, [start, (start * 7 + 3) % length]] = BOS
+        whole = logits(model, tokens)
+        at_once, final = in_pieces(model, tokens, [])
+        torch.testing.assert_close(at_once, whole, rtol=1e-10, atol=1e-10)
+        for edges in [*[[k] for k in range(1, length)], list(range(1, length)), [2, 3, 7]]:
+            pieces, state = in_pieces(model, tokens, edges)
+            torch.testing.assert_close(pieces, whole, rtol=1e-10, atol=1e-10)
+            assert_same_state(state, final)
+
+
+@cases
+@torch.no_grad()
+def test_state_does_not_grow_beyond_its_window(kind: str, option: str) -> None:
+    """A windowed mixer's state has a size that the length of the stream does not change; so has its dtype."""
+    model = scrambled_model(kind, OPTIONS[option])
+    sizes = []
+    for length in (40, 90):
+        _, state = in_pieces(model, some_tokens(2, length), [7])
+        parts = t.flatten_state(state)
+        sizes.append(sum(part.numel() for part in parts))
+        assert all(len(part) == 2 for part in parts), "the batch comes first in every tensor of a state"
+    assert bool(model.h.attn_window) <= (sizes[0] == sizes[1])
+    stream = state[0]
+    assert torch.equal(stream.position, torch.tensor([90, 90]))
+    assert torch.equal(stream.document, (some_tokens(2, 90) == BOS).sum(1))
+
+
+@cases
+def test_gradients_of_the_second_piece_match(kind: str, option: str) -> None:
+    """Training with a detached carry gives the gradient of the second piece's loss, the first piece held constant."""
+    model = scrambled_model(kind, OPTIONS[option])
+    tokens, targets = some_tokens(2, 10), some_tokens(2, 10, seed=5)
+    _, state = model.logits(tokens[:, :6], TIED, model.init_state(2))
+    state = t.map_state(state, Tensor.detach)
+    model.loss(tokens[:, 6:], targets[:, 6:], TIED, state).total.backward()
+    got = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    out = torch.nn.functional.cross_entropy(
+        logits(model, tokens[:, 6:], state).flatten(0, 1), targets[:, 6:].flatten(), reduction="sum"
+    )
+    out.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-8, atol=1e-8)
+
+
+# ---- training reaches everything
+
+
+@pytest.mark.parametrize("residual", t.RESIDUALS)
+@cases
+def test_gradients_reach_every_parameter_within_two_steps(kind: str, option: str, residual: str) -> None:
+    """Looked at after two optimizer steps, since output projections start at zero."""
+    h = config(kind, {**OPTIONS[option], "RESIDUAL": residual, "MATRIX_CODEC": "exact"})
+    rt = t.start_runtime(h)
+    model = t.build_model(h, rt, BOS)
+    weights = t.Weights(model)
+    weights.materialize(0.0)
+    optimizer = t.Optimizer(h, rt, weights)
+    for step in range(3):
+        weights.clear_gradients()
+        model.loss(some_tokens(4, 16, seed=step), some_tokens(4, 16, seed=step + 9), TIED).total.backward()
+        if step < 2:
+            optimizer.step(1.0, 0.9, False, 0.0)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{name} has no gradient"
+        assert parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, f"{name} gets no gradient"
+
+
+@pytest.mark.parametrize("every", [1, 2, 4, 100])
+@pytest.mark.parametrize("residual", t.RESIDUALS)
+@cases
+def test_recomputing_activations_changes_no_gradient(kind: str, option: str, residual: str, every: int) -> None:
+    tokens, targets = some_tokens(2, 9), some_tokens(2, 9, seed=3)
+    found = []
+    for k in (0, every):
+        model = scrambled_model(kind, {**OPTIONS[option], "RESIDUAL": residual, "GRAD_CHECKPOINT": k})
+        state = t.map_state(model.logits(some_tokens(2, 5, seed=4), TIED, model.init_state(2))[1], Tensor.detach)
+        out = model.loss(tokens, targets, TIED, state)
+        (model.loss(tokens, targets, TIED).total + out.total).backward()
+        found.append((out, {name: p.grad for name, p in model.named_parameters()}))
+    (one, mine), (other, theirs) = found
+    assert torch.equal(one.total, other.total)
+    assert all(map(torch.equal, t.flatten_state(one.state), t.flatten_state(other.state)))
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+# ---- attention against a version that one can read
+
+
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, doc_mask: bool) -> Tensor:
+    """Softmax attention of each query over its visible keys, one by one; (B, T, H, Dh)."""
+    y = torch.zeros_like(q)
+    for b, i, head in (
+        (b, i, head) for b in range(q.shape[0]) for i in range(q.shape[1]) for head in range(q.shape[2])
+    ):
+        group = head * k.shape[2] // q.shape[2]
+        first = max(0, i - window + 1) if window else 0
+        keys = [j for j in range(first, i + 1) if not doc_mask or documents[b, i] == documents[b, j]]
+        scores = torch.stack([q[b, i, head] @ k[b, j, group] for j in keys]) / math.sqrt(q.shape[-1])
+        y[b, i, head] = scores.softmax(0) @ v[b, keys, group]
+    return y
+
+
+def turn(x: Tensor, channels: int) -> Tensor:
+    """Rotary positions by complex multiplication; x (B, T, H, Dh)."""
+    half = channels // 2
+    frequencies = 10_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    angle = torch.arange(x.shape[1], dtype=torch.float64)[:, None] * frequencies  # (T, R/2)
+    z = torch.complex(x[..., :half], x[..., half:channels]) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    return torch.cat((z.real, z.imag, x[..., channels:]), -1)
+
+
+@pytest.mark.parametrize("option", [name for name in OPTIONS if name != "factored"])
+@torch.no_grad()
+def test_attention_is_its_formula(option: str) -> None:
+    model = scrambled_model("attn", OPTIONS[option])
+    h, layer = model.h, model.blocks[1]["attn"]
+    tokens = some_tokens(2, 12)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2, 12, h.model_dim, dtype=torch.float64, generator=generator)
+    v0 = torch.randn(2, 12, h.num_kv_heads, h.head_dim, dtype=torch.float64, generator=generator)
+    ctx = model.context(tokens, None, None)._replace(v0=v0)
+    got = layer(x, ctx, None)
+
+    heads = (h.num_heads * h.head_dim, h.num_kv_heads * h.head_dim, h.num_kv_heads * h.head_dim)
+    q, k, v = (part.unflatten(-1, (-1, h.head_dim)) for part in (x @ layer.qkv.weight.T).split(heads, -1))
+    if h.qk_norm:
+        q, k = t.rms_norm(q), t.rms_norm(k)
+    q, k = turn(q, h.rope_dims) * layer.q_gain[:, None], turn(k, h.rope_dims)
+    if h.value_residual:
+        share = 1 / (1 + torch.exp(-layer.v_mix))
+        v = share * v + (1 - share) * v0
+    documents = (tokens == BOS).cumsum(1)
+    y = naive_attention(q, k, v, documents, h.attn_window, h.doc_mask)
+    torch.testing.assert_close(got.y, y.flatten(2) @ layer.proj.weight.T, rtol=1e-10, atol=1e-10)
+    assert torch.equal(got.v0, v0), "later layers must get the first layer's values"
+
+
+def attention_inputs(kv_heads: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    for heads in (4, kv_heads, kv_heads):
+        yield torch.randn(2, 9, heads, 8, dtype=torch.float64, generator=generator)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("window", [0, 1, 3, 9, 50])
+@pytest.mark.parametrize("doc_mask", [False, True])
+@pytest.mark.parametrize("cached", [False, True])
+def test_every_path_of_attention_agrees_with_the_naive_one(
+    kv_heads: int, window: int, doc_mask: bool, cached: bool
+) -> None:
+    """The causal fast path, the masked path and the path through the cache are one function."""
+    layer = scrambled_model(
+        "attn", {"NUM_KV_HEADS": kv_heads, "ATTN_WINDOW": window, "DOC_MASK": int(doc_mask)}
+    ).blocks[0]["attn"]
+    q, k, v = attention_inputs(kv_heads)
+    documents = (some_tokens(2, 9) == BOS).cumsum(1)
+    want = naive_attention(q, k, v, documents, window, doc_mask)
+    state = layer.init_state(2, torch.float64)._replace(k=k[:, :0], v=v[:, :0]) if cached else None
+    y, after = layer.attend(q, k, v, documents, state)
+    torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
+    assert (after is None) == (state is None)
+
+
+def test_plain_attention_takes_the_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No mask is built where causality is all there is to it; a window or documents need one."""
+    asked: list[tuple[bool, bool]] = []
+    real = t.sdpa
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        asked.append((mask is not None, causal))
+        return real(q, k, v, mask, causal)
+
+    monkeypatch.setattr(t, "sdpa", spy)
+    for variables in ({}, {"ATTN_WINDOW": 4}, {"DOC_MASK": 1}):
+        logits(scrambled_model("attn", {**variables, "NUM_LAYERS": 1}), some_tokens(1, 6))
+    assert asked == [(False, True), (True, False), (True, False)]
+
+
+@torch.no_grad()
+def test_value_residual_takes_the_first_attention_layers_values() -> None:
+    """With all weight on v0, no later layer's own value rows matter."""
+    model = scrambled_model("attn", {"VALUE_RESIDUAL": 1})
+    tokens = some_tokens(2, 8)
+    first, later = model.blocks[0]["attn"], [model.blocks[i]["attn"] for i in (1, 2)]
+    assert first.v_mix is None and all(layer.v_mix is not None for layer in later)
+    for layer in later:
+        layer.v_mix.fill_(-100.0)
+    before = logits(model, tokens)
+    for layer in later:
+        layer.qkv.weight[-2 * model.h.head_dim :] = 3.0
+    torch.testing.assert_close(logits(model, tokens), before, rtol=1e-12, atol=1e-12)
+    first.qkv.weight[-1] += 1.0
+    assert (logits(model, tokens) - before).abs().max() > 1e-3
