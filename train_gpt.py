@@ -1267,7 +1267,7 @@ class TernaryCodec(GroupedCodec):
         cut = (tuning.threshold * round_to(mean, torch.bfloat16)).to(w.dtype)
         keep = (size >= cut.unsqueeze(-1)) & (mean >= 1e-12).unsqueeze(-1)
         codes = grouped.sign() * keep
-        scale = (grouped * codes).sum(-1) / keep.sum(-1).clamp(min=1) if self.lstsq else mean
+        scale = (grouped * codes).sum(-1) / codes.abs().sum(-1).clamp(min=1) if self.lstsq else mean
         stored = round_to(scale * tuning.multiplier, torch.bfloat16)
         return Codes(ungroup(codes, w.shape[-1]).to(torch.int8), stored)
 
@@ -2148,16 +2148,23 @@ class Bank:
         has = torch.tensor([p.grad is not None for p in self.parameters], device=self.latent.device)
         return torch.stack(grads), has.view(-1, *[1] * (self.latent.ndim - 1))
 
-    def coded(self, part: slice = slice(None)) -> Codes:
-        """Codes of some of the bank's weights; all of them at once by default."""
-        return self.codec.quantize(self.latent[part], Tuning(*(tuned[part] for tuned in self.tuning)))
+    def coded(self) -> Iterator[tuple[int, Codes]]:
+        """Codes of the bank in parts of at most 8M weights, each with the index of its first tensor.
+
+        Forward pass and export take the same parts: a GPU may sum a mean in another order for another shape.
+        """
+        step = max(1, 2**23 // self.latent[0].numel())
+        for at in range(0, len(self.names), step):
+            part = slice(at, at + step)
+            yield at, self.codec.quantize(self.latent[part], Tuning(*(tuned[part] for tuned in self.tuning)))
 
     @torch.no_grad()
     def materialize(self, quantized: bool) -> None:
         """Write what the forward pass uses into the model's parameters."""
-        value = self.codec.decode(self.coded()) if quantized else self.latent
-        for parameter, part in zip(self.parameters, value, strict=True):
-            parameter.copy_(part)
+        parts = ((at, self.codec.decode(coded)) for at, coded in self.coded()) if quantized else [(0, self.latent)]
+        for at, values in parts:
+            for parameter, value in zip(self.parameters[at:], values, strict=False):
+                parameter.copy_(value)
 
 
 class Weights:
@@ -2320,7 +2327,7 @@ def rate_scale(h: Hyperparameters, step: int, seconds: float) -> float:
             left = min(left, (h.max_wallclock_seconds - seconds) / pace)
         fall = min(1.0, left / h.warmdown_iters)
     else:
-        fall = min(1.0, (1 - progress) / h.warmdown_fraction) if h.warmdown_fraction else 1.0
+        fall = min(1.0, (1 - progress) / h.warmdown_fraction) if h.warmdown_fraction else float(progress < 1)
     return min(rise, h.lr_floor + (1 - h.lr_floor) * max(0.0, fall))
 
 
@@ -2431,10 +2438,11 @@ class Coded(NamedTuple):
 def coded_tensors(weights: Weights) -> Iterator[Coded]:
     """All tensors as the model's forward pass has them, bank by bank."""
     for bank in weights.banks.values():
-        for i, name in enumerate(bank.names):  # one by one: a bank's temporaries would be as large as the model
-            coded = bank.coded(slice(i, i + 1))
-            scales = None if coded.scales is None else coded.scales[0].cpu().numpy()
-            yield Coded(name, bank.role.codec, coded.codes[0].cpu().numpy(), scales)
+        for at, coded in bank.coded():
+            codes = coded.codes.cpu().numpy()
+            scales = None if coded.scales is None else coded.scales.cpu().numpy()
+            for i, name in enumerate(bank.names[at : at + len(codes)]):
+                yield Coded(name, bank.role.codec, codes[i], None if scales is None else scales[i])
 
 
 def bf16_bits(values: np.ndarray) -> np.ndarray:
@@ -2476,7 +2484,7 @@ def write_artifact(h: Hyperparameters, tensors: Iterator[Coded], prints: dict[st
 
 def most_elements(data: bytes) -> int:
     """Bound on the weights of a file, which bounds what a hostile one can make us allocate (untrained ternary: 11)."""
-    return 2**24 + 256 * len(data)
+    return 2**22 + 128 * len(data)
 
 
 def read_header(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -2511,7 +2519,7 @@ def check_header(header: dict[str, Any], limit: int) -> dict[str, Any]:
         header["streams"]
     ):
         raise ValueError("a name occurs twice")
-    if not all(type(n) is int and n > 0 for shape in shapes for n in shape):
+    if not all(len(shape) <= 8 and all(type(n) is int and n > 0 for n in shape) for shape in shapes):
         raise ValueError("a tensor has an impossible shape")
     if sum(math.prod(shape) for shape in shapes) > limit:
         raise ValueError("more weights than its bytes can hold")
@@ -3511,6 +3519,9 @@ def open_artifact(path: str, environ: dict[str, str]) -> tuple[Hyperparameters, 
     for name, value in header["config"].items():
         if values[name] != value and name not in stretch:
             raise UserError(f"{name.upper()}={values[name]} contradicts the artifact, which has {value}; unset it")
+    least = h.num_layers * h.model_dim * h.model_dim + h.vocab_size * h.embed_width
+    if least > sum(array.size for array in arrays.values()):
+        raise UserError(f"{path}: its tensors are too small for its configuration")
     rt = start_runtime(h)
     tokenizer = load_tokenizer(h)
     if header["prints"].get("tokenizer") != tokenizer.fingerprint:

@@ -142,9 +142,8 @@ def main() -> None:
         clock = f"train_time:{elapsed * 1e3:.0f}ms step_avg:{elapsed * 1e3 / step:.2f}ms"
         if step % s["TRAIN_LOG_EVERY"] == 0 or step == 1:
             print(f"step:{step}/{s['ITERATIONS']} train_loss:{loss.item():.4f} {clock}", flush=True)
-    nats = validate(model, tokens, s["TRAIN_SEQ_LEN"])
-    bits, count = nats / math.log(2), len(tokens) - 1
-    print(f"step:{step}/{s['ITERATIONS']} val_loss:{nats / count:.4f} val_bpb:{bits / size:.4f} {clock}")
+    loss, bpb = validate(model, tokens, s["TRAIN_SEQ_LEN"]) / np.array([len(tokens) - 1, size * math.log(2)])
+    print(f"step:{step}/{s['ITERATIONS']} val_loss:{loss:.4f} val_bpb:{bpb:.4f} {clock}")
 
 
 if __name__ == "__main__":

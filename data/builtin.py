@@ -343,7 +343,7 @@ def describe_source(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def is_complete(folder: Path, source: dict[str, Any], args: argparse.Namespace) -> bool:
-    """Whether this corpus is there already; one of another Python is an error; --overwrite builds it anew."""
+    """Whether this corpus is there already; one of another Python is kept and named; --overwrite builds it anew."""
     manifest = shards.read_manifest(folder)
     if manifest is None:
         return False
@@ -351,9 +351,9 @@ def is_complete(folder: Path, source: dict[str, Any], args: argparse.Namespace) 
         (folder / shards.MANIFEST).unlink()
         return False
     if any(manifest["source"].get(key) != value for key, value in source.items()):
-        raise DataError(
-            f"{folder} was made by {manifest['source'].get('python')} from other files or by another recipe, now "
-            f"{source['python']}: keep it as it is, or replace it with --overwrite"
+        print(
+            f"note: {shards.shown(folder)} was made by {manifest['source'].get('python')} from other files or by "
+            f"another recipe (now {source['python']}); it is kept, --overwrite builds it anew"
         )
     shards.verify_dataset(folder, manifest)
     shards.check_tokenizer(args.out, manifest)

@@ -1,0 +1,579 @@
+"""The scoring engine against plain loops: every token once, exact contexts, carried states, honest adapters, bytes."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import train_gpt as t
+
+BOS, VOCAB, WINDOW = t.BYTE_BOS, 256, 16
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def config(**variables: object) -> t.Hyperparameters:
+    base = {"PRESET": "tiny", "VOCAB_SIZE": VOCAB, "PRECISION": "fp64", "DEVICE": "cpu", "COMPILE": 0}
+    sizes = {"EVAL_SEQ_LEN": WINDOW, "EVAL_STREAMS": 3, "MODEL_DIM": 16}
+    return t.load_config({name: str(value) for name, value in {**base, **sizes, **variables}.items()})
+
+
+def scrambled(h: t.Hyperparameters) -> t.GPT:
+    """A network whose every parameter is random and matters."""
+    model, generator = t.build_model(h, t.start_runtime(h), BOS), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(noise * 1.5 / math.sqrt(parameter.shape[-1]) if parameter.ndim == 2 else 0.7 + 0.3 * noise)
+    return model
+
+
+class Stub:
+    """Stands in for a network: logits that do not depend on the context, in float64."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.row = logits.double()
+
+    def init_state(self, batch: int) -> tuple:
+        return (torch.zeros(batch),)
+
+    def logits(self, tokens: Tensor, variant: Any, state: Any = None, last: int = 0, adapters: Any = None) -> Any:
+        return self.row.expand(*tokens[:, -last:].shape, -1), state
+
+
+def stream(length: int, seed: int = 0, spread: int = BOS) -> np.ndarray:
+    """Random tokens with a document start here and there."""
+    choose = np.random.default_rng(seed)
+    tokens = choose.integers(0, spread, length)
+    tokens[choose.random(length) < 0.05] = BOS
+    return tokens.astype(np.int64)
+
+
+def scorer_of(
+    h: t.Hyperparameters, model: Any, adapters: list[t.Adapter] | None = None, rank: int = 0, world: int = 1
+) -> t.Scorer:
+    rt = t.start_runtime(h)._replace(rank=rank, world=world)
+    scorer = t.Scorer(h, rt, model, t.ByteTokenizer().byte_table(), np.zeros(0, np.int64))
+    if adapters is not None:
+        scorer.adapters = adapters
+    return scorer
+
+
+@torch.no_grad()
+def naive_nats(model: t.GPT, tokens: np.ndarray, chunks: list[tuple[int, int, int]]) -> float:
+    """Cross-entropy of the targets first + 1 .. last, given the tokens begin .. first before them, chunk by chunk."""
+    total, both = 0.0, torch.from_numpy(tokens)
+    for begin, first, last in chunks:
+        logits, _ = model.logits(both[None, begin:last], t.final_variant(model.h))
+        total += F.cross_entropy(logits[0, first - begin :], both[first + 1 : last + 1], reduction="sum").item()
+    return total
+
+
+def plain_chunks(length: int) -> list[tuple[int, int, int]]:
+    """(begin, first scored input, last + 1) of windows that do not overlap."""
+    return [(at, at, min(at + WINDOW, length - 1)) for at in range(0, length - 1, WINDOW)]
+
+
+class Recorder(t.Adapter):
+    """Notes every chunk and distribution that was scored, by the stream index of the predicted token."""
+
+    def __init__(self) -> None:
+        self.chunks: list[t.Chunk] = []
+        self.predicted: dict[int, Tensor] = {}
+        self.contexts: dict[int, list[int]] = {}
+
+    def learn(self, states: list[Any], chunk: t.Chunk, given: t.Distribution) -> list[Any]:
+        self.chunks.append(chunk)
+        length = chunk.tokens.shape[1]
+        for row, start in enumerate(chunk.starts):
+            for i in range(chunk.scored):
+                index = start + 1 + i
+                assert index not in self.predicted, f"token {index} is scored twice"
+                self.predicted[index] = given.full()[row, i]
+                self.contexts[index] = chunk.tokens[row, : length - chunk.scored + i + 1].tolist()
+        return states
+
+
+# ---- plain scoring
+
+LENGTHS = [2, 3, WINDOW, WINDOW + 1, WINDOW + 2, 3 * WINDOW + 1, 200, 201]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_plain_score_is_a_loop_over_windows(length: int) -> None:
+    h = config()
+    model, tokens = scrambled(h), stream(length)
+    score = scorer_of(h, model).score(tokens)
+    assert score.tokens == length - 1
+    assert score.nats == pytest.approx(naive_nats(model, tokens, plain_chunks(length)), rel=1e-11)
+    assert score.bytes == (tokens[1:] != BOS).sum()
+    assert score.loss == score.nats / score.tokens
+
+
+@pytest.mark.parametrize("length", [2, 5, 100, 201])
+@pytest.mark.parametrize("streams", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("batch", [1, WINDOW * 2, 10**6])
+def test_plain_score_depends_on_neither_streams_nor_batch(length: int, streams: int, batch: int) -> None:
+    h = config(EVAL_STREAMS=streams, VAL_BATCH_SIZE=batch)
+    model, tokens = scrambled(h), stream(length)
+    score = scorer_of(h, model).score(tokens)
+    assert score.nats == pytest.approx(naive_nats(model, tokens, plain_chunks(length)), rel=1e-11)
+
+
+def test_memory_of_a_pass_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(t, "MAX_LOGITS", {"cpu": VOCAB * WINDOW * 2})
+    h, recorder = config(EVAL_STREAMS=9, VAL_BATCH_SIZE=10**6), Recorder()
+    scorer_of(h, scrambled(h), [recorder]).score(stream(300))
+    assert max(len(chunk.spans) for chunk in recorder.chunks) == 2
+
+
+def test_score_uses_the_variant_it_is_given() -> None:
+    h = config(UNTIE_AT_FRACTION=0.5)
+    model, tokens = scrambled(h), stream(60)
+    found = [scorer_of(h, model).score(tokens, variant).nats for variant in (None, t.Variant(True), t.Variant(False))]
+    assert found[0] == found[1] != found[2]
+    assert found[0] == pytest.approx(naive_nats(model, tokens, plain_chunks(60)), rel=1e-11)
+
+
+def test_scoring_leaves_the_model_as_it_was() -> None:
+    h = config()
+    model = scrambled(h)
+    kept = [parameter.detach().clone() for parameter in model.parameters()]
+    scorer_of(h, model).score(stream(60))
+    assert all(p.grad is None and torch.equal(p, k) for p, k in zip(model.parameters(), kept, strict=True))
+
+
+# ---- the order of scoring
+
+MODES: dict[str, dict[str, object]] = {
+    "plain": {},
+    "sliding": {"SLIDING_EVAL": 1, "SLIDING_EVAL_STRIDE": 5},
+    "sliding one by one": {"SLIDING_EVAL": 1, "SLIDING_EVAL_STRIDE": 1},
+    "carried": {"CARRY_EVAL": 1, "ATTN_WINDOW": 6},
+}
+modes = pytest.mark.parametrize("mode", MODES)
+
+
+@modes
+@pytest.mark.parametrize("length", [2, 4, WINDOW + 1, 50, 131])
+@pytest.mark.parametrize("streams", [1, 3, 100])
+def test_every_token_is_scored_once_and_in_order(mode: str, length: int, streams: int) -> None:
+    h = config(**MODES[mode], EVAL_STREAMS=streams, VAL_BATCH_SIZE=2 * WINDOW)
+    ledger: list[tuple[int, int, int]] = []
+    recorder, shares = Recorder(), []
+    score = scorer_of(h, scrambled(h), [recorder]).score(stream(length), ledger=ledger, report=shares.append)
+    assert score.tokens == length - 1 and sorted(recorder.predicted) == list(range(1, length))
+    last: dict[int, int] = {}
+    for span, first, stop in ledger:
+        assert first < stop and last.get(span, first) == first, "a span goes forward without a gap"
+        last[span] = stop
+    spans = sorted((min(f for s, f, _ in ledger if s == span), stop) for span, stop in last.items())
+    assert [first for first, _ in spans] == [1, *(stop for _, stop in spans[:-1])] and spans[-1][1] == length
+    assert len(spans) <= streams
+    assert shares == sorted(shares) and shares[-1] == 1
+
+
+# ---- sliding windows
+
+
+@pytest.mark.parametrize("length", [2, 9, WINDOW + 1, 100, 131])
+@pytest.mark.parametrize("stride", [1, 5, WINDOW])
+def test_sliding_gives_each_token_its_exact_context(length: int, stride: int) -> None:
+    """All tokens of a stride are predicted from one window that ends with them, as long as the stream allows."""
+    h, recorder = config(SLIDING_EVAL=1, SLIDING_EVAL_STRIDE=stride), Recorder()
+    model, tokens = scrambled(h), stream(length)
+    score = scorer_of(h, model, [recorder]).score(tokens)
+    chunks = []
+    for first in range(0, length - 1, stride):
+        last = min(first + stride, length - 1)
+        chunks.append((max(0, last - WINDOW), first, last))
+        for index in range(first + 1, last + 1):
+            assert recorder.contexts[index] == tokens[chunks[-1][0] : index].tolist()
+            assert len(recorder.contexts[index]) >= min(index, WINDOW - stride + 1)
+    assert score.nats == pytest.approx(naive_nats(model, tokens, chunks), rel=1e-11)
+
+
+@pytest.mark.parametrize("streams", [1, 2, 5])
+def test_sliding_by_whole_windows_is_plain(streams: int) -> None:
+    plain, sliding = (
+        config(EVAL_STREAMS=streams),
+        config(EVAL_STREAMS=streams, SLIDING_EVAL=1, SLIDING_EVAL_STRIDE=WINDOW),
+    )
+    model, tokens = scrambled(plain), stream(6 * WINDOW + 1)
+    assert scorer_of(sliding, model).score(tokens) == scorer_of(plain, model).score(tokens)
+
+
+# ---- carried states
+
+
+@torch.no_grad()
+def long_nats(model: t.GPT, tokens: np.ndarray, spans: list[tuple[int, int]]) -> float:
+    """Each span in one long forward pass; the model's own window is all that limits the context."""
+    return naive_nats(model, tokens, [(first, first, last) for first, last in spans])
+
+
+@pytest.mark.parametrize("length", [2, 9, 100, 131, 6 * WINDOW + 1])
+@pytest.mark.parametrize("attn_window", [1, 4, WINDOW, 3 * WINDOW - 5])
+@pytest.mark.parametrize("streams", [1, 3, 50])
+def test_carried_score_is_one_long_windowed_pass(length: int, attn_window: int, streams: int) -> None:
+    variables = {"CARRY_EVAL": 1, "ATTN_WINDOW": attn_window, "EVAL_STREAMS": streams}
+    h = config(**variables, DOC_MASK=attn_window % 2, VALUE_RESIDUAL=1)
+    model, tokens, ledger = scrambled(h), stream(length), []
+    score = scorer_of(h, model).score(tokens, ledger=ledger)
+    spans = {}
+    for span, first, stop in ledger:
+        spans[span] = (spans.get(span, (first - 1, 0))[0], stop - 1)
+    assert len(spans) == min(streams, -(-(length - 1) // WINDOW))
+    assert score.nats == pytest.approx(long_nats(model, tokens, list(spans.values())), rel=1e-10)
+
+
+@modes
+@pytest.mark.parametrize("batch", [1, 2 * WINDOW, 3 * WINDOW])
+def test_batches_do_not_change_the_score(mode: str, batch: int) -> None:
+    scores = []
+    for size in (batch, 10**6):
+        h = config(**MODES[mode], EVAL_STREAMS=7, VAL_BATCH_SIZE=size)
+        scores.append(scorer_of(h, scrambled(h), [Unigram()]).score(stream(250)))
+    assert scores[0].nats == pytest.approx(scores[1].nats, rel=1e-11)
+    assert scores[0][1:] == scores[1][1:]
+
+
+# ---- ranks
+
+
+@modes
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_ranks_share_the_spans(mode: str, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shares of all ranks, which all_reduce adds up, are the score of one process; a rank may have no span."""
+    monkeypatch.setattr(t.dist, "all_reduce", lambda tensor, group: None)
+    h = config(**MODES[mode], EVAL_STREAMS=4)
+    model, tokens = scrambled(h), stream(150)
+    alone = scorer_of(h, model, [Unigram()]).score(tokens)
+    shares = [scorer_of(h, model, [Unigram()], rank, world).score(tokens) for rank in range(world)]
+    assert sum(share.nats for share in shares) == pytest.approx(alone.nats, rel=1e-11)
+    assert sum(share.tokens for share in shares) == alone.tokens
+    assert sum(share.bytes for share in shares) == alone.bytes
+
+
+# ---- adapters
+
+
+class Unigram(t.Adapter):
+    """Mixes in the frequencies of what its span has seen."""
+
+    def begin(self, scorer: t.Scorer) -> Tensor:
+        return torch.ones(VOCAB, dtype=torch.float64)
+
+    def wrap(self, states: list[Tensor], chunk: t.Chunk, given: t.Distribution) -> t.Distribution:
+        seen = torch.stack(states)
+        shares = (seen / seen.sum(1, keepdim=True)).unsqueeze(1)
+        return t.Distribution((given.full().exp() * 0.5 + shares * 0.5).log())
+
+    def learn(self, states: list[Tensor], chunk: t.Chunk, given: t.Distribution) -> list[Tensor]:
+        scored = chunk.targets[:, -chunk.scored :]
+        return [seen + torch.bincount(row, minlength=VOCAB) for seen, row in zip(states, scored, strict=True)]
+
+
+class SharedUnigram(Unigram):
+    """Spans also learn from one another, between three phases."""
+
+    phases = 3
+
+    def merge(self, states: dict[int, Tensor]) -> dict[int, Tensor]:
+        total = torch.stack([state - 1 for _, state in sorted(states.items())]).sum(0)
+        return {span: 1 + total / len(states) for span in states}
+
+
+class LowRank(t.Adapter):
+    """Gives every span a low-rank change of one weight that grows with what the span has seen."""
+
+    name: ClassVar[str] = "blocks.1.mlp.up.weight"
+
+    def begin(self, scorer: t.Scorer) -> Tensor:
+        return torch.zeros((), dtype=torch.float64)
+
+    def lora(self, states: list[Tensor], chunk: t.Chunk) -> dict[str, tuple[Tensor, Tensor]]:
+        down = torch.linspace(-1, 1, 16, dtype=torch.float64)[:, None]
+        up = torch.linspace(0, 1, 32, dtype=torch.float64)[None]
+        return {self.name: (down.expand(len(states), 16, 1), torch.stack(states).view(-1, 1, 1) * up)}
+
+    def learn(self, states: list[Tensor], chunk: t.Chunk, given: t.Distribution) -> list[Tensor]:
+        means = chunk.targets[:, -chunk.scored :].double().mean(1)
+        return [state + mean / 100 for state, mean in zip(states, means, strict=True)]
+
+
+class Sharpen(t.Adapter):
+    def wrap(self, states: list[None], chunk: t.Chunk, given: t.Distribution) -> t.Distribution:
+        return t.Distribution((given.full() * 1.5).log_softmax(-1))
+
+
+STACKS: dict[str, Callable[[], list[t.Adapter]]] = {
+    "unigram": lambda: [Unigram()],
+    "low rank": lambda: [LowRank()],
+    "shared": lambda: [SharedUnigram()],
+    "stack": lambda: [LowRank(), Unigram(), Sharpen(), SharedUnigram()],
+}
+stacks = pytest.mark.parametrize("stack", STACKS)
+
+
+def predictions(h: t.Hyperparameters, stack: str, tokens: np.ndarray) -> tuple[dict[int, Tensor], list[int]]:
+    """The distribution of every token, and the order in which tokens were scored."""
+    recorder, ledger = Recorder(), []
+    scorer_of(h, scrambled(h), [*STACKS[stack](), recorder]).score(tokens, ledger=ledger)
+    return recorder.predicted, [index for _, first, stop in ledger for index in range(first, stop)]
+
+
+@modes
+@stacks
+def test_no_prediction_depends_on_a_token_that_is_scored_later(mode: str, stack: str) -> None:
+    """Changing a token, and all that is scored after it, leaves every earlier prediction and its own, bit for bit."""
+    h = config(**MODES[mode], EVAL_STREAMS=3)
+    tokens = stream(130)
+    before, order = predictions(h, stack, tokens)
+    for at in (1, 2, WINDOW, WINDOW + 1, 44, 45, 90, 128, 129):
+        place, changed = order.index(at), tokens.copy()
+        changed[order[place:]] = (tokens[order[place:]] + 31) % BOS
+        after, _ = predictions(h, stack, changed)
+        for index in order[: place + 1]:
+            # a window may begin with tokens of the span before, which are scored later in another turn
+            context = range(max(0, index - WINDOW), index) if h.sliding_eval else ()
+            if not set(context) & set(order[place:]):
+                assert torch.equal(after[index], before[index]), f"token {index} saw token {at} or one after it"
+        assert at + 1 not in before or h.sliding_eval or not torch.equal(after[at + 1], before[at + 1])
+
+
+@modes
+@stacks
+def test_predictions_are_normalized(mode: str, stack: str) -> None:
+    found, _ = predictions(config(**MODES[mode]), stack, stream(100))
+    rows = torch.stack(list(found.values()))
+    torch.testing.assert_close(rows.logsumexp(-1), torch.zeros(len(rows), dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_adapters_act_in_order_and_learn_after_scoring() -> None:
+    """begin once, then for each chunk: lora of all, wrap of all, learn of all; learn gets the final distribution."""
+    calls: list[str] = []
+
+    class Note(t.Adapter):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def begin(self, scorer: t.Scorer) -> int:
+            calls.append(f"begin {self.name}")
+            return 0
+
+        def lora(self, states: list[int], chunk: t.Chunk) -> None:
+            calls.append(f"lora {self.name} {states}")
+
+        def wrap(self, states: list[int], chunk: t.Chunk, given: t.Distribution) -> t.Distribution:
+            calls.append(f"wrap {self.name}")
+            return t.Distribution((given.full() * (2 if self.name == "a" else 1) + 1e-3).log_softmax(-1))
+
+        def learn(self, states: list[int], chunk: t.Chunk, given: t.Distribution) -> list[int]:
+            calls.append(f"learn {self.name}")
+            assert given.full().shape == (len(states), chunk.scored, VOCAB)
+            return [state + chunk.scored for state in states]
+
+    h, ledger = config(EVAL_STREAMS=1), []
+    logits = torch.linspace(-1, 1, VOCAB)
+    score = scorer_of(h, Stub(logits), [Note("a"), Note("b")]).score(stream(2 * WINDOW + 1), ledger=ledger)
+    chunk = ["wrap a", "wrap b", "learn a", "learn b"]
+    assert calls == ["begin a", "begin b", "lora a [0]", "lora b [0]", *chunk, "lora a [16]", "lora b [16]", *chunk]
+    want = F.cross_entropy(
+        (2 * logits.double()).expand(2 * WINDOW, -1), torch.from_numpy(stream(2 * WINDOW + 1)[1:]), reduction="sum"
+    )
+    assert score.nats == pytest.approx(want.item(), rel=1e-11)
+
+
+def test_unigram_cache_against_a_loop() -> None:
+    """With a uniform model the score is that of the mixture, span by span and chunk by chunk."""
+    h, tokens, ledger = config(), stream(140, spread=9), []
+    score = scorer_of(h, Stub(torch.zeros(VOCAB)), [Unigram()]).score(tokens, ledger=ledger)
+    nats, counts = 0.0, {}
+    for span, first, stop in ledger:
+        seen = counts.setdefault(span, np.ones(VOCAB))
+        nats -= sum(math.log(0.5 / VOCAB + 0.5 * seen[tokens[i]] / seen.sum()) for i in range(first, stop))
+        for i in range(first, stop):
+            seen[tokens[i]] += 1
+    assert score.nats == pytest.approx(nats, rel=1e-11)
+    assert score.loss < math.log(VOCAB) - 0.3, "the cache must help"
+
+
+def test_low_rank_adapter_changes_the_weight_it_names() -> None:
+    """Each row of a batch has its own change: the score is that of networks with changed weights."""
+    h = config()
+    model, tokens, ledger = scrambled(h), stream(100), []
+    score = scorer_of(h, model, [LowRank()]).score(tokens, ledger=ledger)
+    weight, nats, grown = dict(model.named_parameters())[LowRank.name], 0.0, {}
+    kept = weight.detach().clone()
+    down, up = torch.linspace(-1, 1, 16).double()[:, None], torch.linspace(0, 1, 32).double()[None]
+    for span, first, stop in ledger:
+        with torch.no_grad():
+            weight.copy_(kept + (down @ up).T * grown.get(span, 0.0))
+        nats += naive_nats(model, tokens, [(first - 1, first - 1, stop - 1)])
+        grown[span] = grown.get(span, 0.0) + tokens[first:stop].mean() / 100
+    assert score.nats == pytest.approx(nats, rel=1e-8)
+
+
+def test_spans_meet_only_between_phases() -> None:
+    """In three phases the states of all spans are merged twice, and every span goes on with the merged one."""
+    merged: list[dict[int, Tensor]] = []
+
+    class Watched(SharedUnigram):
+        def merge(self, states: dict[int, Tensor]) -> dict[int, Tensor]:
+            merged.append(dict(states))
+            return super().merge(states)
+
+    h, tokens, recorder = config(EVAL_STREAMS=4), stream(12 * WINDOW + 1), Recorder()
+    scorer_of(h, Stub(torch.zeros(VOCAB)), [Watched(), recorder]).score(tokens)
+    assert [sorted(states) for states in merged] == [[0, 1, 2, 3]] * 2
+    first = {span: state.sum() - VOCAB for span, state in merged[0].items()}
+    assert all(count == WINDOW for count in first.values()), "a third of each span, before anything is shared"
+    seen = merged[0][0] * 0 + 1 + sum(state - 1 for state in merged[0].values()) / 4
+    shares = 0.5 / VOCAB + 0.5 * seen / seen.sum()
+    torch.testing.assert_close(recorder.predicted[WINDOW + 1].exp(), shares, **EXACT)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_phases_do_not_depend_on_ranks(world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread for each rank, exchanging at the barriers what the process group would."""
+    h, tokens, barrier = config(EVAL_STREAMS=4), stream(200), threading.Barrier(world, timeout=30)
+    model, board = scrambled(h), [None] * world
+    local = threading.local()
+
+    def gather(parts: list, mine: Any, group: Any) -> None:
+        board[local.rank] = mine
+        barrier.wait()
+        parts[:] = list(board)
+        barrier.wait()
+
+    monkeypatch.setattr(t.dist, "all_reduce", lambda tensor, group: None)
+    monkeypatch.setattr(t.dist, "all_gather_object", gather)
+    found: list[t.Score | None] = [None] * world
+
+    def run(rank: int) -> None:
+        local.rank = rank
+        found[rank] = scorer_of(h, model, [SharedUnigram()], rank, world).score(tokens)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    alone = scorer_of(h, model, [SharedUnigram()]).score(tokens)
+    assert all(found) and sum(share.tokens for share in found if share) == alone.tokens
+    assert sum(share.nats for share in found if share) == pytest.approx(alone.nats, rel=1e-11)
+    assert alone.nats != pytest.approx(scorer_of(h, model, [Unigram()]).score(tokens).nats, rel=1e-6)
+
+
+# ---- temperature
+
+
+def drawn(logits: Tensor, count: int, seed: int = 0) -> np.ndarray:
+    """Tokens drawn from softmax(logits)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.multinomial(logits.double().softmax(-1), count, replacement=True, generator=generator).numpy()
+
+
+def fitted(
+    h: t.Hyperparameters, model: Any, holdout: np.ndarray, tokens: np.ndarray
+) -> tuple[float, t.Score, Recorder]:
+    """tau, score and what was predicted with the configuration's own adapters."""
+    scorer = scorer_of(h, model)
+    scorer.holdout = holdout
+    adapter, recorder = scorer.adapters[0], Recorder()
+    assert isinstance(adapter, t.TemperatureAdapter)
+    scorer.adapters.append(recorder)
+    return adapter.begin(scorer), scorer.score(tokens), recorder
+
+
+@pytest.mark.parametrize("sharpness", [0.7, 1.0, 1.6])
+def test_temperature_undoes_wrong_confidence(sharpness: float) -> None:
+    """A model whose logits are `sharpness` times the truth needs tau = sharpness."""
+    truth = torch.linspace(-3, 2, VOCAB)
+    h = config(TEMP_SCALING=1)
+    holdout, tokens = drawn(truth, 40_000), drawn(truth, 500, seed=1)
+    tau, score, recorder = fitted(h, Stub(truth * sharpness), holdout, tokens)
+    assert tau == pytest.approx(sharpness, rel=0.03)
+    rows = torch.stack(list(recorder.predicted.values()))
+    want = (truth.double() * sharpness / tau).log_softmax(-1).expand_as(rows)
+    torch.testing.assert_close(rows, want, **EXACT)
+    torch.testing.assert_close(rows.logsumexp(-1), torch.zeros(len(rows), dtype=torch.float64), rtol=0, atol=1e-12)
+    plain = scorer_of(config(), Stub(truth * sharpness)).score(tokens)
+    assert score.nats < plain.nats or sharpness == 1.0
+
+
+def test_temperature_is_the_best_on_the_held_out_tokens() -> None:
+    h = config(TEMP_SCALING=1)
+    model, holdout = scrambled(h), stream(40 * (WINDOW + 1))
+    tau, _, _ = fitted(h, model, holdout, stream(30))
+
+    def loss(value: float) -> float:
+        rows = torch.from_numpy(holdout.reshape(-1, WINDOW + 1))
+        with torch.no_grad():
+            logits, _ = model.logits(rows[:, :-1], t.Variant())
+        return F.cross_entropy(logits.flatten(0, 1) / value, rows[:, 1:].flatten()).item()
+
+    grid = [loss(0.5 * 4 ** (i / 60)) for i in range(61)]
+    assert loss(tau) <= min(grid) + 1e-5
+    assert 0.5 <= tau <= 2
+
+
+def test_temperature_sees_no_validation_token() -> None:
+    h = config(TEMP_SCALING=1)
+    model, holdout = scrambled(h), stream(300, seed=3)
+    taus = {fitted(h, model, holdout, tokens)[0] for tokens in (stream(90), stream(90, seed=9), np.full(90, 7))}
+    assert len(taus) == 1
+    assert fitted(h, model, stream(300, seed=4), stream(90))[0] not in taus
+
+
+def test_temperature_refuses_too_few_held_out_tokens() -> None:
+    """Fitting on nothing gave a temperature of 2 without a word."""
+    h = config(TEMP_SCALING=1)
+    with pytest.raises(t.UserError, match="HOLDOUT_TOKENS"):
+        fitted(h, scrambled(h), stream(WINDOW), stream(40))
+    assert 0.5 <= fitted(h, scrambled(h), stream(WINDOW + 1), stream(40))[0] <= 2
+
+
+# ---- bits per byte
+
+
+def test_bits_per_byte_by_hand() -> None:
+    """Five scored tokens of a uniform model over 8 tokens: 15 bits; 4 + 1 + 3 + 0 + 2 bytes with the spaces' rule."""
+    base = np.array([0, 1, 2, 3, 4, 0, 0, 0])
+    space, boundary = np.zeros(8, bool), np.zeros(8, bool)
+    space[[1, 2]] = True  # a leading space is one more byte, unless a boundary comes before
+    boundary[0] = True
+    h = config(VOCAB_SIZE=256)
+    scorer = t.Scorer(h, t.start_runtime(h), Stub(torch.zeros(8)), t.ByteTable(base, space, boundary), np.zeros(0))
+    score = scorer.score(np.array([0, 4, 2, 0, 1, 2]))
+    assert score.tokens == 5 and score.bytes == 4 + 3 + 0 + 1 + 3
+    assert score.nats == pytest.approx(5 * math.log(8)) and score.loss == pytest.approx(math.log(8))
+    assert score.bpb == pytest.approx(15 / 11)
+    assert math.isnan(t.Score(1.0, 1, 0).bpb)
+
+
+def test_bytes_of_validation_are_those_of_its_text(byte_data: Path) -> None:
+    h = config(DATA_PATH=byte_data)
+    tokens = t.read_validation(h)
+    score = scorer_of(h, Stub(torch.zeros(VOCAB))).score(tokens)
+    text = t.ByteTokenizer().decode(tokens[1:].tolist())
+    assert score.bytes == pytest.approx(len(text.encode()), abs=6)  # a character may be cut at the end
+    assert score.bpb == pytest.approx(8 * score.tokens / score.bytes)
+
+
+@pytest.mark.parametrize("limit", [1, 10, 1000, 10**9])
+def test_limit_of_scored_tokens(byte_data: Path, limit: int) -> None:
+    whole = t.read_validation(config(DATA_PATH=byte_data))
+    h = config(DATA_PATH=byte_data, MAX_VAL_TOKENS=limit)
+    tokens = t.read_validation(h)
+    assert np.array_equal(tokens, whole[: limit + 1])
+    assert scorer_of(h, Stub(torch.zeros(VOCAB))).score(tokens).tokens == min(limit, len(whole) - 1)
