@@ -2515,9 +2515,10 @@ def check_header(header: dict[str, Any], limit: int) -> dict[str, Any]:
         text = str(int(value)) if isinstance(value, bool) else str(value)
         if type(parse_value(name.upper(), text)) is not type(value):
             raise ValueError(f"{name} is a {type(value).__name__}")
-    if len({row[0] for row in header["tensors"]}) != len(shapes) or len({r[0] for r in header["streams"]}) != len(
-        header["streams"]
-    ):
+    names, kinds = [row[0] for row in header["tensors"]], [row[0] for row in header["streams"]]
+    if not all(isinstance(name, str) for name in names) or config["num_layers"] > len(names):
+        raise ValueError("its tensors are not those of its configuration")
+    if len(set(names)) < len(names) or len(set(kinds)) < len(kinds):
         raise ValueError("a name occurs twice")
     if not all(len(shape) <= 8 and all(type(n) is int and n > 0 for n in shape) for shape in shapes):
         raise ValueError("a tensor has an impossible shape")
