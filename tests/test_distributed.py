@@ -74,6 +74,7 @@ def test_ranks_give_the_losses_of_one_process(
     several = run_ranks(env, ranks)
     assert [done.code for done in several] == [0] * ranks, several
     assert all(done.out == "" for done in several[1:])  # one log
+    assert all(done.err == "" for done in several), several[0].err  # no warnings either
     folders = (folder_of({**env, "RUN_ID": "one"}), folder_of(env))
     wanted, found = (losses_of(read_metrics(folder)) for folder in folders)
     assert len(wanted) >= 26
@@ -164,11 +165,25 @@ def test_time_limit_is_agreed(run_ranks: Run, tiny_env: dict[str, str], read_met
 # Mistakes
 
 
+def error_lines(done: Any) -> list[str]:
+    """What a rank that met a mistake of the user's wrote: one line of ours (torch's warnings aside), no traceback."""
+    assert "Traceback" not in done.err, done.err
+    lines = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) <= 1, done.err
+    return lines
+
+
 def check_all_end(results: list[Any], message: str) -> None:
-    """Every rank ends with exit code 2, and one line tells why."""
+    """Every rank ends with exit code 2, and at least rank 0 tells why."""
     assert [done.code for done in results] == [2] * len(results), results
-    told = [done.err for done in results if done.err]
-    assert len(told) == 1 and message in error_line(told[0]), results
+    assert message in error_lines(results[0])[0]
+    assert all(message in line for done in results[1:] for line in error_lines(done))
+
+
+def check_one_tells(results: list[Any], rank: int, message: str) -> None:
+    """The rank that met a mistake tells it in one line; the others, cut off in the middle of work, end all the same."""
+    assert results[rank].code == 2 and message in error_lines(results[rank])[0], results
+    assert all(done.code not in (0, -9) for done in results), results
 
 
 def test_batch_that_does_not_divide(run_ranks: Run, run_cli: Run, tiny_env: dict[str, str]) -> None:
@@ -176,10 +191,8 @@ def test_batch_that_does_not_divide(run_ranks: Run, run_cli: Run, tiny_env: dict
         check_all_end(run_ranks({**tiny_env, **extra}, 3), "3 ranks")
     began = time.monotonic()
     done = run_cli([], {**tiny_env, "TRAIN_BATCH_TOKENS": "96"}, nproc=2)
-    assert done.returncode != 0 and "2 ranks" in done.stderr and "Traceback (most recent call last):\n  File" not in [
-        line for line in done.stderr.splitlines() if "train_gpt.py" in line
-    ]
-    assert time.monotonic() - began < 60
+    assert done.returncode != 0 and "not a multiple of 2 ranks" in done.stderr
+    assert 'train_gpt.py", line' not in done.stderr and time.monotonic() - began < 60
 
 
 def test_existing_run_is_refused_on_all_ranks(run_ranks: Run, tiny_env: dict[str, str]) -> None:
@@ -218,17 +231,17 @@ def test_bad_token_of_one_rank_ends_all_ranks(
     data = bytearray(path.read_bytes())
     data[1024 + 2 * (512 + 128 * rank + 40) + 1] = 7  # in the third step, in a row of that rank
     path.write_bytes(data)
-    check_all_end(run_ranks({**tiny_env, "DATA_PATH": str(folder)}), "VOCAB_SIZE")
+    check_one_tells(run_ranks({**tiny_env, "DATA_PATH": str(folder)}), rank, "VOCAB_SIZE")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_data_that_one_rank_lacks_ends_all_ranks(
     rank: int, run_ranks: Run, tiny_env: dict[str, str], byte_data: Path, tmp_path: Path
 ) -> None:
-    """A node whose copy of the data is missing: a link through each process's own directory stands in for it."""
+    """A node without its copy of the data."""
     env = {**tiny_env, "DATA_PATH": str(tmp_path / "data_of_rank_{rank}")}
     shutil.copytree(byte_data, tmp_path / f"data_of_rank_{1 - rank}")
-    check_all_end(run_ranks(env), "DATA_PATH")
+    check_one_tells(run_ranks(env), rank, "DATA_PATH")
 
 
 def test_damaged_checkpoint_ends_all_ranks(run_ranks: Run, tiny_env: dict[str, str], tmp_path: Path) -> None:
@@ -244,9 +257,7 @@ def test_checkpoint_that_one_rank_lacks_ends_all_ranks(
     env = {**tiny_env, "ITERATIONS": "4", "SAMPLE_TOKENS": "0"}
     assert run_job({**env, "OUT_DIR": str(tmp_path / "out_of_rank_0")}).code == 0
     again = {**env, "OUT_DIR": str(tmp_path / "out_of_rank_{rank}"), "RESUME": "auto", "ITERATIONS": "6"}
-    results = run_ranks(again)
-    assert [done.code for done in results] in ([0, 0], [2, 2]), results
-    assert not any("Traceback" in done.err for done in results), results
+    check_one_tells(run_ranks(again, timeout=30), 1, "out_of_rank_1")
 
 
 def test_artifact_command_with_a_mistake_ends_all_ranks(run_ranks: Run, tiny_env: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from collections.abc import Callable
@@ -324,11 +325,12 @@ STACKS: dict[str, Callable[[], list[t.Adapter]]] = {
 stacks = pytest.mark.parametrize("stack", STACKS)
 
 
-def predictions(h: t.Hyperparameters, stack: str, tokens: np.ndarray) -> tuple[dict[int, Tensor], list[int]]:
-    """The distribution of every token, and the order in which tokens were scored."""
+def predictions(h: t.Hyperparameters, stack: str, tokens: np.ndarray) -> tuple[dict[int, Tensor], list[int], list[int]]:
+    """The distribution of every token, the order in which tokens were scored, and where spans start."""
     recorder, ledger = Recorder(), []
     scorer_of(h, scrambled(h), [*STACKS[stack](), recorder]).score(tokens, ledger=ledger)
-    return recorder.predicted, [index for _, first, stop in ledger for index in range(first, stop)]
+    order = [index for _, first, stop in ledger for index in range(first, stop)]
+    return recorder.predicted, order, [min(first for s, first, _ in ledger if s == span) for span in range(3)]
 
 
 @modes
@@ -337,23 +339,25 @@ def test_no_prediction_depends_on_a_token_that_is_scored_later(mode: str, stack:
     """Changing a token, and all that is scored after it, leaves every earlier prediction and its own, bit for bit."""
     h = config(**MODES[mode], EVAL_STREAMS=3)
     tokens = stream(130)
-    before, order = predictions(h, stack, tokens)
-    for at in (1, 2, WINDOW, WINDOW + 1, 44, 45, 90, 128, 129):
+    before, order, starts = predictions(h, stack, tokens)
+    # what a span is given of the span before it is context, whenever that is scored
+    reach = WINDOW if h.sliding_eval else 1
+    context = {index for start in starts for index in range(start - reach, start)}
+    for at in (1, 2, WINDOW, WINDOW + 1, 51, 52, 105, 128, 129):
         place, changed = order.index(at), tokens.copy()
-        changed[order[place:]] = (tokens[order[place:]] + 31) % BOS
-        after, _ = predictions(h, stack, changed)
+        later = sorted(set(order[place:]) - context)
+        changed[later] = (tokens[later] + 31) % BOS
+        assert at in later
+        after, _, _ = predictions(h, stack, changed)
         for index in order[: place + 1]:
-            # a window may begin with tokens of the span before, which are scored later in another turn
-            context = range(max(0, index - WINDOW), index) if h.sliding_eval else ()
-            if not set(context) & set(order[place:]):
-                assert torch.equal(after[index], before[index]), f"token {index} saw token {at} or one after it"
-        assert at + 1 not in before or h.sliding_eval or not torch.equal(after[at + 1], before[at + 1])
+            assert torch.equal(after[index], before[index]), f"token {index} saw token {at} or one after it"
+        assert at + 1 not in before or not torch.equal(after[at + 1], before[at + 1])
 
 
 @modes
 @stacks
 def test_predictions_are_normalized(mode: str, stack: str) -> None:
-    found, _ = predictions(config(**MODES[mode]), stack, stream(100))
+    found, _, _ = predictions(config(**MODES[mode]), stack, stream(100))
     rows = torch.stack(list(found.values()))
     torch.testing.assert_close(rows.logsumexp(-1), torch.zeros(len(rows), dtype=torch.float64), rtol=0, atol=1e-12)
 
@@ -450,7 +454,7 @@ def test_phases_do_not_depend_on_ranks(world: int, monkeypatch: pytest.MonkeyPat
     local = threading.local()
 
     def gather(parts: list, mine: Any, group: Any) -> None:
-        board[local.rank] = mine
+        board[local.rank] = copy.deepcopy(mine)  # a process group sends copies
         barrier.wait()
         parts[:] = list(board)
         barrier.wait()
@@ -498,13 +502,13 @@ def fitted(
 @pytest.mark.parametrize("sharpness", [0.7, 1.0, 1.6])
 def test_temperature_undoes_wrong_confidence(sharpness: float) -> None:
     """A model whose logits are `sharpness` times the truth needs tau = sharpness."""
-    truth = torch.linspace(-3, 2, VOCAB)
+    truth = torch.linspace(-3, 2, VOCAB, dtype=torch.float64)
     h = config(TEMP_SCALING=1)
-    holdout, tokens = drawn(truth, 40_000), drawn(truth, 500, seed=1)
+    holdout, tokens = drawn(truth, 8_000), drawn(truth, 500, seed=1)
     tau, score, recorder = fitted(h, Stub(truth * sharpness), holdout, tokens)
-    assert tau == pytest.approx(sharpness, rel=0.03)
+    assert tau == pytest.approx(sharpness, rel=0.05)
     rows = torch.stack(list(recorder.predicted.values()))
-    want = (truth.double() * sharpness / tau).log_softmax(-1).expand_as(rows)
+    want = (truth * sharpness / tau).log_softmax(-1).expand_as(rows)
     torch.testing.assert_close(rows, want, **EXACT)
     torch.testing.assert_close(rows.logsumexp(-1), torch.zeros(len(rows), dtype=torch.float64), rtol=0, atol=1e-12)
     plain = scorer_of(config(), Stub(truth * sharpness)).score(tokens)
@@ -512,8 +516,10 @@ def test_temperature_undoes_wrong_confidence(sharpness: float) -> None:
 
 
 def test_temperature_is_the_best_on_the_held_out_tokens() -> None:
-    h = config(TEMP_SCALING=1)
-    model, holdout = scrambled(h), stream(40 * (WINDOW + 1))
+    h = config(TEMP_SCALING=1, ATTN_WINDOW=2, NUM_LAYERS=1, LOGIT_SOFTCAP=5)
+    model = scrambled(h)
+    text = list(t.generate(model, t.start_runtime(h), [BOS], 40 * (WINDOW + 1), 1.25, 1.0, 0))
+    holdout = np.array(text, np.int64)
     tau, _, _ = fitted(h, model, holdout, stream(30))
 
     def loss(value: float) -> float:
@@ -523,16 +529,16 @@ def test_temperature_is_the_best_on_the_held_out_tokens() -> None:
         return F.cross_entropy(logits.flatten(0, 1) / value, rows[:, 1:].flatten()).item()
 
     grid = [loss(0.5 * 4 ** (i / 60)) for i in range(61)]
-    assert loss(tau) <= min(grid) + 1e-5
-    assert 0.5 <= tau <= 2
+    assert loss(tau) <= min(grid) + 1e-6
+    assert 1.1 < tau < 1.5, "written at a temperature of 1.25"
 
 
 def test_temperature_sees_no_validation_token() -> None:
-    h = config(TEMP_SCALING=1)
-    model, holdout = scrambled(h), stream(300, seed=3)
+    h, truth = config(TEMP_SCALING=1), torch.linspace(-3, 2, VOCAB)
+    model, holdout = Stub(truth), drawn(truth, 800)
     taus = {fitted(h, model, holdout, tokens)[0] for tokens in (stream(90), stream(90, seed=9), np.full(90, 7))}
     assert len(taus) == 1
-    assert fitted(h, model, stream(300, seed=4), stream(90))[0] not in taus
+    assert fitted(h, model, drawn(truth, 800, seed=4), stream(90))[0] not in taus
 
 
 def test_temperature_refuses_too_few_held_out_tokens() -> None:
