@@ -645,6 +645,22 @@ def on_main(rt: Runtime, action: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
+def on_all(rt: Runtime, action: Callable[[], Any]) -> Any:
+    """Run an action on every rank; a UserError on any of them is raised on all, so that none waits for the others."""
+    result, errors = None, [""]
+    try:
+        result = action()
+    except UserError as error:
+        errors = [str(error)]
+    if rt.world > 1:
+        mine, errors = errors[0], [""] * rt.world
+        dist.all_gather_object(errors, mine, group=rt.control)
+    failed = [(rank, error) for rank, error in enumerate(errors) if error]
+    if failed:
+        raise AgreedError(failed[0][1] if failed[0][0] == 0 else f"rank {failed[0][0]}: {failed[0][1]}")
+    return result
+
+
 def synchronize(rt: Runtime) -> None:
     """Wait until the device has finished what was launched."""
     if rt.device.type == "cuda":
@@ -2646,7 +2662,7 @@ class Chunk(NamedTuple):
 
     spans: list[int]
     tokens: Tensor  # (B, T)
-    targets: Tensor  # (B, T)
+    targets: Tensor | None  # (B, T); None while predictions are made
     scored: int
     starts: list[int]  # stream index of each row's first scored token
 
@@ -2810,8 +2826,8 @@ class Scorer:
             for chunk in self.chunks(group, turn):
                 mine = [states[span] for span in chunk.spans]
                 rows = [before.spans.index(span) for span in chunk.spans] if before.state else []
-                given, after = self.predict(chunk, mine, take_rows(before.state, rows))
-                sums += self.tally(chunk, -given.log_prob(chunk.targets[:, -chunk.scored :]))
+                given, after = self.predict(chunk._replace(targets=None), mine, take_rows(before.state, rows))
+                sums += self.tally(chunk, given)
                 if chunk.scored == self.step:  # a shorter chunk ends its span
                     carry = Carry(chunk.spans, after)
                 if ledger is not None:
@@ -2829,7 +2845,10 @@ class Scorer:
         """The distribution at the chunk's scored positions, from what came before each of them alone."""
         pairs: dict[str, tuple[Tensor, Tensor]] = {}
         for i, adapter in enumerate(self.adapters):
-            pairs.update(adapter.lora([state[i] for state in states], chunk) or {})
+            more = adapter.lora([state[i] for state in states], chunk) or {}
+            if both := pairs.keys() & more.keys():
+                raise ValueError(f"two adapters change {', '.join(sorted(both))}; only one may")
+            pairs |= more
         with self.rt.precision():
             logits, carry = self.model.logits(chunk.tokens, self.variant, carry, chunk.scored, pairs or None)
         given = Distribution(logits.log_softmax(-1))
@@ -2852,10 +2871,13 @@ class Scorer:
             both = torch.from_numpy(data).to(self.rt.device)
             yield Chunk([s for s, _ in rows], both[:, :-1], both[:, 1:], count, [last - count for _, last in rows])
 
-    def tally(self, chunk: Chunk, nll: Tensor) -> np.ndarray:
-        """Nats, tokens and bytes of a scored chunk."""
-        previous, current = (x[:, -chunk.scored :].cpu().numpy() for x in (chunk.tokens, chunk.targets))
-        return np.array([float(nll.cpu().double().sum()), current.size, self.table.count(previous, current).sum()])
+    def tally(self, chunk: Chunk, given: Distribution) -> np.ndarray:
+        """Nats, tokens and bytes of a chunk."""
+        assert chunk.targets is not None
+        targets = chunk.targets[:, -chunk.scored :]
+        nats = -float(given.log_prob(targets).cpu().double().sum())
+        previous, current = (x[:, -chunk.scored :].cpu().numpy() for x in (chunk.tokens, targets))
+        return np.array([nats, current.size, self.table.count(previous, current).sum()])
 
 
 def flatten_state(state: Any) -> list[Tensor]:
@@ -3349,7 +3371,7 @@ def report_validation(s: Session, state: TrainState) -> Score:
     return score
 
 
-def export(s: Session, state: TrainState) -> Path:
+def export(s: Session) -> Path:
     """Write the artifact of the averaged (if any) and quantized weights; rank 0 writes, all return its path."""
     path, began = s.folder / "model.pgz", time.monotonic()
 
@@ -3376,7 +3398,7 @@ def finish(s: Session, state: TrainState) -> int:
     s.weights.materialize(1.0)
     log.line(f"training done: steps:{state.step} train_time:{state.seconds * 1e3:.0f}ms averaged:{int(averaged)}")
     in_memory = report_validation(s, state)
-    path = export(s, state)
+    path = export(s)
     began = time.monotonic()
     header, arrays = read_artifact(str(path))
     model = build_model(s.h, s.rt, s.tokenizer.bos)
@@ -3441,7 +3463,7 @@ def train(h: Hyperparameters, rt: Runtime) -> int:
     lock = on_main(rt, lambda: lock_folder(folder))
     log = Log(folder, rt.main)
     try:
-        s = open_session(h, rt, folder, log)
+        s: Session = on_all(rt, lambda: open_session(h, rt, folder, log))
         on_main(rt, lambda: write_atomically(folder / "config.env", config_env(h).encode()))
         on_main(rt, lambda: write_atomically(folder / "train_gpt.py", Path(__file__).read_bytes()))
         log.line(f"run:{folder}")
@@ -3520,7 +3542,8 @@ def open_artifact(path: str, environ: dict[str, str]) -> tuple[Hyperparameters, 
     for name, value in header["config"].items():
         if values[name] != value and name not in stretch:
             raise UserError(f"{name.upper()}={values[name]} contradicts the artifact, which has {value}; unset it")
-    least = h.num_layers * h.model_dim * h.model_dim + h.vocab_size * h.embed_width
+    hidden = max(h.model_dim, round(h.mlp_mult * h.model_dim))
+    least = h.num_layers * h.model_dim * hidden + h.embed_width * max(h.vocab_size, h.embed_dim and h.model_dim)
     if least > sum(array.size for array in arrays.values()):
         raise UserError(f"{path}: its tensors are too small for its configuration")
     rt = start_runtime(h)

@@ -159,9 +159,7 @@ def discounts(counts: np.ndarray) -> np.ndarray:
     if min(n1, n2, n3, n4) > 0:
         y = n1 / (n1 + 2 * n2)
         found = (1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3)
-        if (
-            min(found) > 0
-        ):  # else a context could leave nothing for unseen tokens; the counts are too few or too regular
+        if min(found) > 0:  # a discount of 0 could leave nothing for unseen tokens
             return np.array([0.0, *found])
     return np.array([0.0, *FALLBACK_DISCOUNTS])
 

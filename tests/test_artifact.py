@@ -325,7 +325,11 @@ HOSTILE: list[tuple[list[Any], Any]] = [
     *((["streams", 0, 0], value) for value in (None, [], "zork", "floats", "scales", "halves")),
     *((["streams", 0, 1], value) for value in (None, [], "zork", "planes", "base3 ")),
     *((["streams", 0, 2], value) for value in (None, [], "zork", "zip", 3)),
-    *((["streams", 0, place], value) for place in (3, 4, 5) for value in (-1, HUGE, 2**31, 1.5, "x", None, [], math.nan)),
+    *(
+        (["streams", 0, place], value)
+        for place in (3, 4, 5)
+        for value in (-1, HUGE, 2**31, 1.5, "x", None, [], math.nan)
+    ),
 ]
 
 
@@ -359,7 +363,9 @@ def test_header_length_that_is_none_is_refused(size: int, artifact: bytes) -> No
     assert read_within_limits(sealed(size.to_bytes(4, "little") + artifact[12:])) != ""
 
 
-def bomb(kind: str, packing: str, tool: str, count: int, packed: int, stored: bytes, tensors: list, group: int) -> bytes:
+def bomb(
+    kind: str, packing: str, tool: str, count: int, packed: int, stored: bytes, tensors: list, group: int
+) -> bytes:
     """A small file that claims to hold much."""
     config = {**t.structure_config(t.load_config(TINY)), "group_size": group}
     rows, payload = [[kind, packing, tool, count, packed, len(stored)]], stored
@@ -455,7 +461,13 @@ def test_no_forged_bytes_crash_the_reader(data: st.DataObject, artifact: bytes) 
 
 
 # Configurations that no tensors of the tiny file fit; building such a network first would take all memory, or for ever.
-GIANTS = [{"model_dim": 2**20}, {"num_layers": 10**8}, {"mlp_mult": 1e7}, {"embed_dim": 2**30}, {"vocab_size": 65535, "embed_dim": 2**16}]
+GIANTS = [
+    {"model_dim": 2**20},
+    {"num_layers": 10**8},
+    {"mlp_mult": 1e7},
+    {"embed_dim": 2**30},
+    {"vocab_size": 65535, "embed_dim": 2**16},
+]
 
 
 @pytest.mark.parametrize("change", GIANTS, ids=str)
@@ -474,7 +486,9 @@ def test_network_larger_than_its_tensors_is_refused_before_it_is_built(
         t.open_artifact(str(path), {"DATA_PATH": str(byte_data), "DEVICE": "cpu"})
 
 
-@pytest.mark.parametrize("change", [{"num_heads": 3}, {"num_kv_heads": 5}, {"layer_pattern": "zork"}, {"model_dim": 33}])
+@pytest.mark.parametrize(
+    "change", [{"num_heads": 3}, {"num_kv_heads": 5}, {"layer_pattern": "zork"}, {"model_dim": 33}]
+)
 def test_network_that_cannot_be_is_one_line(
     change: dict[str, Any], artifact: bytes, byte_data: Path, tmp_path: Path
 ) -> None:
@@ -527,10 +541,14 @@ print(size, len(artifact.data), written, read, (peak() - before) / size, int(sam
 @pytest.mark.slow  # a minute: the promise of 60 s and four times the weights' memory is made for this size only
 def test_export_and_reload_of_75_million_weights() -> None:
     environment = {**clean_environment({"PYTHONPATH": str(ROOT)}), "OMP_NUM_THREADS": "2"}
-    done = subprocess.run([sys.executable, "-c", EXPORT_75M], env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(
+        [sys.executable, "-c", EXPORT_75M], env=environment, capture_output=True, text=True, timeout=400
+    )
     assert done.returncode == 0, done.stderr[-500:]
     size, stored, written, read, memory, same = map(float, done.stdout.split())
-    print(f"{size / 4e6:.1f}M weights, {stored:.0f} bytes, written {written:.1f} s, read {read:.1f} s, peak {memory:.2f} x")
+    print(
+        f"{size / 4e6:.1f}M weights, {stored:.0f} bytes, written {written:.1f} s, read {read:.1f} s, peak {memory:.2f} x"
+    )
     assert size > 4 * 70e6 and same == 1
     assert written + read < 60 and memory < 4
 

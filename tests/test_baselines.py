@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks/ and records/ are folders of scripts
 kneser_ney = importlib.import_module("benchmarks.kneser_ney")
 minimal_gpt = importlib.import_module("benchmarks.minimal_gpt")
 summary = importlib.import_module("records.summary")
+train_gpt = importlib.import_module("train_gpt")
 
 TEXTS = [
     " Leading space, then the quick brown fox jumps over the lazy dog.",
@@ -224,13 +225,15 @@ def test_a_first_space_that_the_tokenizer_added_is_no_text(tokenizers: dict[str,
     assert vocabulary.decode(encode(tokenizers["lossy"], TEXTS)) == normalized.encode()
 
 
-def test_both_byte_counts_agree_with_the_text(tokenizers: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_byte_counts_agree_with_the_text(tokenizers: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kneser_ney, "SCORE_CHUNK", 13)  # several chunks
     for name, path in tokenizers.items():
         tokens, vocabulary = encode(path, TEXTS), kneser_ney.read_vocabulary(path)
         size = len(vocabulary.decode(tokens))
         assert vocabulary.count_bytes(tokens) == size, name
         assert minimal_gpt.count_bytes(tokens, path) == size, name
+        table = train_gpt.SentencePieceTokenizer(path, len(vocabulary.pieces)).byte_table()  # else rows do not compare
+        assert table.count(tokens[:-1], tokens[1:]).sum() == size, name
     assert minimal_gpt.count_bytes(byte_tokens(TEXTS), "") == len("".join(TEXTS).encode())
 
 

@@ -110,7 +110,9 @@ def test_tuning_of_one_weight_leaves_the_others_alone(name: str) -> None:
     tuning.threshold[1], tuning.multiplier[1] = 1.2, 1.25
     plain, tuned = codec.fake_quantize(w, t.default_tuning(w)), codec.fake_quantize(w, tuning)
     assert bits(plain[0]) == bits(tuned[0]) and bits(plain[2]) == bits(tuned[2])
-    assert bits(tuned[1]) == bits(codec.fake_quantize(w[1:2], t.Tuning(tuning.threshold[1:2], tuning.multiplier[1:2]))[0])
+    assert bits(tuned[1]) == bits(
+        codec.fake_quantize(w[1:2], t.Tuning(tuning.threshold[1:2], tuning.multiplier[1:2]))[0]
+    )
     if codec.scale_shape(w.shape) is not None:
         assert bits(plain[1]) != bits(tuned[1])
 
@@ -270,7 +272,13 @@ def test_absmean_ternary_keeps_codes_and_shrinks_scales_when_quantized_again() -
 
 def test_halves_saturate() -> None:
     w = torch.tensor([[1e9, -1e9, math.inf, -math.inf, 65520.0, 1e-9]])
-    assert codec_of("fp16").fake_quantize(w, t.default_tuning(w))[0, :5].tolist() == [65504, -65504, 65504, -65504, 65504]
+    assert codec_of("fp16").fake_quantize(w, t.default_tuning(w))[0, :5].tolist() == [
+        65504,
+        -65504,
+        65504,
+        -65504,
+        65504,
+    ]
     top = torch.finfo(torch.bfloat16).max
     w = torch.tensor([[3.4e38, -3.4e38, math.inf, -math.inf]])
     assert codec_of("bf16").fake_quantize(w, t.default_tuning(w)).tolist() == [[top, -top, top, -top]]
@@ -396,4 +404,6 @@ def test_packed_bytes_is_what_packing_gives(name: str, shape: tuple[int, ...], g
 
 def test_bf16_bits_are_the_upper_halves() -> None:
     values = torch.tensor([[1.0, -2.5], [3e-12, 0.0]]).bfloat16().float()
-    assert t.bf16_bits(values.numpy()).tolist() == (values.view(torch.int32) >> 16).bitwise_and(0xFFFF).flatten().tolist()
+    assert (
+        t.bf16_bits(values.numpy()).tolist() == (values.view(torch.int32) >> 16).bitwise_and(0xFFFF).flatten().tolist()
+    )

@@ -62,7 +62,11 @@ def sample(name: str) -> Any:
         return "some where/else"
     low = -math.inf if meta["low"] is None else meta["low"]
     high = math.inf if meta["high"] is None else meta["high"]
-    options = [default + 1, default - 1, default / 2, (default + 1) / 3] if spec.type == "float" else [default + 1, default - 1]
+    options = (
+        [default + 1, default - 1, default / 2, (default + 1) / 3]
+        if spec.type == "float"
+        else [default + 1, default - 1]
+    )
     return next(v for v in options if low <= v <= high and v != default)
 
 
@@ -164,7 +168,12 @@ def test_seed_fits_a_generator() -> None:
     ],
 )
 def test_choices_are_the_registry(field: str, registry: str) -> None:
-    registries = {"CODECS": t.CODECS, "ACTIVATIONS": t.ACTIVATIONS, "RESIDUALS": t.RESIDUALS, "BATCH_MODES": t.BATCH_MODES}
+    registries = {
+        "CODECS": t.CODECS,
+        "ACTIVATIONS": t.ACTIVATIONS,
+        "RESIDUALS": t.RESIDUALS,
+        "BATCH_MODES": t.BATCH_MODES,
+    }
     assert set(t.FIELDS[field].metadata["choices"]) == set(registries[registry])
 
 
@@ -193,7 +202,11 @@ def test_precedence_default_base_preset_file_environment(tmp_path: Path) -> None
     assert t.load_config({**preset, **file}).model_dim == 64
     assert t.load_config({**preset, **file, "MODEL_DIM": "128"}).model_dim == 128
     h = t.load_config({**preset, **file, "MODEL_DIM": "128"})
-    assert (h.num_layers, h.num_heads, h.matrix_lr) == (3, t.PRESETS["tiny"]["num_heads"], t.FIELDS["MATRIX_LR"].default)
+    assert (h.num_layers, h.num_heads, h.matrix_lr) == (
+        3,
+        t.PRESETS["tiny"]["num_heads"],
+        t.FIELDS["MATRIX_LR"].default,
+    )
 
 
 def test_preset_may_stand_in_the_file_and_the_environment_overrides_it(tmp_path: Path) -> None:

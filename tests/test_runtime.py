@@ -234,7 +234,7 @@ def test_other_ranks_and_folderless_logs_leave_no_files(tmp_path: Path, capsys: 
 
 
 def test_progress_line_only_on_a_terminal_and_cleared_by_the_next_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, fake_time: FakeTime
 ) -> None:
     log = t.Log(tmp_path, True)
     log.progress(0.5, "step 3")
@@ -242,13 +242,16 @@ def test_progress_line_only_on_a_terminal_and_cleared_by_the_next_line(
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     log.progress(0.5, "step 3 with a long text")
+    fake_time.now += 0.001
+    log.progress(0.6, "too soon")
+    fake_time.now += 1
     log.progress(2.0, "step 4")  # more than all still draws one full bar
     log.line("a line")
     shown = terminal.getvalue()
     log.close()
-    bars = shown.split("\r")
-    assert "50% step 3" in bars[1] and "#" * 24 in bars[2] and len(bars[2]) >= len(bars[1])
-    assert bars[3].strip() == "" and len(bars[3]) >= len(bars[2].rstrip()) and bars[4] == "a line\n"
+    first, second, blank, line = shown.split("\r")[1:]
+    assert "50% step 3" in first and "#" * 24 in second and len(second) >= len(first)  # nothing of the first stays
+    assert blank.strip() == "" and len(blank) >= len(second.rstrip()) and line == "a line\n"
     assert (tmp_path / "train.log").read_text() == "a line\n"
 
 

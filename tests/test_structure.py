@@ -1,0 +1,325 @@
+"""The shape of train_gpt.py itself: order of sections, nothing unread, no dynamic tricks, bounds on functions."""
+
+from __future__ import annotations
+
+import ast
+import dis
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import train_gpt as t
+from conftest import ROOT
+
+SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+LINES = SOURCE.splitlines()
+TREE = ast.parse(SOURCE)
+SECTIONS = "CONFIG RUNTIME DATA CODECS LAYERS MIXERS RESIDUAL MEMORY MODEL OPTIMIZERS ARTIFACT EVALUATION CHECKPOINT TRAINING MAIN"
+BANNER = re.compile(r"# ==== (\d+)\. ([A-Z]+) =+")
+BANNERS = [(number, match) for number, line in enumerate(LINES, 1) if (match := BANNER.fullmatch(line))]
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def section_of(line: int) -> int:
+    """Number of the section that holds a line; 0 for the head of the file."""
+    return sum(start <= line for start, _ in BANNERS)
+
+
+def functions() -> list[Function]:
+    return [node for node in ast.walk(TREE) if isinstance(node, Function)]
+
+
+def length(node: Function) -> int:
+    return (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+def place(node: ast.AST) -> str:
+    return f"train_gpt.py:{node.lineno}"  # type: ignore[attr-defined]
+
+
+# ---- sections ----
+
+
+def test_sections_stand_in_order_under_their_banners() -> None:
+    assert [match[2] for _, match in BANNERS] == SECTIONS.split()
+    assert [int(match[1]) for _, match in BANNERS] == list(range(1, 16))
+    listed = re.findall(r"(\d+) ([A-Z]+)", (t.__doc__ or "").split("Sections:")[1])
+    assert listed == [(match[1], match[2]) for _, match in BANNERS]
+
+
+def test_every_section_says_what_it_gives_and_needs() -> None:
+    for start, match in BANNERS:
+        head = []
+        while LINES[start + len(head)].startswith("#"):
+            head.append(LINES[start + len(head)])
+        text = " ".join(line.lstrip("# ") for line in head)
+        assert text.startswith("Gives:"), match[2]
+        assert "Needs:" in text or match[2] == "TRAINING", match[2]
+
+
+def defined_names() -> dict[str, int]:
+    """Module-level name -> line of its first definition."""
+    found: dict[str, int] = {}
+    for node in TREE.body:
+        targets: list[ast.expr] = []
+        if isinstance(node, ast.ClassDef | Function):
+            found.setdefault(node.name, node.lineno)
+        elif isinstance(node, ast.Assign):
+            targets = node.targets
+        elif isinstance(node, ast.AnnAssign):
+            targets = [node.target]
+        for name in (n for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)):
+            found.setdefault(name.id, node.lineno)
+    return found
+
+
+def global_reads(code: CodeType) -> Iterator[tuple[str, int]]:
+    """(name, line) of each global name that some code reads; annotations are text and read nothing."""
+    lines = {offset: line for start, end, line in code.co_lines() for offset in range(start, end, 2)}
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
+            yield instruction.argval, lines.get(instruction.offset) or code.co_firstlineno
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from global_reads(constant)
+
+
+def test_no_section_uses_what_a_later_one_defines() -> None:
+    defined = defined_names()
+    assert len(defined) > 150 and {"load_config", "CODECS", "GPT", "main"} <= set(defined)
+    reads = [(name, line) for name, line in global_reads(compile(SOURCE, "train_gpt.py", "exec")) if name in defined]
+    assert len(reads) > 300
+    wrong = {
+        f"line {line} in section {section_of(line)} uses {name} of section {section_of(defined[name])}"
+        for name, line in reads
+        if section_of(defined[name]) > section_of(line)
+    }
+    assert not wrong, sorted(wrong)
+
+
+# ---- everything is read, nothing is dynamic ----
+
+# Read by name before a Hyperparameters exists: load_config takes them from the environment's texts.
+READ_AS_TEXT = {"preset", "env_file"}
+
+
+def config_reads() -> Iterator[str]:
+    """Attributes read of a configuration: h.x, something.h.x, and self.x in Hyperparameters' own properties."""
+    skipped = {"validate"}  # checking a value is not using it
+    for node in TREE.body:
+        own = isinstance(node, ast.ClassDef) and node.name == "Hyperparameters"
+        if isinstance(node, Function) and node.name in skipped:
+            continue
+        parts = [n for n in node.body if isinstance(n, Function)] if own else [node]  # type: ignore[attr-defined]
+        for read in (n for part in parts for n in ast.walk(part) if isinstance(n, ast.Attribute)):
+            base = read.value
+            if isinstance(base, ast.Name) and (base.id == "h" or (own and base.id == "self")):
+                yield read.attr
+            elif isinstance(base, ast.Attribute) and base.attr == "h":
+                yield read.attr
+
+
+def test_every_variable_is_read_somewhere() -> None:
+    fields = {spec.name for spec in t.FIELDS.values()}
+    unread = fields - set(config_reads()) - READ_AS_TEXT
+    assert not unread, f"declared and never read: {sorted(unread)}"
+
+
+def test_every_module_level_name_is_used() -> None:
+    reads = {name for name, _ in global_reads(compile(SOURCE, "train_gpt.py", "exec"))}
+    annotated = {n.id for n in ast.walk(TREE) if isinstance(n, ast.Name)}
+    unused = set(defined_names()) - reads - annotated
+    assert not unused, f"defined and never used: {sorted(unused)}"
+
+
+def calls(*names: str) -> list[ast.Call]:
+    return [
+        n for n in ast.walk(TREE) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id in names
+    ]
+
+
+def test_no_evaluated_code_and_no_namespace_tricks() -> None:
+    """Each of these also stops the minifier from renaming anything."""
+    found = calls("eval", "exec", "vars", "globals", "locals", "__import__", "compile", "dir", "delattr")
+    assert not found, [place(call) for call in found]
+
+
+# (function, attribute) -> why no plain attribute does
+DYNAMIC = {("hasattr", "_fields"): "tells a NamedTuple from a tuple when the structure of a state is rebuilt"}
+
+
+def test_attributes_are_not_looked_up_by_text() -> None:
+    for call in calls("getattr", "setattr", "hasattr"):
+        text = call.args[1]
+        known = isinstance(text, ast.Constant) and (call.func.id, text.value) in DYNAMIC  # type: ignore[attr-defined]
+        assert known, f"{place(call)}: {ast.unparse(call)}"
+
+
+def test_no_mutable_globals() -> None:
+    found = [place(node) for node in ast.walk(TREE) if isinstance(node, ast.Global)]
+    assert not found, found
+
+
+def test_no_broad_except() -> None:
+    for handler in (n for n in ast.walk(TREE) if isinstance(n, ast.ExceptHandler)):
+        assert handler.type is not None, f"{place(handler)}: bare except"
+        names = {n.id for n in ast.walk(handler.type) if isinstance(n, ast.Name)}
+        assert not names & {"Exception", "BaseException"}, f"{place(handler)}: {ast.unparse(handler.type)}"
+    assert not {Exception, BaseException} & set(t.MALFORMED)
+
+
+def test_environment_is_read_in_config_runtime_and_main_only() -> None:
+    reads = [n for n in ast.walk(TREE) if isinstance(n, ast.Attribute) and n.attr in ("environ", "getenv", "environb")]
+    assert reads
+    for read in reads:
+        assert section_of(read.lineno) in (1, 2, 15), place(read)
+
+
+def test_only_the_command_line_prints() -> None:
+    for call in calls("print"):
+        assert section_of(call.lineno) in (1, 15), place(call)
+
+
+# ---- bounds ----
+
+
+def test_file_and_lines_stay_within_bounds() -> None:
+    assert len(LINES) <= 4500
+    long = [number for number, line in enumerate(LINES, 1) if len(line) > 120]
+    assert not long, long
+
+
+def test_functions_stay_short() -> None:
+    lengths = sorted(length(node) for node in functions())
+    assert lengths[len(lengths) // 2] <= 15
+    assert sum(size < 30 for size in lengths) >= 0.9 * len(lengths), "nine in ten are under 30 lines"
+    code = sum(1 for line in LINES if line.strip())
+    longest = {node.name: length(node) for node in functions() if length(node) > 50}
+    assert sum(longest.values()) <= 0.1 * code, longest
+
+
+def depth(node: ast.AST) -> int:
+    """Deepest nesting of blocks below a node; an elif is no deeper than its if."""
+    blocks = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.FunctionDef, ast.AsyncFor, ast.AsyncWith)
+    deepest = 0
+    for child in ast.iter_child_nodes(node):
+        chained = isinstance(node, ast.If) and isinstance(child, ast.If) and node.orelse == [child]
+        deepest = max(deepest, depth(child) + (isinstance(child, blocks) and not chained))
+    return deepest
+
+
+def test_functions_are_flat() -> None:
+    deep = {node.name: depth(node) for node in functions() if depth(node) > 4}
+    assert not deep, deep
+
+
+def test_functions_take_few_arguments() -> None:
+    def count(node: Function) -> int:
+        given = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        return len([name for name in given if name not in ("self", "cls")])
+
+    many = {node.name: count(node) for node in functions() if count(node) > 8}
+    assert not many, many
+
+
+def test_every_argument_is_used() -> None:
+    """An argument that an interface demands but a function has no use for is listed here with its interface."""
+    interfaces = {
+        "forward": "layers and autograd functions",
+        "backward": "autograd functions",
+        "setup_context": "autograd functions",
+        **dict.fromkeys(("open", "read", "write", "close"), "residual topologies"),
+        **dict.fromkeys(("begin", "lora", "wrap", "learn"), "adapters"),
+        **dict.fromkeys(("quantize", "decode", "decode_numpy", "scale_shape"), "codecs"),
+        **dict.fromkeys(("__init__", "init_state"), "sites are built and started alike"),
+        **dict.fromkeys((f.__name__ for f in t.BATCH_MODES.values()), "batch modes"),
+    }
+    for node in functions():
+        if node.name in interfaces:
+            continue
+        arguments = {a.arg for a in (*node.args.args, *node.args.kwonlyargs)} - {"self", "cls", "_"}
+        used = {n.id for part in node.body for n in ast.walk(part) if isinstance(n, ast.Name)}
+        assert arguments <= used, f"{place(node)}: {node.name} never reads {sorted(arguments - used)}"
+
+
+# ---- used() ----
+
+REGISTRIES: dict[str, dict[str, Any]] = {
+    "CODECS": t.CODECS,
+    "ACTIVATIONS": t.ACTIVATIONS,
+    "SITE_KINDS": t.SITE_KINDS,
+    "RESIDUALS": t.RESIDUALS,
+    "BATCH_MODES": t.BATCH_MODES,
+    "ATTENTION": t.ATTENTION,
+    "ADAPTERS": t.ADAPTERS,
+}
+# A small job of any preset: structure and codecs stay the preset's, sizes do not.
+SMALL = {
+    **{"NUM_LAYERS": "2", "MODEL_DIM": "48", "VOCAB_SIZE": "256", "TRAIN_SEQ_LEN": "16", "TRAIN_BATCH_TOKENS": "64"},
+    **{"MICRO_BATCH_TOKENS": "32", "HOLDOUT_TOKENS": "200", "DEVICE": "cpu", "COMPILE": "0", "MAX_VAL_TOKENS": "200"},
+}
+CHOICES = [{"PRESET": preset} for preset in t.PRESETS]
+for variable, registry in (("MATRIX_CODEC", t.CODECS), ("FP_STORAGE", t.CODECS), ("MLP_ACT", t.ACTIVATIONS)):
+    CHOICES += [{variable: entry} for entry in registry]
+for variable, registry in (("RESIDUAL", t.RESIDUALS), ("BATCH_MODE", t.BATCH_MODES)):
+    CHOICES += [{variable: entry} for entry in registry]
+CHOICES += [{"LAYER_PATTERN": kind} for kind in t.SITE_KINDS if kind != "mlp"]
+CHOICES += [{"TEMP_SCALING": "1"}, {"ATTN_IMPL": "sdpa"}, {"GRAD_CHECKPOINT": "1", "UNTIE_AT_FRACTION": "0.5"}]
+
+
+def test_used_speaks_of_all_registries_and_only_of_their_entries() -> None:
+    for choice in CHOICES:
+        used = t.load_config({**choice, **SMALL}).used()
+        assert set(used) == set(REGISTRIES)
+        for registry, entries in used.items():
+            assert set(entries) <= set(REGISTRIES[registry])
+
+
+def run_everything(h: t.Hyperparameters) -> None:
+    """Train one step, export, reload, score and write a few tokens."""
+    rt = t.start_runtime(h)
+    tokenizer = t.load_tokenizer(h)
+    loader = t.Loader(h, rt, tokenizer.bos)
+    model = t.build_model(h, rt, tokenizer.bos)
+    weights = t.Weights(model)
+    optimizer = t.Optimizer(h, rt, weights)
+    weights.materialize(1.0)
+    assert t.choose_attention(h, rt)[0] in t.ATTENTION
+    batch = loader.next(4, 16)
+    model.loss(batch.tokens, batch.targets, t.final_variant(h)).total.backward()
+    optimizer.step(1.0, 0.9, False, 1.0)
+    header, arrays = t.decode_artifact(t.write_artifact(h, t.coded_tensors(weights), {}).data)
+    t.load_weights(model, arrays)
+    scorer = t.Scorer(h, rt, model, tokenizer.byte_table(), t.read_holdout(h))
+    assert np.isfinite(scorer.score(t.read_validation(h)).loss)
+    assert len(list(t.generate(model, rt, [tokenizer.bos, 65], 3, 0.8, 0.9, 0))) == 3
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_what_used_leaves_out_is_not_needed(
+    choice: dict[str, str], byte_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h = t.load_config({**choice, **SMALL, "DATA_PATH": str(byte_data)})
+    used = h.used()
+    for registry, entries in REGISTRIES.items():
+        for entry in set(entries) - set(used[registry]):
+            monkeypatch.delitem(entries, entry)
+    run_everything(h)
+
+
+@pytest.mark.parametrize("preset", t.PRESETS)
+def test_preset_builds_at_its_full_size(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    h = t.load_config({"PRESET": preset})
+    for registry, entries in REGISTRIES.items():
+        for entry in set(entries) - set(h.used()[registry]):
+            monkeypatch.delitem(entries, entry)
+    with torch.device("meta"):
+        model = t.GPT(h, 1)
+    rows = t.role_table(model)
+    assert set(rows) == {name for name, _ in model.named_parameters()}
+    assert {role.codec for role in rows.values()} <= set(t.CODECS)
