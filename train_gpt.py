@@ -2584,8 +2584,9 @@ def decode_artifact(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]
             bits = take(streams, used, "scales", scale_shape).astype(np.uint32) if scale_shape else None
             scales = None if bits is None else (bits << 16).view(np.float32)
             weights[name] = codec.decode_numpy(np.ascontiguousarray(codes), scales)
-    except (lzma.LZMAError, *MALFORMED) as error:
-        raise UserError(f"the artifact cannot be decoded: {error}") from None
+    except (lzma.LZMAError, UserError, *MALFORMED) as error:
+        told = ascii(str(error))[1:-1][:200]  # it may quote the file: one line, no control characters
+        raise UserError(f"the artifact cannot be decoded: {told}") from None
     if any(used.get(kind, 0) != stream.size for kind, stream in streams.items()):
         raise UserError("the artifact cannot be decoded: streams and tensors do not match")
     return header, weights

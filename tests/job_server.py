@@ -9,11 +9,13 @@ ended, its exit code (minus the signal's number if one ended it) is written to t
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import select
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -123,6 +125,14 @@ def run(request: dict[str, Any]) -> int:
         return 1
 
 
+def leave(code: int) -> None:
+    """End this copy: wait for its threads as the interpreter does, but spare the half second of taking torch apart."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def reap(running: dict[int, str]) -> None:
     """Write the exit codes of the copies that have ended."""
     while running:
@@ -138,6 +148,7 @@ def reap(running: dict[int, str]) -> None:
 def serve() -> None:
     """Answer requests until stdin closes; copies that still run then are ended."""
     running: dict[int, str] = {}
+    gc.freeze()  # the collector of a copy would touch, and so copy, all pages it shares with this process
     while True:
         ready, _, _ = select.select([0], [], [], 0.02)
         if ready:
@@ -147,7 +158,7 @@ def serve() -> None:
             request = json.loads(line)
             pid = os.fork()
             if pid == 0:
-                sys.exit(run(request))  # as a fresh process ends: by waiting for its threads
+                leave(run(request))
             running[pid] = request["status"]
             print(pid, flush=True)
         reap(running)

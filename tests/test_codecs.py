@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import train_gpt as t
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
+
+import train_gpt as t
 
 EVERY_CODEC = pytest.mark.parametrize("name", t.CODECS)
 GROUPED = [name for name in t.CODECS if isinstance(t.CODECS[name](t.load_config({})), t.GroupedCodec)]
@@ -31,6 +32,11 @@ def bits(values: Any) -> list[int]:
     """Bit patterns of float32 values, so that -0 differs from 0 and NaN (of any pattern) equals itself."""
     numbers = np.ascontiguousarray(values, np.float32)
     return np.where(np.isnan(numbers), np.float32(np.nan), numbers).view(np.uint32).reshape(-1).tolist()
+
+
+def scales_of(coded: t.Codes) -> Tensor:
+    assert coded.scales is not None
+    return coded.scales
 
 
 def through_a_file(codec: t.Codec, coded: t.Codes, packing: str) -> np.ndarray:
@@ -128,7 +134,7 @@ def test_one_weight_is_coded_as_its_bank_is(name: str, shape: tuple[int, ...]) -
         for i in range(shape[0]):
             one = codec.quantize(w[i : i + 1], t.default_tuning(w[i : i + 1]))
             assert torch.equal(one.codes[0], whole.codes[i])
-            assert one.scales is None or bits(one.scales[0]) == bits(whole.scales[i])
+            assert one.scales is None or bits(one.scales[0]) == bits(scales_of(whole)[i])
 
 
 # Largest error of one weight, as a share of the largest weight of its group (all of the bank here).
@@ -191,9 +197,8 @@ def test_ternary_is_its_definition(w: Tensor, group: int, lstsq: bool, threshold
     coded = codec_of("ternary", group, "lstsq" if lstsq else "absmean").quantize(w, tuning_of(w, threshold, multiplier))
     rows = w.numpy().reshape(-1, w.shape[-1])
     naive = [naive_ternary(row, group, lstsq, threshold, multiplier) for row in rows]
-    assert coded.scales is not None
     assert coded.codes.reshape(rows.shape).tolist() == [codes for codes, _ in naive]
-    assert coded.scales.reshape(len(rows), -1).tolist() == [scales for _, scales in naive]
+    assert scales_of(coded).reshape(len(rows), -1).tolist() == [scales for _, scales in naive]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -201,10 +206,10 @@ def test_ternary_at_hand(dtype: torch.dtype) -> None:
     """Groups of four and a last one of two; |w| = thr * mean is not zero; means leave the padding out."""
     w = torch.tensor([[[4.0, -2.0, 1.999, 0.001, 3.0, -3.0, 3.0, -3.0, 8.0, -2.0]]], dtype=dtype)
     coded = codec_of("ternary").quantize(w, tuning_of(w, 1.0))
-    assert coded.scales is not None and coded.scales.tolist() == [[[2.0, 3.0, 5.0]]]
+    assert scales_of(coded).tolist() == [[[2.0, 3.0, 5.0]]]
     assert coded.codes.tolist() == [[[1, -1, 0, 0, 1, -1, 1, -1, 1, 0]]]
-    assert codec_of("ternary", scale="lstsq").quantize(w, tuning_of(w, 1.0)).scales.tolist() == [[[3.0, 3.0, 8.0]]]
-    assert codec_of("ternary").quantize(w, tuning_of(w, 1.0, 0.5)).scales.tolist() == [[[1.0, 1.5, 2.5]]]
+    assert scales_of(codec_of("ternary", scale="lstsq").quantize(w, tuning_of(w, 1.0))).tolist() == [[[3.0, 3.0, 8.0]]]
+    assert scales_of(codec_of("ternary").quantize(w, tuning_of(w, 1.0, 0.5))).tolist() == [[[1.0, 1.5, 2.5]]]
     half = codec_of("ternary").quantize(w, t.default_tuning(w))
     assert half.codes.tolist() == [[[1, -1, 1, 0, 1, -1, 1, -1, 1, 0]]]
 
@@ -229,7 +234,7 @@ def test_group_of_no_measurable_size_is_zero(name: str, dtype: torch.dtype) -> N
 def test_group_larger_than_the_row_is_the_row(name: str) -> None:
     w = torch.randn(2, 3, 10, generator=torch.Generator().manual_seed(2))
     wide, exact = (codec_of(name, group).quantize(w, t.default_tuning(w)) for group in (10**9, 10))
-    assert torch.equal(wide.codes, exact.codes) and wide.scales.equal(exact.scales)
+    assert torch.equal(wide.codes, exact.codes) and scales_of(wide).equal(scales_of(exact))
     assert bits(codec_of(name, 10**9).decode(wide)) == bits(codec_of(name, 10).decode(exact))
 
 
@@ -264,7 +269,7 @@ def test_absmean_ternary_keeps_codes_and_shrinks_scales_when_quantized_again() -
     second = codec.quantize(codec.decode(first), t.default_tuning(w))
     assert torch.equal(first.codes, second.codes)
     share = first.codes.abs().float().reshape(2, 3, 5, 8).mean(-1)
-    assert torch.allclose(second.scales, first.scales * share, rtol=2**-8)
+    assert torch.allclose(scales_of(second), scales_of(first) * share, rtol=2**-8)
 
 
 # ---- numbers beyond the range ----

@@ -13,13 +13,15 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import train_gpt as t
 from conftest import ROOT, clean_environment
+
+import train_gpt as t
 
 CPU = {"DEVICE": "cpu", "COMPILE": "0"}
 
@@ -161,7 +163,7 @@ def test_real_clock_never_runs_backwards() -> None:
     clock = t.Clock()
     clock.start()
     readings = [clock.seconds() for _ in range(1000)]
-    assert readings == sorted(readings) and 0 <= readings[0] and readings[-1] < 60
+    assert readings == sorted(readings) and readings[0] >= 0 and readings[-1] < 60
 
 
 @pytest.mark.parametrize(
@@ -275,7 +277,7 @@ def hold_lock(folder: Path, ready: Any) -> None:
 
 
 @pytest.fixture
-def holder(tmp_path: Path) -> Iterator[multiprocessing.Process]:
+def holder(tmp_path: Path) -> Iterator[BaseProcess]:
     """Another process that holds the lock of tmp_path."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe()
@@ -289,14 +291,14 @@ def holder(tmp_path: Path) -> Iterator[multiprocessing.Process]:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_second_process_is_refused_with_the_first_ones_number(tmp_path: Path, holder: multiprocessing.Process) -> None:
+def test_second_process_is_refused_with_the_first_ones_number(tmp_path: Path, holder: BaseProcess) -> None:
     for _ in range(2):  # being refused must not disturb the lock
         with pytest.raises(t.UserError, match=rf"{tmp_path.name}.* process {holder.pid};.*RUN_ID"):
             t.lock_folder(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_lock_of_a_killed_process_is_free(tmp_path: Path, holder: multiprocessing.Process) -> None:
+def test_lock_of_a_killed_process_is_free(tmp_path: Path, holder: BaseProcess) -> None:
     os.kill(holder.pid or 0, signal.SIGKILL)
     holder.join()
     descriptor = t.lock_folder(tmp_path)
