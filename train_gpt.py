@@ -2285,13 +2285,14 @@ class Optimizer:
     def muon(self, bank: Bank, grad: Tensor, has: Tensor, rate: float, momentum: float) -> None:
         """Nesterov momentum, rows normalized (MuonEq-R), orthogonalized, scaled by sqrt(max(1, rows / columns))."""
         buffer = bank.slot("momentum")
-        buffer.mul_(torch.where(has, momentum, 1.0)).add_(grad)
+        share = has.to(grad.dtype)
+        buffer.mul_(1 + share * (momentum - 1)).add_(grad)
         update = grad + momentum * buffer
         if self.h.muon_row_norm:
             update = update / (update.norm(dim=-1, keepdim=True) + 1e-7)
         update = self.sharded(update) * max(1.0, grad.shape[-2] / grad.shape[-1]) ** 0.5
         decay = 1 - rate * self.h.muon_wd * bank.role.decay
-        bank.latent.mul_(torch.where(has, decay, 1.0)).sub_(update * has, alpha=rate)
+        bank.latent.mul_(1 + share * (decay - 1)).sub_(update * share, alpha=rate)
 
     def sharded(self, update: Tensor) -> Tensor:
         """Orthogonalize a bank, each rank its share."""
@@ -2301,7 +2302,7 @@ class Optimizer:
         share = -(-count // rt.world)
         padded = F.pad(update, (0, 0, 0, 0, 0, share * rt.world - count))
         mine = self.orthogonalize(padded[rt.rank * share :][:share].contiguous(), self.h.muon_backend_steps)
-        dist.all_gather_into_tensor(padded, mine.contiguous())
+        dist.all_gather(list(padded.chunk(rt.world)), mine.contiguous())
         return padded[:count]
 
     def adamw(self, bank: Bank, grad: Tensor, has: Tensor, rate: float) -> None:
@@ -2315,7 +2316,7 @@ class Optimizer:
         floor = count.clamp(min=1)
         denominator = (second / (1 - h.beta2**floor)).sqrt_().add_(h.adam_eps)
         decay = 1 - rate * h.adam_wd * bank.role.decay
-        bank.latent.mul_(1 - has + has * decay)
+        bank.latent.mul_(1 + has * (decay - 1))
         bank.latent.sub_(first / (1 - h.beta1**floor) / denominator * has, alpha=rate)
 
     def average(self, bank: Bank) -> None:
@@ -2913,6 +2914,7 @@ class TrainState:
     """Everything that changes during training, saved and restored as a whole."""
 
     step: int = 0
+    tokens: int = 0  # trained on so far
     seconds: float = 0.0  # training clock
     token_seconds: float = 0.0  # of the slowest recent step, to foresee the next
     position: Position = Position()
@@ -2929,6 +2931,7 @@ def pack_checkpoint(h: Hyperparameters, rt: Runtime, state: TrainState, weights:
         "format": 1,
         "structure": json.dumps(structure_config(h), sort_keys=True),
         "step": state.step,
+        "tokens": state.tokens,
         "seconds": state.seconds,
         "token_seconds": state.token_seconds,
         "position": tuple(state.position),
@@ -2946,7 +2949,7 @@ def gather_rows(rt: Runtime, state: Any) -> Any:
 
     def gather(part: Tensor) -> Tensor:
         whole = part.new_empty((part.shape[0] * rt.world, *part.shape[1:]))
-        dist.all_gather_into_tensor(whole, part.contiguous())
+        dist.all_gather(list(whole.chunk(rt.world)), part.contiguous())
         return whole
 
     return map_state(state, gather)
@@ -2991,19 +2994,26 @@ def load_checkpoint(h: Hyperparameters, rt: Runtime, path: Path, model: GPT, wei
         tree = torch.load(path, map_location=rt.device, weights_only=True)
         structure, banks, rng = json.loads(tree["structure"]), tree["banks"], tree["rng"].cpu()
         position, variant = Position(*tree["position"]), Variant(*tree["variant"])
-        state = TrainState(tree["step"], tree["seconds"], tree["token_seconds"], position, variant)
+        state = TrainState(tree["step"], tree["tokens"], tree["seconds"], tree["token_seconds"], position, variant)
         for saved in banks.values():
             saved["tuning"] = Tuning(*saved["tuning"])
         differ = [n.upper() for n, v in structure_config(h).items() if json.dumps(structure.get(n)) != json.dumps(v)]
-        carry = list(tree["carry"])
+        carry, form = list(tree["carry"]), tree["format"]
     except (OSError, pickle.UnpicklingError, *MALFORMED) as error:
         raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}); choose an older one") from None
-    if differ or set(banks) != set(weights.banks):
+    if form != 1:
+        raise UserError(f"{path} has checkpoint format {form}, not 1; resume it with the program that wrote it")
+    if any(banks[key]["latent"].dtype != bank.latent.dtype for key, bank in weights.banks.items() if key in banks):
+        differ.append("PRECISION")
+    alike = {key: bank["latent"].shape for key, bank in banks.items()}
+    if differ or alike != {key: bank.latent.shape for key, bank in weights.banks.items()}:
         raise UserError(f"{path} was made under another configuration; it differs in {', '.join(differ) or 'weights'}")
+    if h.carry_train and carry and carry[0].shape[0] * h.train_seq_len != h.train_batch_tokens:
+        raise UserError(f"{path} carries {carry[0].shape[0]} rows; TRAIN_BATCH_TOKENS={h.train_batch_tokens} does not")
     for key, bank in weights.banks.items():
         bank.latent, bank.state, bank.tuning = banks[key]["latent"], banks[key]["state"], banks[key]["tuning"]
     torch.set_rng_state(rng)
-    if carry:
+    if carry and h.carry_train:
         rows = carry[0].shape[0] // rt.world
         share = slice(rt.rank * rows, (rt.rank + 1) * rows)
         state.carry = rebuild_state(model.init_state(rows), [part[share] for part in carry])
@@ -3199,7 +3209,7 @@ class Pace:
 
     def mark(self, seconds: float, tokens: int) -> None:
         """Note the end of a step, with the time it took."""
-        self.recent = [*self.recent[-15:], seconds / tokens]
+        self.recent = [*self.recent[-63:], seconds / tokens]
         if self.cuda:
             self.events.append(torch.cuda.current_stream().record_event())
             if len(self.events) > 2:
@@ -3207,7 +3217,7 @@ class Pace:
 
     def margin(self, tokens: int) -> float:
         """Seconds that must be left for one more step of so many tokens to end in time."""
-        return max(self.recent) * tokens * (4 if self.cuda else 1.25)
+        return max(self.recent) * tokens * (4 if self.cuda else 2)
 
 
 def finished(h: Hyperparameters, step: int, seconds: float, margin: float) -> bool:
@@ -3246,7 +3256,7 @@ def train_loop(s: Session, state: TrainState) -> None:
         ahead = progress_of(h, state.step + 1, now)  # a resumed run quantizes its weights for the next step, too
         s.optimizer.step(rate_scale(h, state.step, now), muon_momentum(h, state.step), average, ahead)
         s.weights.clear_gradients()
-        state.step, state.position = state.step + 1, s.loader.position
+        state.step, state.tokens, state.position = state.step + 1, state.tokens + tokens, s.loader.position
         pace.mark(clock.seconds() - now, tokens)
         state.token_seconds = max(pace.recent)
         window.add(loss, tokens)
@@ -3394,6 +3404,7 @@ def export(s: Session) -> Path:
 def finish(s: Session, state: TrainState) -> int:
     """Average, quantize, score, export, reload, score again, account; returns the exit code."""
     h, log = s.h, s.log
+    switch_variant(s, state, 1.0)  # a run that ended early takes its final shape
     save_checkpoint(h, s.rt, s.folder / "checkpoints", state, s.weights)
     averaged = s.weights.swap_average()
     s.weights.materialize(1.0)
@@ -3438,13 +3449,13 @@ def finish(s: Session, state: TrainState) -> int:
 
 def closing_summary(s: Session, state: TrainState, model: GPT, score: Score, budget: Budget, path: Path) -> None:
     """What a person wants to know at the end, and a sample of what the reloaded model writes."""
-    peak, tokens = peak_memory_bytes(s.rt), state.step and s.h.train_batch_tokens * state.step
+    peak = peak_memory_bytes(s.rt)
     log = s.log
     log.line("-" * 72)
     log.line(f"{'score':<12}{score.bpb:.4f} bits per byte, {score.loss:.4f} nats per token, {score.bytes} bytes scored")
     log.line(f"{'size':<12}{budget.total_bytes} of {budget.budget_bytes} bytes (model {budget.model_bytes})")
     log.line(
-        f"{'training':<12}step {state.step}, {clock_text(state.seconds)}, {tokens / max(1e-9, state.seconds):.0f} tok/s"
+        f"{'training':<12}step {state.step}, {clock_text(state.seconds)}, {state.tokens / (state.seconds or 1):.0f} tok/s"
     )
     log.line(f"{'memory':<12}peak {peak / MIB:.0f} MiB ({peak / 2**30:.2f} GiB)")
     log.line(f"{'artifact':<12}{path}")
@@ -3470,9 +3481,9 @@ def train(h: Hyperparameters, rt: Runtime) -> int:
         log.line(f"run:{folder}")
         describe(s)
         state = TrainState()
-        path = find_checkpoint(h, folder / "checkpoints")
+        path = on_main(rt, lambda: find_checkpoint(h, folder / "checkpoints"))
         if path:
-            state = load_checkpoint(s.h, rt, path, s.model, s.weights)
+            state = on_all(rt, lambda: load_checkpoint(s.h, rt, path, s.model, s.weights))
             log.line(f"resumed {path} at step:{state.step} train_time:{state.seconds * 1e3:.0f}ms")
             log.metric("resume", step=state.step, train_time_s=state.seconds)
         train_loop(s, state)
@@ -3514,19 +3525,19 @@ def disk_free(folder: Path) -> int:
 
 def plan(h: Hyperparameters, rt: Runtime) -> int:
     """Print the site list, the role table of every parameter and the FLOPs of a token, without data."""
-    model = build_model(h, rt, 1)
-    print(f"{'id':>4} {'kind':<10}{'layer':>6}{'loop':>6}{'pass':>6}")
+    model, log = build_model(h, rt, 1), Log(None, rt.main)
+    log.line(f"{'id':>4} {'kind':<10}{'layer':>6}{'loop':>6}{'pass':>6}")
     for site in model.sites:
-        print(f"{site.id:>4} {site.kind:<10}{site.layer:>6}{site.loop:>6}{site.pass_:>6}")
-    print(f"{'parameter':<34}{'shape':<14}{'codec':<9}{'group':<8}{'rate x':>7}{'decay x':>8}")
+        log.line(f"{site.id:>4} {site.kind:<10}{site.layer:>6}{site.loop:>6}{site.pass_:>6}")
+    log.line(f"{'parameter':<34}{'shape':<14}{'codec':<9}{'group':<8}{'rate x':>7}{'decay x':>8}")
     shapes = {name: "x".join(map(str, p.shape)) for name, p in model.named_parameters()}
     for name, role in role_table(model).items():
-        print(f"{name:<34}{shapes[name]:<14}{role.codec:<9}{role.group:<8}{role.lr_mult:>7g}{role.decay:>8g}")
+        log.line(f"{name:<34}{shapes[name]:<14}{role.codec:<9}{role.group:<8}{role.lr_mult:>7g}{role.decay:>8g}")
     packed = Weights(model).packed_bytes()
-    print("packed bytes: " + " ".join(f"{codec}:{size:.0f}" for codec, size in packed.items()))
+    log.line("packed bytes: " + " ".join(f"{codec}:{size:.0f}" for codec, size in packed.items()))
     total = account(h, math.ceil(sum(packed.values())))
-    print(f"total_bytes:{total.total_bytes} budget_bytes:{total.budget_bytes}")
-    print(f"parameters:{sum(p.numel() for p in model.parameters())} flops_per_token:{flops_per_token(model):.4g}")
+    log.line(f"total_bytes:{total.total_bytes} budget_bytes:{total.budget_bytes}")
+    log.line(f"parameters:{sum(p.numel() for p in model.parameters())} flops_per_token:{flops_per_token(model):.4g}")
     return 0
 
 
@@ -3539,7 +3550,7 @@ def open_artifact(path: str, environ: dict[str, str]) -> tuple[Hyperparameters, 
     window = header["config"]["train_seq_len"]
     h = load_config(environ, {**header["config"], "train_batch_tokens": window, "micro_batch_tokens": window})
     values = dataclasses.asdict(h)
-    stretch = {"yarn_factor", "yarn_original", "train_seq_len"}  # these may differ: a longer context at evaluation
+    stretch = {"yarn_factor", "yarn_original"}  # these may differ: a longer context at evaluation
     for name, value in header["config"].items():
         if values[name] != value and name not in stretch:
             raise UserError(f"{name.upper()}={values[name]} contradicts the artifact, which has {value}; unset it")
@@ -3577,6 +3588,8 @@ def evaluate_command(path: str, environ: dict[str, str]) -> int:
 def generate_command(path: str, options: Any, environ: dict[str, str]) -> int:
     """Stream a continuation of the prompt."""
     h, rt, model, tokenizer = open_artifact(path, environ)
+    if not rt.main:
+        return 0
     shown, tokens = "", [tokenizer.bos, *tokenizer.encode(options.prompt)]
     written: list[int] = []
     print(options.prompt, end="", flush=True)

@@ -32,19 +32,16 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_at_disk_call(number: int, after: bool) -> None:
-    """Arrange that this process is killed just before (or after) its `number`-th call that changes the disk."""
+def kill_at_disk_call(number: int) -> None:
+    """Arrange that this process is killed just before its `number`-th fsync, rename or deletion."""
     left = [number]
 
     def watch(call: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **options: Any) -> Any:
             left[0] -= 1
-            if left[0] == 0 and not after:
-                die()
-            result = call(*args, **options)
             if left[0] == 0:
                 die()
-            return result
+            return call(*args, **options)
 
         return watched
 

@@ -10,6 +10,7 @@ import shutil
 import time
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ KINDS: dict[str, dict[str, str]] = {
         **AVERAGE, **LATE_HEAD, "BATCH_STAGES": "0:128,0.5:256", "EXTENSION_STEPS": "3", "LR_FLOOR": "0.2",
     },
     "streams, carry": {
-        **AVERAGE, **LATE_HEAD, "BATCH_MODE": "streams", "ATTN_WINDOW": "8", "CARRY_TRAIN": "1", "MICRO_BATCH_TOKENS": "96",
-        "DOC_MASK": "1",
+        **AVERAGE, **LATE_HEAD, "BATCH_MODE": "streams", "ATTN_WINDOW": "8", "CARRY_TRAIN": "1",
+        "MICRO_BATCH_TOKENS": "96", "DOC_MASK": "1",
     },
     "documents": {"BATCH_MODE": "documents", "GRAD_CLIP_NORM": "0.5", "MUON_WD": "0.1", "ADAM_WD": "0.1"},
     "ternary from the middle": {"TERNARY_START_FRACTION": "0.5"},
@@ -46,9 +47,9 @@ def folder_of(env: dict[str, str]) -> Path:
 
 
 def error_line(text: str) -> str:
-    """The one line that a mistake of the user's is answered with."""
-    lines = text.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), text
+    """The one line that a mistake of the user's is answered with (torch may warn of foreign files before)."""
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in text, text
     return lines[0]
 
 
@@ -115,7 +116,7 @@ def test_killed_at_every_disk_call(run_job: Run, tiny_env: dict[str, str]) -> No
     while killed:
         number += 1
         again = {**env, "RUN_ID": f"call{number}"}
-        done = run_job(again, hook=("kill_at_disk_call", number, False))
+        done = run_job(again, hook=("kill_at_disk_call", number))
         killed = done.code == -9
         assert killed or done.code == 0, done.err
         check_resumed(run_job, again, wanted)
@@ -133,10 +134,8 @@ def test_killed_in_the_middle_of_a_file(name: str, share: float, run_job: Run, t
 
 
 @pytest.mark.parametrize("kind", ["ternary", "ema, late head, stages, extension", "streams, carry"])
-def test_killed_again_and_again_by_others(
-    kind: str, start_job: Run, run_job: Run, tiny_env: dict[str, str]
-) -> None:
-    """A real SIGKILL from outside: at once after the first metrics line, then after random times, until one run ends."""
+def test_killed_again_and_again_by_others(kind: str, start_job: Run, run_job: Run, tiny_env: dict[str, str]) -> None:
+    """A real SIGKILL from outside: after the first metrics line, then after random times, until one run ends."""
     env = {**tiny_env, **BASE, **KINDS[kind], "ITERATIONS": "30", "SAVE_EVERY": "1"}
     wanted, choose = undisturbed(run_job, env), random.Random(kind)
     job = start_job(env)
@@ -145,8 +144,9 @@ def test_killed_again_and_again_by_others(
     codes = [job.wait().code]
     while codes[-1] != 0 and len(codes) < 12:
         check_latest(folder_of(env))
-        job, before = start_job({**env, "RESUME": "auto"}), latest_step(env)
-        wait_for(lambda j=job, b=before: latest_step(env) > b or j.ended())
+        before = latest_step(env)
+        job = start_job({**env, "RESUME": "auto"})
+        wait_for(partial(has_moved, env, before, job))
         time.sleep(choose.uniform(0, 0.15))  # the moment of death is what is tested
         job.kill()
         codes.append(job.wait().code)
@@ -162,7 +162,7 @@ def test_killed_as_soon_as_a_checkpoint_or_the_artifact_appears(
     for pattern in ("checkpoints/step_*.pt.tmp", "checkpoints/step_0000005.pt", "model.pgz.tmp", "model.pgz"):
         again = {**env, "RUN_ID": pattern.replace("/", "_").replace("*", "any")}
         job = start_job(again)
-        wait_for(lambda a=again, p=pattern, j=job: any(folder_of(a).glob(p)) or j.ended())
+        wait_for(partial(has_file, folder_of(again), pattern, job))
         job.kill()
         assert job.wait().code in (-9, 0)
         check_resumed(run_job, again, wanted)
@@ -176,6 +176,16 @@ def latest_step(env: dict[str, str]) -> int:
     """Step of the newest checkpoint, or -1."""
     name = read_if_there(folder_of(env) / "checkpoints" / "latest").decode()
     return int(name[5:-3]) if name else -1
+
+
+def has_moved(env: dict[str, str], before: int, job: Any) -> bool:
+    """Whether a job has written a newer checkpoint, or has ended."""
+    return latest_step(env) > before or job.ended()
+
+
+def has_file(folder: Path, pattern: str, job: Any) -> bool:
+    """Whether a job has written such a file, or has ended."""
+    return any(folder.glob(pattern)) or job.ended()
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -228,7 +238,18 @@ def test_time_bound_run_continues_from_the_elapsed_time(
     assert later[0]["step"] == saved["step"] + 1 and later[0]["train_time_s"] > saved["seconds"]
     assert later[0]["rate_scale"] == pytest.approx(min(1.0, 2 * (1 - later[0]["train_time_s"] / 3)), abs=0.02)
     (final,) = read_metrics(folder_of(env), "final")
-    assert 2.0 < final["train_time_s"] <= 3.0 and later[-1]["rate_scale"] < 0.2
+    assert 2.0 < final["train_time_s"] <= 3.05 and later[-1]["rate_scale"] < 0.2
+
+
+def test_finished_time_bound_run_resumes_to_itself(
+    run_job: Run, tiny_env: dict[str, str], read_metrics: Callable
+) -> None:
+    """There was no time for one more step, so there is none now."""
+    env = {**tiny_env, **BASE, "ITERATIONS": "0", "MAX_WALLCLOCK_SECONDS": "1", "SAVE_EVERY": "0", "RUN_ID": "whole"}
+    wanted = undisturbed(run_job, env)
+    check_resumed(run_job, env, wanted)
+    first, second = read_metrics(folder_of(env), "final")
+    assert first["train_time_s"] == second["train_time_s"] and first["step"] == second["step"]
 
 
 # What is kept
@@ -418,7 +439,7 @@ def test_checkpoint_holds_the_whole_state(tiny_env: dict[str, str], tmp_path: Pa
         step(first.loader.next(8, 32), state, 0.0)
         first.optimizer.step(1.0, 0.9, True, 0.0)
         first.weights.clear_gradients()
-    state = t.TrainState(7, 1.25, first.loader.position, t.Variant(untied=True))
+    state = t.TrainState(step=7, seconds=1.25, position=first.loader.position, variant=t.Variant(untied=True))
     torch.manual_seed(99)
     t.save_checkpoint(h, first.rt, tmp_path, state, first.weights)
     rng = torch.get_rng_state()
@@ -428,9 +449,34 @@ def test_checkpoint_holds_the_whole_state(tiny_env: dict[str, str], tmp_path: Pa
     assert (back.step, back.seconds, back.position, back.variant) == (7, 1.25, state.position, state.variant)
     for key, bank in first.weights.banks.items():
         other = second.weights.banks[key]
-        assert torch.equal(bank.latent, other.latent) and bank.state.keys() == other.state.keys() and "ema" in bank.state
+        assert (
+            torch.equal(bank.latent, other.latent) and bank.state.keys() == other.state.keys() and "ema" in bank.state
+        )
         for name, moment in bank.state.items():
             assert torch.equal(moment, other.state[name]), (key, name)
+
+
+def test_pointer_moves_only_to_a_file_on_the_disk(
+    monkeypatch: pytest.MonkeyPatch, tiny_env: dict[str, str], tmp_path: Path
+) -> None:
+    """The order that survives a power cut: the checkpoint's bytes, its name, the pointer's bytes, its name."""
+    h = t.load_config(tiny_env)
+    s = t.open_session(h, t.start_runtime(h), tmp_path, t.Log(None, False))
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def watch_fsync(handle: int) -> None:
+        calls.append(f"fsync of {os.fstat(handle).st_size > 1000}")
+        fsync(handle)
+
+    def watch_replace(source: Path, target: Path) -> None:
+        calls.append(f"rename to {Path(target).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", watch_fsync)
+    monkeypatch.setattr(os, "replace", watch_replace)
+    t.save_checkpoint(h, s.rt, tmp_path, t.TrainState(step=7), s.weights)
+    assert calls == ["fsync of True", "rename to step_0000007.pt", "fsync of False", "rename to latest"]
 
 
 def test_checkpoint_is_plain_data(saved: dict[str, str]) -> None:

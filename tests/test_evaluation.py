@@ -397,6 +397,32 @@ def test_adapters_act_in_order_and_learn_after_scoring() -> None:
     assert score.nats == pytest.approx(want.item(), rel=1e-11)
 
 
+def test_answers_are_hidden_until_they_are_scored() -> None:
+    """lora and wrap get a chunk without its targets; learn gets them."""
+    seen: list[tuple[str, bool]] = []
+
+    class Spy(t.Adapter):
+        def lora(self, states: list[None], chunk: t.Chunk) -> None:
+            seen.append(("lora", chunk.targets is None))
+
+        def wrap(self, states: list[None], chunk: t.Chunk, given: t.Distribution) -> t.Distribution:
+            seen.append(("wrap", chunk.targets is None))
+            return given
+
+        def learn(self, states: list[None], chunk: t.Chunk, given: t.Distribution) -> list[None]:
+            seen.append(("learn", chunk.targets is None))
+            return states
+
+    scorer_of(config(EVAL_STREAMS=1), Stub(torch.zeros(VOCAB)), [Spy()]).score(stream(WINDOW + 1))
+    assert seen == [("lora", True), ("wrap", True), ("learn", False)]
+
+
+def test_two_adapters_may_not_change_one_weight() -> None:
+    h = config()
+    with pytest.raises(ValueError, match=LowRank.name):
+        scorer_of(h, scrambled(h), [LowRank(), LowRank()]).score(stream(40))
+
+
 def test_unigram_cache_against_a_loop() -> None:
     """With a uniform model the score is that of the mixture, span by span and chunk by chunk."""
     h, tokens, ledger = config(), stream(140, spread=9), []

