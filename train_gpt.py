@@ -3455,7 +3455,7 @@ def closing_summary(s: Session, state: TrainState, model: GPT, score: Score, bud
     log.line(f"{'score':<12}{score.bpb:.4f} bits per byte, {score.loss:.4f} nats per token, {score.bytes} bytes scored")
     log.line(f"{'size':<12}{budget.total_bytes} of {budget.budget_bytes} bytes (model {budget.model_bytes})")
     log.line(
-        f"{'training':<12}step {state.step}, {clock_text(state.seconds)}, {state.tokens / (state.seconds or 1):.0f} tok/s"
+        f"{'training':<12}step {state.step}, {clock_text(state.seconds)}, {state.tokens / state.seconds:.0f} tok/s"
     )
     log.line(f"{'memory':<12}peak {peak / MIB:.0f} MiB ({peak / 2**30:.2f} GiB)")
     log.line(f"{'artifact':<12}{path}")

@@ -201,7 +201,7 @@ def test_global_order_does_not_depend_on_the_number_of_ranks(mode: str, place_da
 
 
 @MODES
-@pytest.mark.parametrize("holdout", [0, 200, 10**9])
+@pytest.mark.parametrize("holdout", [0, 184, 200, 10**9])  # 184 leaves whole batches exactly
 def test_held_out_tokens_are_never_trained_on(mode: str, holdout: int, place_data: str) -> None:
     loader = loader_of(place_data, mode, HOLDOUT_TOKENS=holdout)
     kept = min(holdout, 300)  # at most a tenth of the stream
