@@ -154,7 +154,7 @@ class Hyperparameters:
     # Optimizer
     iterations: int = var(20000, "optimizer", "steps of the schedule", "steps", low=0)
     extension_steps: int = var(0, "optimizer", "steps after the schedule, at the floor rate", "steps", low=0,
-        when=lambda h: h.iterations > 0)
+        when=lambda h: h.iterations > 0 and h.lr_floor > 0)
     max_wallclock_seconds: float = var(600.0, "optimizer", "training clock; 0: bound by ITERATIONS only", "s", low=0)
     matrix_lr: float = var(0.04, "optimizer", "Muon rate of matrices", low=0)
     scalar_lr: float = var(0.04, "optimizer", "AdamW rate of gains, scales and mixes", low=0)
@@ -202,6 +202,8 @@ class Hyperparameters:
         when=lambda h: h.sliding_eval)
     carry_eval: bool = var(False, "evaluation", "carry mixer states from window to window of a stream")
     temp_scaling: bool = var(False, "evaluation", "divide logits by a temperature fitted on held-out training tokens")
+    calib_max_seconds: float = var(30.0, "evaluation", "training clock kept for fitting after the last step", "s", low=0,
+        when=lambda h: h.temp_scaling)
 
     # Artifact
     hard_budget_bytes: int = var(16_000_000, "artifact", "most bytes of artifact and code together", "bytes", low=1)
@@ -219,6 +221,12 @@ class Hyperparameters:
         return any(c == "ternary" or c.startswith("int") for c in self.codecs)
 
     @property
+    def step_seconds(self) -> float:
+        """Training clock that steps may use: what calibration needs is taken off at the start. 0: unbounded."""
+        kept = self.calib_max_seconds if self.temp_scaling else 0.0
+        return max(1e-3, self.max_wallclock_seconds - kept) if self.max_wallclock_seconds else 0.0
+
+    @property
     def may_compile(self) -> bool:
         """Whether the step could be compiled on some device that this configuration allows."""
         return self.compile == "1" or (self.compile == "auto" and self.device in ("auto", "cuda"))
@@ -227,6 +235,11 @@ class Hyperparameters:
     def has_head(self) -> bool:
         """Whether a head matrix of its own exists, now or after UNTIE_AT_FRACTION."""
         return not self.tie_embeddings or self.untie_at_fraction > 0
+
+    @property
+    def adam(self) -> tuple[float, float, float]:
+        """AdamW's betas and epsilon."""
+        return self.beta1, self.beta2, self.adam_eps
 
     @property
     def head_dim(self) -> int:
@@ -279,18 +292,20 @@ class Hyperparameters:
 FIELDS = {f.name.upper(): f for f in dataclasses.fields(Hyperparameters)}
 # Variables of these families are ours alone, so an unknown one is a mistake even when it resembles none of ours.
 FAMILIES = "TTT_ NGRAM_ EVAL_ENGRAM_ CURRICULUM_ EMA_ MOE_ MUON_ ADAM_ ROPE_ YARN_ SLIDING_ WARMDOWN_ TERNARY_ SKC_ "
-FOREIGN = ("COMPILER", "DEVICES")  # other programs' variables that resemble ours
+FOREIGN = ("COMPILER", "DEVICES", "MODEL_DIR", "SPEED")  # other programs' variables that resemble ours
 FAMILY_PREFIXES = tuple((FAMILIES + "MHC_ HC_ RMT_ NSA_ ENGRAM_ BIGRAM_ CAPSULE_ FEEDBACK_ CALIB_ GPTQ_").split())
 
 LOCAL_FLOAT = {
     "num_layers": 4,
     "model_dim": 128,
     "num_heads": 4,
-    "num_kv_heads": 2,
+    "num_kv_heads": 4,
     "mlp_mult": 4.0,
+    "mlp_act": "leaky_relu2",
+    "matrix_lr": 0.02,
     "train_seq_len": 256,
-    "train_batch_tokens": 4096,
-    "micro_batch_tokens": 4096,
+    "train_batch_tokens": 2048,
+    "micro_batch_tokens": 2048,
     "val_batch_size": 16384,
     "val_loss_every": 500,
     "train_log_every": 25,
@@ -935,6 +950,7 @@ class Batch(NamedTuple):
     tokens: Tensor  # (rows, T) int64
     targets: Tensor  # (rows, T) int64
     row: int  # global index of the first row
+    scored: int  # targets of the global batch that count
 
 
 class Loader:
@@ -956,7 +972,10 @@ class Loader:
             )
         self.position = Position()
         self.ready: Future | None = None
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        on_gpu = rt.device.type == "cuda"  # or the thread would open a context on the first GPU
+        self.pool = ThreadPoolExecutor(
+            1, "loader", torch.cuda.set_device if on_gpu else None, (rt.device,) if on_gpu else ()
+        )
         self.side = torch.cuda.Stream(rt.device) if rt.device.type == "cuda" else None
 
     def seek(self, position: Position) -> None:
@@ -987,10 +1006,10 @@ class Loader:
         data = np.stack([self.stream.read(start, seq + 1) for start in starts[first : first + share]])
         if self.side is None:
             both = torch.from_numpy(data).to(self.rt.device)
-            return Batch(both[:, :-1], both[:, 1:], first), after, None
+            return Batch(both[:, :-1], both[:, 1:], first, rows * seq), after, None
         with torch.cuda.stream(self.side):
             both = torch.from_numpy(data).pin_memory().to(self.rt.device, non_blocking=True)
-            return Batch(both[:, :-1], both[:, 1:], first), after, self.side.record_event()
+            return Batch(both[:, :-1], both[:, 1:], first, rows * seq), after, self.side.record_event()
 
 
 class Future(NamedTuple):
@@ -1415,6 +1434,20 @@ STREAM_TYPES: dict[str, np.dtype] = {
 # Needs: CONFIG. Knows nothing of sequence mixing.
 
 
+class Variant(NamedTuple):
+    """Structural switches that change during a run; each combination is compiled before the clock starts."""
+
+    untied: bool = False
+
+
+class Moment(NamedTuple):
+    """Where in training a batch stands. Tensors, since numbers would recompile; noise is keyed by step and rows."""
+
+    progress: Tensor  # 0-dim float32, share of the run that is done
+    step: Tensor  # 0-dim int64
+    rows: Tensor  # (B,) int64, index of each row in the global batch
+
+
 class Ctx(NamedTuple):
     """What a layer may know besides its input; the same for all layers of one forward pass, but for v0."""
 
@@ -1424,7 +1457,9 @@ class Ctx(NamedTuple):
     rotary: tuple[Tensor, Tensor]  # cosine and sine, each (B, T, 1, rope_dims / 2)
     is_memory: Tensor | None  # (B, T) bool: positions that are no text, or None where there are none
     v0: Tensor | None  # (B, T, Hkv, Dh) values of the first attention layer
-    progress: Tensor | None  # 0-dim, share of the run that is done; a tensor, since a float would recompile
+    memory: Any  # what a pass over the sites leaves for the next one (sketches, capsules); None in the first
+    moment: Moment | None  # where in training this batch stands; None in evaluation
+    variant: Variant  # structural switches, static
     observe: Callable[[str, Tensor], None] | None  # called with (parameter name, input); eager only
     adapters: (
         dict[str, tuple[Tensor, Tensor]] | None
@@ -1437,17 +1472,19 @@ class Out(NamedTuple):
     y: Tensor
     state: Any = None
     v0: Tensor | None = None
-    losses: dict[str, Tensor] = {}
+    memory: Any = None
+    losses: dict[str, Tensor] = {}  # never mutated, like the next
     metrics: dict[str, Tensor] = {}
 
 
 class Role(NamedTuple):
-    """How a parameter is stored and trained: codec, optimizer group, and factors on the group's rate and decay."""
+    """How a parameter is stored and trained: codec, optimizer group, factors on its rate and decay, bound on |w|."""
 
     codec: str
     group: str  # matrix (Muon), embed, head or scalar (AdamW)
     lr_mult: float = 1.0
     decay: float = 1.0
+    bound: float = math.inf
 
 
 class Module(nn.Module):
@@ -1825,13 +1862,22 @@ SITE_KINDS: dict[str, Any] = {"attn": Attention, "mlp": MLP}
 
 
 class Site(NamedTuple):
-    """One step of the network: `layer` and `kind` name the parameters, `id` the state; loops, passes repeat layers."""
+    """One step of the network: `layer` and `kind` name the parameters, `id` the state; loops, passes repeat layers.
+
+    `sub` is the sublayer, which with the layer indexes residual parameters; a site with sub < 0 adds its output as is.
+    """
 
     id: int
     kind: str
     layer: int
     loop: int = 0
     pass_: int = 0
+    sub: int = 0
+
+    @property
+    def visit(self) -> tuple[int, int, int]:
+        """Which run through its layer a site belongs to."""
+        return (self.layer, self.loop, self.pass_)
 
 
 class PlainResidual(Module):
@@ -1844,7 +1890,8 @@ class PlainResidual(Module):
 
     def __init__(self, h: Hyperparameters, sites: Sequence[Site]) -> None:
         super().__init__()
-        self.first = {s.id for s in sites if s.id == 0 or sites[s.id - 1].layer != s.layer}
+        self.first = {site.visit: site.id for site in reversed(sites)}
+        self.last = {site.visit: site.id for site in sites}
         self.scale = nn.Parameter(torch.empty(h.num_layers, 2, h.model_dim))
         self.mix = nn.Parameter(torch.empty(h.num_layers, 2, h.model_dim)) if h.resid_mix else None
 
@@ -1853,15 +1900,17 @@ class PlainResidual(Module):
 
     def read(self, r: tuple, site: Site) -> tuple[Tensor, tuple, None]:
         x, x0, stored = r
-        if self.mix is not None and site.id in self.first:
+        if self.mix is not None and self.first[site.visit] == site.id:
             mix = self.mix[site.layer].to(x.dtype)
             x = torch.addcmul(x * mix[0], x0, mix[1])
         return x, (x, x0, stored), None
 
     def write(self, r: tuple, site: Site, y: Tensor, link: Any) -> tuple:
         x, x0, stored = r
-        scale = self.scale[site.layer, int(site.kind == "mlp")]
-        return (torch.addcmul(x, y.to(x.dtype), scale.to(x.dtype)), x0, stored)
+        if site.sub < 0:
+            return (x + y.to(x.dtype), x0, stored)
+        scale = self.scale[site.layer, site.sub].to(x.dtype)
+        return (torch.addcmul(x, y.to(x.dtype), scale), x0, stored)
 
     def close(self, r: tuple) -> Tensor:
         return r[0]
@@ -1870,26 +1919,30 @@ class PlainResidual(Module):
 class UNetResidual(PlainResidual):
     """Plain, and the first half of the layers stores its outputs for the second half, last in first out.
 
-    A decoder layer begins with x <- x + skip * stored, per channel (the field's baseline).
+    A decoder layer begins with x <- x + skip * stored, per channel (the field's baseline), in every loop and pass; an
+    encoder layer that is repeated stores its last output.
     """
 
     def __init__(self, h: Hyperparameters, sites: Sequence[Site]) -> None:
         super().__init__(h, sites)
-        half = h.num_layers // 2
-        last = {s.id for s in sites if s.id + 1 == len(sites) or sites[s.id + 1].layer != s.layer}
-        self.stores = {s.id for s in sites if s.layer < half and s.id in last}
-        self.takes = {s.id: s.layer - half for s in sites if half <= s.layer < 2 * half and s.id in self.first}
-        self.skip = nn.Parameter(torch.empty(half, h.model_dim)) if half else None
+        self.depth = h.num_layers // 2
+        self.skip = nn.Parameter(torch.empty(self.depth, h.model_dim)) if self.depth else None
+
+    def open(self, x0: Tensor, e2: Tensor | None) -> tuple:
+        return (x0, x0, (x0,) * self.depth)
 
     def read(self, r: tuple, site: Site) -> tuple[Tensor, tuple, None]:
-        if self.skip is not None and site.id in self.takes:
+        place = site.layer - self.depth
+        if self.skip is not None and 0 <= place < self.depth and self.first[site.visit] == site.id:
             x, x0, stored = r
-            r = (torch.addcmul(x, stored[-1], self.skip[self.takes[site.id]].to(x.dtype)), x0, stored[:-1])
+            r = (torch.addcmul(x, stored[self.depth - 1 - place], self.skip[place].to(x.dtype)), x0, stored)
         return super().read(r, site)
 
     def write(self, r: tuple, site: Site, y: Tensor, link: Any) -> tuple:
         x, x0, stored = super().write(r, site, y, link)
-        return (x, x0, (*stored, x)) if site.id in self.stores else (x, x0, stored)
+        if site.layer < self.depth and self.last[site.visit] == site.id:
+            stored = (*stored[: site.layer], x, *stored[site.layer + 1 :])
+        return (x, x0, stored)
 
 
 RESIDUALS: dict[str, Any] = {"plain": PlainResidual, "unet": UNetResidual}
@@ -1905,12 +1958,6 @@ RESIDUALS: dict[str, Any] = {"plain": PlainResidual, "unet": UNetResidual}
 # Needs: LAYERS to MEMORY. Knows nothing of optimizers and files.
 
 
-class Variant(NamedTuple):
-    """Structural switches that change during a run; each combination is compiled before the clock starts."""
-
-    untied: bool = False
-
-
 class StreamState(NamedTuple):
     """Where each row of a carried stream stands."""
 
@@ -1918,18 +1965,41 @@ class StreamState(NamedTuple):
     document: Tensor  # (B,) int64, document starts so far
 
 
+class Trace(NamedTuple):
+    """What sites leave beside the stream: next states by site id, losses summed over sequences, diagnostics."""
+
+    states: dict[int, Any]
+    losses: dict[str, Tensor]
+    metrics: dict[str, Tensor]
+
+    def add(self, site: Site, out: Out) -> Trace:
+        """This trace and what one more site left."""
+        losses = {n: self.losses[n] + loss if n in self.losses else loss for n, loss in out.losses.items()}
+        metrics = {f"{site.kind}.{site.id}.{name}": value for name, value in out.metrics.items()}
+        return Trace({**self.states, site.id: out.state}, {**self.losses, **losses}, {**self.metrics, **metrics})
+
+
 class LossOut(NamedTuple):
     """Sums over the batch, to be divided by global counts."""
 
     total: Tensor  # cross-entropy of all targets, nats
-    losses: dict[str, Tensor]  # auxiliary losses, summed over sequences
+    losses: dict[str, Tensor]
+    metrics: dict[str, Tensor]
     state: Any
 
 
-def plan_sites(h: Hyperparameters) -> tuple[Site, ...]:
-    """The flat list of sites of a configuration, in the order in which the stream passes them."""
-    kinds = [(kind, layer) for layer, mixer in enumerate(h.mixers) for kind in (mixer, "mlp")]
-    return tuple(Site(i, kind, layer) for i, (kind, layer) in enumerate(kinds))
+def final_variant(h: Hyperparameters) -> Variant:
+    """The structure of the finished model."""
+    return Variant(untied=h.untie_at_fraction > 0)
+
+
+def plan_sites(h: Hyperparameters, variant: Variant) -> tuple[Site, ...]:
+    """The flat list of sites of a configuration, in the order in which the stream passes them.
+
+    An earlier variant's list is that of the final one with whole visits left out: ids, and so states, stay the same.
+    """
+    places = [(kind, layer, sub) for layer, mixer in enumerate(h.mixers) for sub, kind in enumerate((mixer, "mlp"))]
+    return tuple(Site(i, kind, layer, sub=sub) for i, (kind, layer, sub) in enumerate(places))
 
 
 class GPT(Module):
@@ -1940,7 +2010,7 @@ class GPT(Module):
 
     def __init__(self, h: Hyperparameters, bos: int) -> None:
         super().__init__()
-        self.h, self.bos, self.sites = h, bos, plan_sites(h)
+        self.h, self.bos, self.sites = h, bos, plan_sites(h, final_variant(h))
         self.embed, self.head, self.rotary = Embedding(h), Head(h), Rotary(h)
         blocks = [nn.ModuleDict() for _ in range(h.num_layers)]
         for site in self.sites:
@@ -1960,7 +2030,15 @@ class GPT(Module):
     def site(self, site: Site) -> Any:
         return self.blocks[site.layer][site.kind]  # type: ignore[index]
 
-    def context(self, tokens: Tensor, state: tuple | None, progress: Tensor | None) -> Ctx:
+    def context(
+        self,
+        tokens: Tensor,
+        state: tuple | None,
+        variant: Variant,
+        moment: Moment | None = None,
+        observe: Callable[[str, Tensor], None] | None = None,
+        adapters: dict[str, tuple[Tensor, Tensor]] | None = None,
+    ) -> Ctx:
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         starts = (tokens == self.bos).cumsum(1)
         if state is None:
@@ -1968,49 +2046,49 @@ class GPT(Module):
         else:
             positions = state[0].position.unsqueeze(1) + steps
             documents = state[0].document.unsqueeze(1) + starts
-        rotary = self.rotary(positions)
-        return Ctx(tokens, positions.expand_as(tokens), documents, rotary, None, None, progress, None, None)
+        rotary, places = self.rotary(positions), positions.expand_as(tokens)
+        return Ctx(tokens, places, documents, rotary, None, None, None, moment, variant, observe, adapters)
 
     def run_sites(
-        self, sites: Sequence[Site], r: tuple, ctx: Ctx, states: tuple | None
-    ) -> tuple[tuple, Ctx, dict[int, Any], dict[str, Tensor]]:
-        """Pass the residual state through some sites; returns it with the context, new states and losses."""
-        new: dict[int, Any] = {}
-        losses: dict[str, Tensor] = {}
+        self, sites: Sequence[Site], r: tuple, ctx: Ctx, states: tuple | None, trace: Trace
+    ) -> tuple[tuple, Ctx, Trace]:
+        """Pass the residual state through some sites; what sites leave goes into the context and the trace."""
         for site in sites:
             x, r, link = self.residual.read(r, site)
             out = self.site(site)(rms_norm(x), ctx, None if states is None else states[1 + site.id])
             r = self.residual.write(r, site, out.y, link)
-            new[site.id] = out.state
             if out.v0 is not None:
                 ctx = ctx._replace(v0=out.v0)
-            for name, loss in out.losses.items():
-                losses[name] = losses[name] + loss if name in losses else loss
-        return r, ctx, new, losses
+            if out.memory is not None:
+                ctx = ctx._replace(memory=out.memory)
+            trace = trace.add(site, out)
+        return r, ctx, trace
 
-    def hidden(self, ctx: Ctx, state: tuple | None) -> tuple[Tensor, tuple | None, dict[str, Tensor]]:
-        """(B, T, D) before the head, the next state (None if none was given), auxiliary losses."""
+    def hidden(self, ctx: Ctx, state: tuple | None) -> tuple[Tensor, tuple | None, Trace]:
+        """(B, T, D) before the head, the next state (None if none was given), and what the sites left."""
         r: tuple = self.residual.open(self.embed(ctx), None)
+        trace, sites = Trace({}, {}, {}), plan_sites(self.h, ctx.variant)
         every = self.h.grad_checkpoint if torch.is_grad_enabled() else 0
-        new: dict[int, Any] = {}
-        losses: dict[str, Tensor] = {}
-        states: dict[int, Any]
-        for at in range(0, len(self.sites), every or len(self.sites)):
-            part = self.sites[at : at + (every or len(self.sites))]
+        for at in range(0, len(sites), every or len(sites)):
+            part = sites[at : at + (every or len(sites))]
             if every:
-                r, ctx, states, more = recompute(self.run_sites, part, r, ctx, state, use_reentrant=False)
+                r, ctx, trace = recompute(self.run_sites, part, r, ctx, state, trace, use_reentrant=False)
             else:
-                r, ctx, states, more = self.run_sites(part, r, ctx, state)
-            new.update(states)
-            losses = {name: losses.get(name, 0) + more.get(name, 0) for name in {**losses, **more}}
+                r, ctx, trace = self.run_sites(part, r, ctx, state, trace)
         x = rms_norm(self.residual.close(r))
+        if state is None:
+            return x, None, trace
         stream = StreamState(ctx.positions[:, -1] + 1, ctx.documents[:, -1].contiguous())
-        after = None if state is None else (stream, *(new[site.id] for site in self.sites))
-        return x, after, losses
+        after = (trace.states.get(site.id, state[1 + site.id]) for site in self.sites)
+        return x, (stream, *after), trace
+
+    def head_name(self, variant: Variant) -> str:
+        """Which matrix makes the logits."""
+        return "head.weight" if self.h.has_head and (variant.untied or not self.h.tie_embeddings) else "embed.weight"
 
     def head_weight(self, variant: Variant) -> Tensor:
-        untied = self.head.weight is not None and (variant.untied or not self.h.tie_embeddings)
-        return self.head.weight if untied else self.embed.weight  # type: ignore[return-value]
+        own = self.head.weight
+        return own if own is not None and self.head_name(variant) == "head.weight" else self.embed.weight
 
     def loss(
         self,
@@ -2018,14 +2096,15 @@ class GPT(Module):
         targets: Tensor,
         variant: Variant,
         state: tuple | None = None,
-        progress: Tensor | None = None,
+        moment: Moment | None = None,
+        adapters: dict[str, tuple[Tensor, Tensor]] | None = None,
     ) -> LossOut:
         """Cross-entropy of `targets` (B, T; -100: not scored) after `tokens` (B, T), summed, in nats."""
-        ctx = self.context(tokens, state, progress)
-        x, after, losses = self.hidden(ctx, state)
+        ctx = self.context(tokens, state, variant, moment, adapters=adapters)
+        x, after, trace = self.hidden(ctx, state)
         x = self.head(x, ctx).flatten(0, 1)
         total = SoftcapCrossEntropy.apply(x, self.head_weight(variant), targets.flatten(), self.h.logit_softcap)
-        return LossOut(total, losses, after)
+        return LossOut(total, trace.losses, trace.metrics, after)
 
     def logits(
         self,
@@ -2036,16 +2115,15 @@ class GPT(Module):
         adapters: dict[str, tuple[Tensor, Tensor]] | None = None,
         observe: Callable[[str, Tensor], None] | None = None,
     ) -> tuple[Tensor, tuple | None]:
-        """Softcapped logits (B, T, V) in at least float32 (of the `last` positions if given), and the state."""
-        ctx = self.context(tokens, state, None)._replace(adapters=adapters, observe=observe)
+        """Softcapped logits (B, T, V) in at least float32, of the `last` positions if given, and the state."""
+        ctx = self.context(tokens, state, variant, None, observe, adapters)
         x, state, _ = self.hidden(ctx, state)
         x = self.head(x[:, -last:], ctx)
+        if observe is not None:
+            observe(self.head_name(variant), x)
         return softcap(F.linear(x, self.head_weight(variant)), self.h.logit_softcap), state
 
-
-def final_variant(h: Hyperparameters) -> Variant:
-    """The structure of the finished model."""
-    return Variant(untied=h.untie_at_fraction > 0)
+    forward = logits  # what torch.func.functional_call runs, for evaluation under other weights
 
 
 def role_table(model: GPT) -> dict[str, Role]:
@@ -2248,6 +2326,25 @@ def orthogonalize(x: Tensor, steps: int) -> Tensor:
     return (y.mT if x.shape[-2] > x.shape[-1] else y).to(x.dtype)
 
 
+class Group(NamedTuple):
+    """Settings of one optimizer group; a rule is a method of Optimizer."""
+
+    rule: str  # muon or adamw
+    rate: float
+    decay: float = 0.0
+    beta1: float = 0.0
+    beta2: float = 0.0
+    eps: float = 0.0
+
+
+GROUPS: dict[str, Callable[[Hyperparameters], Group]] = {
+    "matrix": lambda h: Group("muon", h.matrix_lr, h.muon_wd),
+    "embed": lambda h: Group("adamw", h.tied_embed_lr if h.tie_embeddings else h.embed_lr, h.adam_wd, *h.adam),
+    "head": lambda h: Group("adamw", h.head_lr, h.adam_wd, *h.adam),
+    "scalar": lambda h: Group("adamw", h.scalar_lr, h.adam_wd, *h.adam),
+}
+
+
 class Optimizer:
     """Muon for matrices, AdamW for everything else, both over banks; the same result on any number of ranks.
 
@@ -2256,8 +2353,7 @@ class Optimizer:
 
     def __init__(self, h: Hyperparameters, rt: Runtime, weights: Weights) -> None:
         self.h, self.rt, self.weights = h, rt, weights
-        embed = h.tied_embed_lr if h.tie_embeddings else h.embed_lr
-        self.rates = {"matrix": h.matrix_lr, "embed": embed, "head": h.head_lr, "scalar": h.scalar_lr}
+        self.groups = {name: GROUPS[name](h) for name in dict.fromkeys(b.role.group for b in weights.banks.values())}
         self.orthogonalize = torch.compile(orthogonalize, dynamic=False) if rt.compile else orthogonalize
 
     @torch.no_grad()
@@ -2266,23 +2362,37 @@ class Optimizer:
         banks = list(self.weights.banks.values())
         grads = [bank.gradient() for bank in banks]
         if self.rt.world > 1:
-            for work in [dist.all_reduce(grad, async_op=True) for grad, _ in grads]:
-                work.wait()
+            grads = self.reduced(grads)
         if self.h.grad_clip_norm:
             norm = torch.stack([grad.norm() for grad, _ in grads]).norm()
             for grad, _ in grads:
                 grad.mul_((self.h.grad_clip_norm / (norm + 1e-6)).clamp(max=1))
         for bank, (grad, has) in zip(banks, grads, strict=True):
-            rate = rate_scale * self.rates[bank.role.group] * bank.role.lr_mult
-            if bank.role.group == "matrix":
-                self.muon(bank, grad, has, rate, momentum)
+            group = self.groups[bank.role.group]
+            group = group._replace(
+                rate=rate_scale * group.rate * bank.role.lr_mult, decay=group.decay * bank.role.decay
+            )
+            if group.rule == "muon":
+                self.muon(bank, grad, has, group, momentum)
             else:
-                self.adamw(bank, grad, has, rate)
+                self.adamw(bank, grad, has, group)
+            if bank.role.bound < math.inf:
+                bank.latent.clamp_(-bank.role.bound, bank.role.bound)
             if average:
                 self.average(bank)
         self.weights.materialize(progress)
 
-    def muon(self, bank: Bank, grad: Tensor, has: Tensor, rate: float, momentum: float) -> None:
+    def reduced(self, grads: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """Gradients summed over ranks; a weight has one if it has one on any rank."""
+        flags = torch.cat([has.flatten() for _, has in grads]).to(torch.int32)
+        works = [dist.all_reduce(grad, async_op=True) for grad, _ in grads]
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        for work in works:
+            work.wait()
+        parts = flags.bool().split([has.numel() for _, has in grads])
+        return [(grad, part.view_as(has)) for (grad, has), part in zip(grads, parts, strict=True)]
+
+    def muon(self, bank: Bank, grad: Tensor, has: Tensor, group: Group, momentum: float) -> None:
         """Nesterov momentum, rows normalized (MuonEq-R), orthogonalized, scaled by sqrt(max(1, rows / columns))."""
         buffer = bank.slot("momentum")
         share = has.to(grad.dtype)
@@ -2291,8 +2401,7 @@ class Optimizer:
         if self.h.muon_row_norm:
             update = update / (update.norm(dim=-1, keepdim=True) + 1e-7)
         update = self.sharded(update) * max(1.0, grad.shape[-2] / grad.shape[-1]) ** 0.5
-        decay = 1 - rate * self.h.muon_wd * bank.role.decay
-        bank.latent.mul_(1 + share * (decay - 1)).sub_(update * share, alpha=rate)
+        bank.latent.mul_(1 - share * group.rate * group.decay).sub_(update * share, alpha=group.rate)
 
     def sharded(self, update: Tensor) -> Tensor:
         """Orthogonalize a bank, each rank its share."""
@@ -2305,19 +2414,18 @@ class Optimizer:
         dist.all_gather(list(padded.chunk(rt.world)), mine.contiguous())
         return padded[:count]
 
-    def adamw(self, bank: Bank, grad: Tensor, has: Tensor, rate: float) -> None:
+    def adamw(self, bank: Bank, grad: Tensor, has: Tensor, group: Group) -> None:
         """Decoupled weight decay Adam (Loshchilov & Hutter 2019), steps counted per weight."""
-        h, first, second, has = self.h, bank.slot("first"), bank.slot("second"), has.to(grad.dtype)
+        first, second, has = bank.slot("first"), bank.slot("second"), has.to(grad.dtype)
         if "count" not in bank.state:
             bank.state["count"] = torch.zeros_like(has)
         count = bank.state["count"].add_(has)
-        first.lerp_(grad, has * (1 - h.beta1))
-        second.lerp_(grad.square(), has * (1 - h.beta2))
+        first.lerp_(grad, has * (1 - group.beta1))
+        second.lerp_(grad.square(), has * (1 - group.beta2))
         floor = count.clamp(min=1)
-        denominator = (second / (1 - h.beta2**floor)).sqrt_().add_(h.adam_eps)
-        decay = 1 - rate * h.adam_wd * bank.role.decay
-        bank.latent.mul_(1 + has * (decay - 1))
-        bank.latent.sub_(first / (1 - h.beta1**floor) / denominator * has, alpha=rate)
+        denominator = (second / (1 - group.beta2**floor)).sqrt_().add_(group.eps)
+        bank.latent.mul_(1 - has * group.rate * group.decay)
+        bank.latent.sub_(first / (1 - group.beta1**floor) / denominator * has, alpha=group.rate)
 
     def average(self, bank: Bank) -> None:
         """Running average of latents: what is averaged is quantized afterwards like any latent."""
@@ -2329,7 +2437,7 @@ class Optimizer:
 def progress_of(h: Hyperparameters, step: int, seconds: float) -> float:
     """Share of the run that is done, by steps or by the clock, whichever is further; from 0 to 1."""
     by_steps = step / h.iterations if h.iterations else 0.0
-    by_clock = seconds / h.max_wallclock_seconds if h.max_wallclock_seconds else 0.0
+    by_clock = seconds / h.step_seconds if h.step_seconds else 0.0
     return min(1.0, max(by_steps, by_clock))
 
 
@@ -2340,8 +2448,8 @@ def rate_scale(h: Hyperparameters, step: int, seconds: float) -> float:
     if h.warmdown_iters:  # the field's rule: as many steps as WARMDOWN_ITERS at the pace so far
         left = max(0, h.iterations - step) if h.iterations else math.inf
         pace = seconds / max(step, 1)
-        if h.max_wallclock_seconds and pace:
-            left = min(left, (h.max_wallclock_seconds - seconds) / pace)
+        if h.step_seconds and pace:
+            left = min(left, (h.step_seconds - seconds) / pace)
         fall = min(1.0, left / h.warmdown_iters)
     else:
         fall = min(1.0, (1 - progress) / h.warmdown_fraction) if h.warmdown_fraction else float(progress < 1)
@@ -2436,11 +2544,15 @@ def compress_best(kind: str, values: np.ndarray) -> tuple[str, str, int, bytes]:
 
 
 def structure_config(h: Hyperparameters) -> dict[str, Any]:
-    """The fields that a reader needs to rebuild the network."""
-    names = [s.name for s in FIELDS.values() if s.metadata["group"] in ("model", "weights")]
+    """The fields that a reader needs to rebuild the network, where they differ from their defaults."""
     values = dataclasses.asdict(h)
-    skip = {"attn_impl", "grad_checkpoint"}
-    return {n: values[n] for n in [*names, "vocab_size", "train_seq_len"] if n not in skip}
+    return {n: values[n] for n in structure_fields() if values[n] != FIELDS[n.upper()].default}
+
+
+def structure_fields() -> list[str]:
+    """Names of the fields that shape the network or its file."""
+    names = [s.name for s in FIELDS.values() if s.metadata["group"] in ("model", "weights")]
+    return [n for n in [*names, "vocab_size", "train_seq_len"] if n not in ("attn_impl", "grad_checkpoint")]
 
 
 class Coded(NamedTuple):
@@ -2526,14 +2638,14 @@ def check_header(header: dict[str, Any], limit: int) -> dict[str, Any]:
     config, shapes = header["config"], [row[2:] for row in header["tensors"]]
     if not isinstance(config, dict) or not isinstance(header["prints"], dict):
         raise ValueError("config and prints must be objects")
-    if unknown := set(config) ^ set(structure_config(Hyperparameters())):
+    if unknown := set(config) - set(structure_fields()):
         raise ValueError(f"it was written by another version ({', '.join(sorted(unknown))})")
     for name, value in config.items():
         text = str(int(value)) if isinstance(value, bool) else str(value)
         if type(parse_value(name.upper(), text)) is not type(value):
             raise ValueError(f"{name} is a {type(value).__name__}")
     names, kinds = [row[0] for row in header["tensors"]], [row[0] for row in header["streams"]]
-    if not all(isinstance(name, str) for name in names) or config["num_layers"] > len(names):
+    if not all(isinstance(name, str) for name in names) or config.get("num_layers", 0) > len(names):
         raise ValueError("its tensors are not those of its configuration")
     if len(set(names)) < len(names) or len(set(kinds)) < len(kinds):
         raise ValueError("a name occurs twice")
@@ -2939,6 +3051,7 @@ def pack_checkpoint(h: Hyperparameters, rt: Runtime, state: TrainState, weights:
         "carry": flatten_state(gather_rows(rt, state.carry)),
         "banks": banks,
         "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state(rt.device) if rt.device.type == "cuda" else None,
     }
 
 
@@ -2997,7 +3110,8 @@ def load_checkpoint(h: Hyperparameters, rt: Runtime, path: Path, model: GPT, wei
         state = TrainState(tree["step"], tree["tokens"], tree["seconds"], tree["token_seconds"], position, variant)
         for saved in banks.values():
             saved["tuning"] = Tuning(*saved["tuning"])
-        differ = [n.upper() for n, v in structure_config(h).items() if json.dumps(structure.get(n)) != json.dumps(v)]
+        mine = structure_config(h)
+        differ = [n.upper() for n in structure_fields() if structure.get(n) != mine.get(n)]
         carry, form = list(tree["carry"]), tree["format"]
     except (OSError, pickle.UnpicklingError, *MALFORMED) as error:
         raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}); choose an older one") from None
@@ -3013,6 +3127,8 @@ def load_checkpoint(h: Hyperparameters, rt: Runtime, path: Path, model: GPT, wei
     for key, bank in weights.banks.items():
         bank.latent, bank.state, bank.tuning = banks[key]["latent"], banks[key]["state"], banks[key]["tuning"]
     torch.set_rng_state(rng)
+    if rt.device.type == "cuda" and tree.get("cuda_rng") is not None:
+        torch.cuda.set_rng_state(tree["cuda_rng"].cpu(), rt.device)
     if carry and h.carry_train:
         rows = carry[0].shape[0] // rt.world
         share = slice(rt.rank * rows, (rt.rank + 1) * rows)
@@ -3117,8 +3233,8 @@ def role_lines(s: Session) -> Iterator[str]:
     yield f"{'role':<10}{'codec':<10}{'rate':>9}{'decay':>7}{'tensors':>9}{'parameters':>12}  shape"
     for bank in s.weights.banks.values():
         role, shape = bank.role, "x".join(map(str, bank.latent.shape[1:]))
-        rate = s.optimizer.rates[role.group] * role.lr_mult
-        decay = role.decay * (s.h.muon_wd if role.group == "matrix" else s.h.adam_wd)
+        group = s.optimizer.groups[role.group]
+        rate, decay = group.rate * role.lr_mult, group.decay * role.decay
         count = len(bank.names)
         yield f"{role.group:<10}{role.codec:<10}{rate:>9.4g}{decay:>7.3g}{count:>9}{bank.latent.numel():>12}  {shape}"
     total = sum(p.numel() for p in s.model.parameters())
@@ -3142,13 +3258,15 @@ def make_step(s: Session) -> Callable[[Batch, TrainState, float], tuple[Tensor, 
         rows, seq = batch.tokens.shape
         micro = max(1, h.micro_batch_tokens // seq)
         done = torch.tensor(progress, dtype=torch.float32, device=rt.device)
+        count = torch.tensor(state.step, device=rt.device)
         total, carries = torch.zeros((), device=rt.device, dtype=rt.dtype), []
         for at in range(0, rows, micro):
             part = slice(at, min(at + micro, rows))
             carry = take_rows(state.carry, part)
             with rt.precision():
-                out = loss_of(batch.tokens[part], batch.targets[part], state.variant, carry, done)
-            loss = out.total / (rows * rt.world * seq)
+                moment = Moment(done, count, torch.arange(part.start, part.stop, device=rt.device) + batch.row)
+                out = loss_of(batch.tokens[part], batch.targets[part], state.variant, carry, moment)
+            loss = out.total / batch.scored
             for auxiliary in out.losses.values():
                 loss = loss + auxiliary / (rows * rt.world)
             loss.backward()
@@ -3223,7 +3341,7 @@ class Pace:
 def finished(h: Hyperparameters, step: int, seconds: float, margin: float) -> bool:
     """Whether the run has no further step, or no time for one."""
     by_steps = h.iterations > 0 and step >= h.iterations + h.extension_steps
-    return by_steps or (h.max_wallclock_seconds > 0 and seconds + margin >= h.max_wallclock_seconds)
+    return by_steps or (h.step_seconds > 0 and seconds + margin >= h.step_seconds)
 
 
 def train_loop(s: Session, state: TrainState) -> None:
@@ -3412,7 +3530,9 @@ def finish(s: Session, state: TrainState) -> int:
     in_memory = report_validation(s, state)
     path = export(s)
     began = time.monotonic()
-    header, arrays = read_artifact(str(path))
+    arrays = on_all(s.rt, lambda: decode_artifact(on_main(s.rt, path.read_bytes)))[
+        1
+    ]  # nodes may have disks of their own
     model = build_model(s.h, s.rt, s.tokenizer.bos)
     load_weights(model, arrays)
     score = scorer_of(s, model).score(s.validation)
@@ -3547,13 +3667,14 @@ def open_artifact(path: str, environ: dict[str, str]) -> tuple[Hyperparameters, 
     The network's structure comes from the artifact; a variable that contradicts it is an error.
     """
     header, arrays = read_artifact(path)
-    window = header["config"]["train_seq_len"]
+    window = Hyperparameters(**header["config"]).train_seq_len
     h = load_config(environ, {**header["config"], "train_batch_tokens": window, "micro_batch_tokens": window})
-    values = dataclasses.asdict(h)
-    stretch = {"yarn_factor", "yarn_original"}  # these may differ: a longer context at evaluation
-    for name, value in header["config"].items():
-        if values[name] != value and name not in stretch:
-            raise UserError(f"{name.upper()}={values[name]} contradicts the artifact, which has {value}; unset it")
+    values, written = dataclasses.asdict(h), dataclasses.asdict(Hyperparameters(**header["config"]))
+    for name in structure_fields():
+        if values[name] != written[name] and not name.startswith("yarn"):  # a longer context at evaluation is allowed
+            raise UserError(
+                f"{name.upper()}={values[name]} contradicts the artifact, which has {written[name]}; unset it"
+            )
     hidden = max(h.model_dim, round(h.mlp_mult * h.model_dim))
     least = h.num_layers * h.model_dim * hidden + h.embed_width * max(h.vocab_size, h.embed_dim and h.model_dim)
     if least > sum(array.size for array in arrays.values()):
