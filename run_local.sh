@@ -20,5 +20,9 @@ ensure_env requirements.txt
 use_builtin_data
 set_default PRESET local
 export RUN_ID="${RUN_ID:-local_$(date +%Y%m%d_%H%M%S)}"
-"$PY" train_gpt.py
-exec "$PY" records/summary.py "${OUT_DIR:-runs}/$RUN_ID"
+code=0
+"$PY" train_gpt.py || code=$?
+if [ "$code" = 0 ] || [ "$code" = 3 ]; then # 3: the run is complete, but over its byte budget
+    "$PY" records/summary.py "${OUT_DIR:-runs}/$RUN_ID"
+fi
+exit "$code"

@@ -202,7 +202,7 @@ class Hyperparameters:
         when=lambda h: h.sliding_eval)
     carry_eval: bool = var(False, "evaluation", "carry mixer states from window to window of a stream")
     temp_scaling: bool = var(False, "evaluation", "divide logits by a temperature fitted on held-out training tokens")
-    calib_max_seconds: float = var(30.0, "evaluation", "training clock kept for fitting after the last step", "s", low=0,
+    calib_max_seconds: float = var(30.0, "evaluation", "training clock kept for fitting after the steps", "s", low=0,
         when=lambda h: h.temp_scaling)
 
     # Artifact
@@ -972,10 +972,9 @@ class Loader:
             )
         self.position = Position()
         self.ready: Future | None = None
-        on_gpu = rt.device.type == "cuda"  # or the thread would open a context on the first GPU
-        self.pool = ThreadPoolExecutor(
-            1, "loader", torch.cuda.set_device if on_gpu else None, (rt.device,) if on_gpu else ()
-        )
+        # The thread must not open a context on the first GPU.
+        start = (lambda: torch.cuda.set_device(rt.device)) if rt.device.type == "cuda" else None
+        self.pool = ThreadPoolExecutor(1, "loader", start)
         self.side = torch.cuda.Stream(rt.device) if rt.device.type == "cuda" else None
 
     def seek(self, position: Position) -> None:
@@ -2586,7 +2585,9 @@ class Artifact(NamedTuple):
     table: list[tuple[str, str, str, int, int, int]]
 
 
-def write_artifact(h: Hyperparameters, tensors: Iterator[Coded], prints: dict[str, str]) -> Artifact:
+def write_artifact(
+    h: Hyperparameters, tensors: Iterator[Coded], prints: dict[str, str], calibration: dict[str, float] | None = None
+) -> Artifact:
     """The container: magic, crc32, header length, header (JSON, lzma), streams. Same input, same bytes."""
     parts: dict[str, list[np.ndarray]] = {kind: [] for kind in STREAM_TYPES}
     index: list[list[Any]] = []
@@ -2605,6 +2606,7 @@ def write_artifact(h: Hyperparameters, tensors: Iterator[Coded], prints: dict[st
             rows.append((kind, packing, tool, values.size, packed, len(stored)))
             payload.append(stored)
     header = {"version": 1, "config": structure_config(h), "prints": prints, "tensors": index, "streams": rows}
+    header["calibration"] = calibration or {}
     head = COMPRESSORS["lzma"][0](json.dumps(header, sort_keys=True, separators=(",", ":")).encode())
     body = len(head).to_bytes(4, "little") + head + b"".join(payload)
     table = [*rows, ("header", "json", "lzma", len(index), 0, len(head) + 12)]
@@ -2638,6 +2640,8 @@ def check_header(header: dict[str, Any], limit: int) -> dict[str, Any]:
     config, shapes = header["config"], [row[2:] for row in header["tensors"]]
     if not isinstance(config, dict) or not isinstance(header["prints"], dict):
         raise ValueError("config and prints must be objects")
+    if not all(type(value) is float and math.isfinite(value) for value in header["calibration"].values()):
+        raise ValueError("calibration must be numbers")
     if unknown := set(config) - set(structure_fields()):
         raise ValueError(f"it was written by another version ({', '.join(sorted(unknown))})")
     for name, value in config.items():
@@ -2767,8 +2771,9 @@ class Distribution(NamedTuple):
         """log p of targets (B, n), nats."""
         return self.log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
-    def full(self) -> Tensor:
-        return self.log_probs
+    def full(self, positions: slice = slice(None)) -> Tensor:
+        """log p of every token (B, m, V) at some of the positions."""
+        return self.log_probs[:, positions]
 
 
 class Chunk(NamedTuple):
@@ -2779,6 +2784,7 @@ class Chunk(NamedTuple):
     targets: Tensor | None  # (B, T); None while predictions are made
     scored: int
     starts: list[int]  # stream index of each row's first scored token
+    carry: tuple | None = None  # the network's state before the chunk, a row for each span
 
 
 class Carry(NamedTuple):
@@ -2791,18 +2797,23 @@ class Carry(NamedTuple):
 class Adapter:
     """What may change predictions during evaluation. Each span has a state of its own, passed in and returned.
 
-    `begin` may read held-out training tokens and gives every span's first state; `lora` hands low-rank pairs to the
-    network; `wrap` turns the distribution of a chunk into another normalized one; `learn` is called after the chunk
+    `begin` gives every span's first state; `lora` hands low-rank pairs to the network, `weights` other values of its
+    parameters; `wrap` turns the distribution of a chunk into another normalized one; `learn` is called after the chunk
     has been scored. An adapter that learns across spans sets `phases` > 1: the spans are then walked in that many
-    parts, and between two parts `merge` sees the states of all spans of all ranks.
+    parts, and between two parts `merge` sees the states of all spans of all ranks. One that gives every span weights of
+    its own sets `together` to 1.
     """
 
     phases: ClassVar[int] = 1
+    together: ClassVar[int] = 2**30  # most spans of one chunk
 
     def begin(self, scorer: Scorer) -> Any:
         return None
 
     def lora(self, states: list[Any], chunk: Chunk) -> dict[str, tuple[Tensor, Tensor]] | None:
+        return None
+
+    def weights(self, states: list[Any], chunk: Chunk) -> dict[str, Tensor] | None:
         return None
 
     def wrap(self, states: list[Any], chunk: Chunk, given: Distribution) -> Distribution:
@@ -2816,30 +2827,34 @@ class Adapter:
 
 
 class TemperatureAdapter(Adapter):
-    """p^(1/tau) renormalized; tau fitted on held-out training tokens before anything is scored."""
+    """p^(1/tau) renormalized; tau was fitted on held-out training tokens before training's clock ended."""
 
     def begin(self, scorer: Scorer) -> float:
-        """tau in [0.5, 2] with the least loss, by golden-section search on log tau."""
-        window = scorer.h.eval_window
-        if len(scorer.holdout) <= window:
-            raise UserError(
-                f"TEMP_SCALING=1 has {len(scorer.holdout)} held-out tokens, too few for a window of {window}; "
-                "raise HOLDOUT_TOKENS (at most a tenth of the training tokens are held out)"
-            )
-        data = scorer.holdout[: len(scorer.holdout) // (window + 1) * (window + 1)].reshape(-1, window + 1)
-        rows = torch.from_numpy(data[: max(1, 32768 // window)]).to(scorer.rt.device)
-        with torch.no_grad(), scorer.rt.precision():
-            logits, _ = scorer.model.logits(rows[:, :-1], scorer.variant)
-        flat, targets = logits.flatten(0, 1).float(), rows[:, 1:].flatten()
-        low, high, ratio = -math.log(2), math.log(2), (math.sqrt(5) - 1) / 2
-        for _ in range(20):
-            left, right = high - ratio * (high - low), low + ratio * (high - low)
-            losses = [float(F.cross_entropy(flat / math.exp(x), targets)) for x in (left, right)]
-            low, high = (low, right) if losses[0] < losses[1] else (left, high)
-        return math.exp((low + high) / 2)
+        return scorer.calibration.get("temperature", 1.0)
 
     def wrap(self, states: list[float], chunk: Chunk, given: Distribution) -> Distribution:
         return Distribution((given.full() / states[0]).log_softmax(-1))
+
+
+def fit_temperature(model: GPT, rt: Runtime, holdout: np.ndarray, expired: Callable[[], bool]) -> float:
+    """tau in [0.5, 2] with the least loss on held-out training tokens, by golden-section search on log tau.
+
+    holdout (at least one window and one token,) int64. Stops with the best so far when `expired` says so.
+    """
+    window = model.h.eval_window
+    data = holdout[: len(holdout) // (window + 1) * (window + 1)].reshape(-1, window + 1)
+    rows = torch.from_numpy(data[: max(1, 8192 // window)]).to(rt.device)
+    with torch.no_grad(), rt.precision():
+        logits, _ = model.logits(rows[:, :-1], final_variant(model.h))
+    flat, targets = logits.flatten(0, 1), rows[:, 1:].flatten()
+    low, high, ratio = -math.log(2), math.log(2), (math.sqrt(5) - 1) / 2
+    for _ in range(20):
+        if expired():
+            break
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        losses = [float(F.cross_entropy(flat / math.exp(x), targets)) for x in (left, right)]
+        low, high = (low, right) if losses[0] < losses[1] else (left, high)
+    return math.exp((low + high) / 2)
 
 
 ADAPTERS: dict[str, Callable[[], Adapter]] = {"temperature": TemperatureAdapter}
@@ -2861,6 +2876,16 @@ class Score(NamedTuple):
         return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
 
+def merge_changes(changes: list[dict[str, Any] | None]) -> dict[str, Any]:
+    """What several adapters change, by parameter name. Raises ValueError when two change the same."""
+    merged: dict[str, Any] = {}
+    for change in changes:
+        if both := merged.keys() & (change or {}).keys():
+            raise ValueError(f"two adapters change {', '.join(sorted(both))}; only one may")
+        merged |= change or {}
+    return merged
+
+
 # Most logits of one forward pass, which bounds its memory (4 bytes each, twice) whatever VAL_BATCH_SIZE says.
 MAX_LOGITS = {"cuda": 2**28, "mps": 2**25, "cpu": 2**24}
 
@@ -2868,8 +2893,10 @@ MAX_LOGITS = {"cuda": 2**28, "mps": 2**25, "cpu": 2**24}
 class Scorer:
     """Scores token streams with one model and the adapters of a configuration."""
 
-    def __init__(self, h: Hyperparameters, rt: Runtime, model: GPT, table: ByteTable, holdout: np.ndarray) -> None:
-        self.h, self.rt, self.model, self.table, self.holdout = h, rt, model, table, holdout
+    def __init__(
+        self, h: Hyperparameters, rt: Runtime, model: GPT, table: ByteTable, calibration: dict[str, float] | None = None
+    ) -> None:
+        self.h, self.rt, self.model, self.table, self.calibration = h, rt, model, table, calibration or {}
         self.variant = final_variant(h)
         self.adapters = [ADAPTERS[name]() for name in h.used()["ADAPTERS"]]
 
@@ -2886,6 +2913,7 @@ class Scorer:
         count, rt = len(self.spans), self.rt
         mine = range(rt.rank * count // rt.world, (rt.rank + 1) * count // rt.world)
         rows = max(1, min(self.h.val_batch_size, MAX_LOGITS[rt.device.type] // self.h.vocab_size) // self.h.eval_window)
+        rows = min([rows, *(adapter.together for adapter in self.adapters)])
         groups = [list(mine[at : at + rows]) for at in range(0, len(mine), rows)]
         first = [adapter.begin(self) for adapter in self.adapters]
         states = {span: list(first) for span in mine}
@@ -2940,34 +2968,37 @@ class Scorer:
             for chunk in self.chunks(group, turn):
                 mine = [states[span] for span in chunk.spans]
                 rows = [before.spans.index(span) for span in chunk.spans] if before.state else []
-                given, after = self.predict(chunk._replace(targets=None), mine, take_rows(before.state, rows))
+                chunk = chunk._replace(carry=take_rows(before.state, rows))
+                given, after = self.predict(chunk._replace(targets=None), mine)
                 sums += self.tally(chunk, given)
                 if chunk.scored == self.step:  # a shorter chunk ends its span
                     carry = Carry(chunk.spans, after)
                 if ledger is not None:
-                    ledger.extend(
-                        (s, i + 1, i + 1 + chunk.scored) for s, i in zip(chunk.spans, chunk.starts, strict=True)
-                    )
-                for i, adapter in enumerate(self.adapters):
-                    learned = adapter.learn([state[i] for state in mine], chunk, given)
-                    for state, new in zip(mine, learned, strict=True):
-                        state[i] = new
+                    ledger.extend((s, i + 1, i + 1 + chunk.scored) for s, i in zip(chunk.spans, chunk.starts))
+                self.learn(chunk, mine, given)
         return sums, carry
 
+    def learn(self, chunk: Chunk, states: list[list], given: Distribution) -> None:
+        """Let the adapters learn from a chunk that has been scored."""
+        for i, adapter in enumerate(self.adapters):
+            learned = adapter.learn([state[i] for state in states], chunk, given)
+            for state, new in zip(states, learned, strict=True):
+                state[i] = new
+
     @torch.no_grad()
-    def predict(self, chunk: Chunk, states: list[list], carry: tuple | None) -> tuple[Distribution, tuple | None]:
+    def predict(self, chunk: Chunk, states: list[list]) -> tuple[Distribution, tuple | None]:
         """The distribution at the chunk's scored positions, from what came before each of them alone."""
-        pairs: dict[str, tuple[Tensor, Tensor]] = {}
-        for i, adapter in enumerate(self.adapters):
-            more = adapter.lora([state[i] for state in states], chunk) or {}
-            if both := pairs.keys() & more.keys():
-                raise ValueError(f"two adapters change {', '.join(sorted(both))}; only one may")
-            pairs |= more
+        columns = [[state[i] for state in states] for i in range(len(self.adapters))]
+        pairs = merge_changes([a.lora(column, chunk) for a, column in zip(self.adapters, columns, strict=True)])
+        weights = merge_changes([a.weights(column, chunk) for a, column in zip(self.adapters, columns, strict=True)])
+        call = (chunk.tokens, self.variant, chunk.carry, chunk.scored, pairs or None)
         with self.rt.precision():
-            logits, carry = self.model.logits(chunk.tokens, self.variant, carry, chunk.scored, pairs or None)
+            logits, carry = (
+                torch.func.functional_call(self.model, weights, call) if weights else self.model.logits(*call)
+            )
         given = Distribution(logits.log_softmax(-1))
-        for i, adapter in enumerate(self.adapters):
-            given = adapter.wrap([state[i] for state in states], chunk, given)
+        for adapter, column in zip(self.adapters, columns, strict=True):
+            given = adapter.wrap(column, chunk, given)
         return given, carry
 
     def chunks(self, group: list[int], turn: int) -> Iterator[Chunk]:
@@ -3183,6 +3214,12 @@ def open_session(h: Hyperparameters, rt: Runtime, folder: Path, log: Log) -> Ses
     tokenizer = load_tokenizer(h)
     validation = read_validation(h)
     loader = Loader(h, rt, tokenizer.bos)
+    held = loader.stream.tokens - loader.usable
+    if h.temp_scaling and held <= h.eval_window:
+        raise UserError(
+            f"TEMP_SCALING=1 has {held} held-out tokens to fit on, too few for a window of {h.eval_window}; "
+            "raise HOLDOUT_TOKENS (at most a tenth of the training tokens are held out)"
+        )
     backend, why = choose_attention(h, rt)
     h = dataclasses.replace(h, attn_impl=backend)
     model = build_model(h, rt, tokenizer.bos)
@@ -3472,14 +3509,31 @@ def utilization_text(s: Session, speed: float) -> str:
     return f" mfu:{speed * flops_per_token(s.model) / (peak * s.rt.world):.1%}" if peak else ""
 
 
-def scorer_of(s: Session, model: GPT) -> Scorer:
-    return Scorer(s.h, s.rt, model, s.table, read_holdout(s.h) if s.h.temp_scaling else s.validation[:0])
+def settle(s: Session, state: TrainState) -> tuple[bool, dict[str, float]]:
+    """Bring the weights into their final form and fit what is fitted on training data, on the training clock.
+
+    Returns whether an average was swapped in, and the calibration (temperature, if it is wanted).
+    """
+    h, clock, calibration = s.h, Clock(state.seconds), dict[str, float]()
+    clock.start()
+    averaged = s.weights.swap_average()
+    s.weights.materialize(1.0)
+    if h.temp_scaling:
+        limit = h.max_wallclock_seconds or math.inf
+        tau = on_main(
+            s.rt, lambda: fit_temperature(s.model, s.rt, read_holdout(h), lambda: clock.seconds() > 0.95 * limit)
+        )
+        calibration["temperature"] = tau
+        s.log.line(f"temperature:{tau:.4f} fitted on held-out training tokens")
+    clock.stop()
+    (state.seconds,) = agree(s.rt, clock.banked)
+    return averaged, calibration
 
 
-def report_validation(s: Session, state: TrainState) -> Score:
+def report_validation(s: Session, state: TrainState, calibration: dict[str, float] | None = None) -> Score:
     """Score the validation split with the weights as they are; one line, one metrics object."""
     began = time.monotonic()
-    score = scorer_of(s, s.model).score(
+    score = Scorer(s.h, s.rt, s.model, s.table, calibration).score(
         s.validation, state.variant, report=lambda share: s.log.progress(share, "validating")
     )
     average = state.seconds * 1e3 / max(1, state.step)
@@ -3500,13 +3554,13 @@ def report_validation(s: Session, state: TrainState) -> Score:
     return score
 
 
-def export(s: Session) -> Path:
+def export(s: Session, calibration: dict[str, float]) -> Path:
     """Write the artifact of the averaged (if any) and quantized weights; rank 0 writes, all return its path."""
     path, began = s.folder / "model.pgz", time.monotonic()
 
     def write() -> None:
         prints = {"data": data_fingerprint(s.h, s.loader.stream), "tokenizer": s.tokenizer.fingerprint}
-        artifact = write_artifact(s.h, coded_tensors(s.weights), prints)
+        artifact = write_artifact(s.h, coded_tensors(s.weights), prints, calibration)
         write_atomically(path, artifact.data)
         s.log.line(
             f"{'stream':<10}{'packing':<10}{'compressor':<12}{'values':>12}{'packed_bytes':>14}{'stored_bytes':>14}"
@@ -3524,18 +3578,16 @@ def finish(s: Session, state: TrainState) -> int:
     h, log = s.h, s.log
     switch_variant(s, state, 1.0)  # a run that ended early takes its final shape
     save_checkpoint(h, s.rt, s.folder / "checkpoints", state, s.weights)
-    averaged = s.weights.swap_average()
-    s.weights.materialize(1.0)
+    averaged, calibration = settle(s, state)
     log.line(f"training done: steps:{state.step} train_time:{state.seconds * 1e3:.0f}ms averaged:{int(averaged)}")
-    in_memory = report_validation(s, state)
-    path = export(s)
+    in_memory = report_validation(s, state, calibration)
+    path = export(s, calibration)
     began = time.monotonic()
-    arrays = on_all(s.rt, lambda: decode_artifact(on_main(s.rt, path.read_bytes)))[
-        1
-    ]  # nodes may have disks of their own
+    # Nodes may have disks of their own: rank 0 reads, all decode.
+    header, arrays = on_all(s.rt, lambda: decode_artifact(on_main(s.rt, path.read_bytes)))
     model = build_model(s.h, s.rt, s.tokenizer.bos)
     load_weights(model, arrays)
-    score = scorer_of(s, model).score(s.validation)
+    score = Scorer(s.h, s.rt, model, s.table, header["calibration"]).score(s.validation)
     budget = account(h, path.stat().st_size)
     log.line(f"final_roundtrip val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f}")
     log.line(f"final_roundtrip_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} in_memory:{in_memory.loss:.8f}")
@@ -3661,7 +3713,9 @@ def plan(h: Hyperparameters, rt: Runtime) -> int:
     return 0
 
 
-def open_artifact(path: str, environ: dict[str, str]) -> tuple[Hyperparameters, Runtime, GPT, Tokenizer]:
+def open_artifact(
+    path: str, environ: dict[str, str]
+) -> tuple[Hyperparameters, Runtime, GPT, Tokenizer, dict[str, float]]:
     """A model from an artifact under the environment's data and evaluation settings. Raises UserError.
 
     The network's structure comes from the artifact; a variable that contradicts it is an error.
@@ -3686,17 +3740,18 @@ def open_artifact(path: str, environ: dict[str, str]) -> tuple[Hyperparameters, 
     h = dataclasses.replace(h, attn_impl=choose_attention(h, rt)[0])
     model = build_model(h, rt, tokenizer.bos)
     load_weights(model, arrays)
-    return h, rt, model, tokenizer
+    return h, rt, model, tokenizer, header["calibration"]
 
 
 def evaluate_command(path: str, environ: dict[str, str]) -> int:
     """Score an artifact on the validation split of DATA_PATH."""
-    h, rt, model, tokenizer = open_artifact(path, environ)
+    h, rt, model, tokenizer, calibration = open_artifact(path, environ)
+    if h.temp_scaling and "temperature" not in calibration:
+        raise UserError(f"TEMP_SCALING=1: {path} holds no temperature; it was trained without TEMP_SCALING=1")
     log = Log(None, rt.main)
     validation = read_validation(h)
-    holdout = read_holdout(h) if h.temp_scaling else validation[:0]
     began = time.monotonic()
-    scorer = Scorer(h, rt, model, tokenizer.byte_table(), holdout)
+    scorer = Scorer(h, rt, model, tokenizer.byte_table(), calibration)
     score = scorer.score(validation, report=lambda share: log.progress(share, "scoring"))
     seconds = time.monotonic() - began
     log.line(f"final_eval val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
@@ -3708,7 +3763,7 @@ def evaluate_command(path: str, environ: dict[str, str]) -> int:
 
 def generate_command(path: str, options: Any, environ: dict[str, str]) -> int:
     """Stream a continuation of the prompt."""
-    h, rt, model, tokenizer = open_artifact(path, environ)
+    _, rt, model, tokenizer, _ = open_artifact(path, environ)
     if not rt.main:
         return 0
     shown, tokens = "", [tokenizer.bos, *tokenizer.encode(options.prompt)]

@@ -351,7 +351,14 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "without step": lambda tree: {n: v for n, v in tree.items() if n != "step"},
     "structure no JSON": lambda tree: {**tree, "structure": "{"},
     "structure a list": lambda tree: {**tree, "structure": "[]"},
-    "bank without latent": lambda tree: {**tree, "banks": {key: {} for key in tree["banks"]}},
+    "empty banks": lambda tree: {**tree, "banks": {key: {} for key in tree["banks"]}},
+    "banks without latents": lambda tree: {
+        **tree, "banks": {k: {n: v for n, v in b.items() if n != "latent"} for k, b in tree["banks"].items()}
+    },
+    "latents no tensors": lambda tree: {
+        **tree, "banks": {k: {**b, "latent": 7} for k, b in tree["banks"].items()}
+    },
+    "step a text": lambda tree: {**tree, "step": "3"},
     "wrong latent shape": lambda tree: {
         **tree, "banks": {k: {**b, "latent": b["latent"][..., :1]} for k, b in tree["banks"].items()}
     },
