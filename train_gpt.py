@@ -299,7 +299,6 @@ LOCAL_FLOAT = {
     "num_layers": 4,
     "model_dim": 128,
     "num_heads": 4,
-    "num_kv_heads": 4,
     "mlp_mult": 4.0,
     "mlp_act": "leaky_relu2",
     "matrix_lr": 0.02,
@@ -470,6 +469,10 @@ def validate(h: Hyperparameters) -> None:
         (
             not h.iterations and not h.max_wallclock_seconds,
             "ITERATIONS=0 needs MAX_WALLCLOCK_SECONDS, or nothing bounds the run",
+        ),
+        (
+            h.temp_scaling and 0 < h.max_wallclock_seconds <= h.calib_max_seconds,
+            f"CALIB_MAX_SECONDS={h.calib_max_seconds} leaves nothing of MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds}",
         ),
         (h.temp_scaling and not h.holdout_tokens, "TEMP_SCALING=1 needs HOLDOUT_TOKENS to fit the temperature on"),
     )
@@ -2543,9 +2546,12 @@ def compress_best(kind: str, values: np.ndarray) -> tuple[str, str, int, bytes]:
 
 
 def structure_config(h: Hyperparameters) -> dict[str, Any]:
-    """The fields that a reader needs to rebuild the network, where they differ from their defaults."""
+    """The fields that a reader needs to rebuild the network.
+
+    A field that a file lacks is one that came later: its default must mean what was there before.
+    """
     values = dataclasses.asdict(h)
-    return {n: values[n] for n in structure_fields() if values[n] != FIELDS[n.upper()].default}
+    return {n: values[n] for n in structure_fields()}
 
 
 def structure_fields() -> list[str]:
@@ -2640,8 +2646,8 @@ def check_header(header: dict[str, Any], limit: int) -> dict[str, Any]:
     config, shapes = header["config"], [row[2:] for row in header["tensors"]]
     if not isinstance(config, dict) or not isinstance(header["prints"], dict):
         raise ValueError("config and prints must be objects")
-    if not all(type(value) is float and math.isfinite(value) for value in header["calibration"].values()):
-        raise ValueError("calibration must be numbers")
+    if not all(type(value) is float and 0 < value < math.inf for value in header["calibration"].values()):
+        raise ValueError("calibration must be positive numbers")
     if unknown := set(config) - set(structure_fields()):
         raise ValueError(f"it was written by another version ({', '.join(sorted(unknown))})")
     for name, value in config.items():
@@ -2836,16 +2842,18 @@ class TemperatureAdapter(Adapter):
         return Distribution((given.full() / states[0]).log_softmax(-1))
 
 
-def fit_temperature(model: GPT, rt: Runtime, holdout: np.ndarray, expired: Callable[[], bool]) -> float:
+def fit_temperature(
+    h: Hyperparameters, rt: Runtime, model: GPT, holdout: np.ndarray, expired: Callable[[], bool]
+) -> float:
     """tau in [0.5, 2] with the least loss on held-out training tokens, by golden-section search on log tau.
 
     holdout (at least one window and one token,) int64. Stops with the best so far when `expired` says so.
     """
-    window = model.h.eval_window
+    window = h.eval_window
     data = holdout[: len(holdout) // (window + 1) * (window + 1)].reshape(-1, window + 1)
     rows = torch.from_numpy(data[: max(1, 8192 // window)]).to(rt.device)
     with torch.no_grad(), rt.precision():
-        logits, _ = model.logits(rows[:, :-1], final_variant(model.h))
+        logits, _ = model.logits(rows[:, :-1], final_variant(h))
     flat, targets = logits.flatten(0, 1), rows[:, 1:].flatten()
     low, high, ratio = -math.log(2), math.log(2), (math.sqrt(5) - 1) / 2
     for _ in range(20):
@@ -3141,17 +3149,20 @@ def load_checkpoint(h: Hyperparameters, rt: Runtime, path: Path, model: GPT, wei
         state = TrainState(tree["step"], tree["tokens"], tree["seconds"], tree["token_seconds"], position, variant)
         for saved in banks.values():
             saved["tuning"] = Tuning(*saved["tuning"])
-        mine = structure_config(h)
-        differ = [n.upper() for n in structure_fields() if structure.get(n) != mine.get(n)]
+        saved_structure = {n: structure.get(n, FIELDS[n.upper()].default) for n in structure_fields()}
+        differ = [n.upper() for n, value in structure_config(h).items() if saved_structure[n] != value]
         carry, form = list(tree["carry"]), tree["format"]
+        kinds = {key: (bank["latent"].shape, bank["latent"].dtype) for key, bank in banks.items()}
+        if type(state.step) is not int or type(state.tokens) is not int:
+            raise TypeError("counts are no integers")
     except (OSError, pickle.UnpicklingError, *MALFORMED) as error:
         raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}); choose an older one") from None
     if form != 1:
         raise UserError(f"{path} has checkpoint format {form}, not 1; resume it with the program that wrote it")
-    if any(banks[key]["latent"].dtype != bank.latent.dtype for key, bank in weights.banks.items() if key in banks):
+    wanted = {key: (bank.latent.shape, bank.latent.dtype) for key, bank in weights.banks.items()}
+    if any(kind[1] != wanted[key][1] for key, kind in kinds.items() if key in wanted):
         differ.append("PRECISION")
-    alike = {key: bank["latent"].shape for key, bank in banks.items()}
-    if differ or alike != {key: bank.latent.shape for key, bank in weights.banks.items()}:
+    if differ or kinds != wanted:
         raise UserError(f"{path} was made under another configuration; it differs in {', '.join(differ) or 'weights'}")
     if h.carry_train and carry and carry[0].shape[0] * h.train_seq_len != h.train_batch_tokens:
         raise UserError(f"{path} carries {carry[0].shape[0]} rows; TRAIN_BATCH_TOKENS={h.train_batch_tokens} does not")
@@ -3521,7 +3532,7 @@ def settle(s: Session, state: TrainState) -> tuple[bool, dict[str, float]]:
     if h.temp_scaling:
         limit = h.max_wallclock_seconds or math.inf
         tau = on_main(
-            s.rt, lambda: fit_temperature(s.model, s.rt, read_holdout(h), lambda: clock.seconds() > 0.95 * limit)
+            s.rt, lambda: fit_temperature(h, s.rt, s.model, read_holdout(h), lambda: clock.seconds() > 0.95 * limit)
         )
         calibration["temperature"] = tau
         s.log.line(f"temperature:{tau:.4f} fitted on held-out training tokens")
@@ -3584,11 +3595,12 @@ def finish(s: Session, state: TrainState) -> int:
     path = export(s, calibration)
     began = time.monotonic()
     # Nodes may have disks of their own: rank 0 reads, all decode.
-    header, arrays = on_all(s.rt, lambda: decode_artifact(on_main(s.rt, path.read_bytes)))
+    data = on_main(s.rt, path.read_bytes)
+    header, arrays = on_all(s.rt, lambda: decode_artifact(data))
     model = build_model(s.h, s.rt, s.tokenizer.bos)
     load_weights(model, arrays)
     score = Scorer(s.h, s.rt, model, s.table, header["calibration"]).score(s.validation)
-    budget = account(h, path.stat().st_size)
+    budget = account(h, len(data))
     log.line(f"final_roundtrip val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f}")
     log.line(f"final_roundtrip_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} in_memory:{in_memory.loss:.8f}")
     over = budget.total_bytes > budget.budget_bytes

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 SETTINGS = {"NUM_LAYERS": 4, "MODEL_DIM": 128, "NUM_HEADS": 4, "VOCAB_SIZE": 1024, "TRAIN_SEQ_LEN": 256, "SEED": 1337}
 SETTINGS |= {"TRAIN_BATCH_TOKENS": 4096, "ITERATIONS": 1_000_000, "TRAIN_LOG_EVERY": 50, "MAX_VAL_TOKENS": 0}
-LEARNING_RATE, WARMUP_STEPS, INIT_STD = 4e-3, 50, 0.02
+LEARNING_RATE, WARMUP_STEPS, INIT_SCALE = 8e-3, 50, 0.7
 
 
 class Block(nn.Module):
@@ -56,7 +56,7 @@ class MinimalGPT(nn.Module):
         self.register_buffer("angles", torch.stack((angles.cos(), angles.sin()))[:, :, None], persistent=False)
         for name, weight in self.named_parameters():  # 2L branches are summed, so their outputs start smaller
             shrink = math.sqrt(2 * num_layers) if name.endswith(("out.weight", "down.weight")) else 1.0
-            nn.init.normal_(weight, std=INIT_STD / shrink)
+            nn.init.normal_(weight, std=INIT_SCALE * model_dim**-0.5 / shrink)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         x = self.embed(tokens)  # (B, T, D)

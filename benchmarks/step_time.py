@@ -2,7 +2,9 @@
 
     python benchmarks/step_time.py PRESET=local_float
     python benchmarks/step_time.py PRESET=local_float --versus PRESET=local
-    python benchmarks/step_time.py PRESET=local_float --peer benchmarks/minimal_gpt.py NUM_HEADS=4
+    python benchmarks/step_time.py PRESET=local_float --peer benchmarks/minimal_gpt.py
+
+The peer gets every value of our configuration as a variable, so that both have the same shapes, batch and data.
 
 Ours is timed by `train_gpt.py bench` (data, forward+backward, optimizer, peak memory). A peer is any script that reads
 the field's variables and prints the field's `step:N/M ... train_time:…ms` lines; its step time is the median difference
@@ -22,12 +24,22 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_gpt as t  # noqa: E402 (after the path)
+
 LINE = re.compile(r"step:(\d+)/\d+ .*train_time:(\d+(?:\.\d+)?)ms")
 
 
 def environment(settings: list[str]) -> dict[str, str]:
-    """This process's environment with VAR=VALUE words added; the peer sees the same shapes as we do."""
+    """This process's environment with VAR=VALUE words added."""
     return {**os.environ, **dict(word.split("=", 1) for word in settings)}
+
+
+def resolved(settings: list[str]) -> dict[str, str]:
+    """The environment with every value of our configuration, for a script that does not know our presets."""
+    config = t.config_env(t.load_config(environment(settings)))
+    return {**os.environ, **dict(line.split("=", 1) for line in config.splitlines())}
 
 
 def run(command: list[str], env: dict[str, str]) -> str:
@@ -44,10 +56,11 @@ def time_ours(settings: list[str], steps: int) -> dict[str, float]:
     return json.loads(out.splitlines()[-1])
 
 
-def time_peer(script: str, settings: list[str], steps: int) -> dict[str, float]:
+def time_peer(script: str, settings: list[str], peer_set: list[str], steps: int) -> dict[str, float]:
     """Tokens/s of a script of the field from its log lines, the first quarter of its steps left out."""
-    env = environment([*settings, f"ITERATIONS={steps}", "TRAIN_LOG_EVERY=1", "VAL_LOSS_EVERY=0", "WARMUP_STEPS=0"])
-    env |= {"MAX_VAL_TOKENS": env.get("MAX_VAL_TOKENS", "4096"), "MAX_WALLCLOCK_SECONDS": "0"}
+    env = resolved(settings) | dict(word.split("=", 1) for word in peer_set)
+    env |= {"ITERATIONS": str(steps), "TRAIN_LOG_EVERY": "1", "VAL_LOSS_EVERY": "0", "WARMUP_STEPS": "0"}
+    env |= {"MAX_VAL_TOKENS": "4096", "MAX_WALLCLOCK_SECONDS": "0"}
     lines = [(int(m[1]), float(m[2])) for m in map(LINE.search, run([sys.executable, script], env).splitlines()) if m]
     marks = dict(lines)
     times = [marks[n] - marks[n - 1] for n in sorted(marks) if n - 1 in marks and n > steps // 4]
@@ -68,13 +81,13 @@ def main() -> None:
     parser.add_argument("--versus", nargs="*", metavar="VAR=VALUE", help="another configuration of ours")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     ours, others, ratios = [], [], []
     for turn in range(options.rounds):
         ours.append(time_ours(options.settings, options.steps))
         text = f"turn {turn + 1}: ours {ours[-1]['tokens_per_s']:.0f} tok/s"
         if options.peer:
-            others.append(time_peer(options.peer, [*options.settings, *options.peer_set], options.steps))
+            others.append(time_peer(options.peer, options.settings, options.peer_set, options.steps))
         elif options.versus is not None:
             others.append(time_ours(options.versus, options.steps))
         if others:

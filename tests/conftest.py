@@ -208,13 +208,13 @@ class JobServer:
             [sys.executable, script], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
 
-    def start(self, env: dict[str, str], args: Sequence[str] = (), hook: Sequence = ()) -> Job:
+    def start(self, env: dict[str, str], args: Sequence[str] = (), hook: Sequence = (), cwd: str = ".") -> Job:
         """Begin a command; `hook` names a function of job_server.HOOKS and its arguments."""
         self.count += 1
         folder = self.folder / str(self.count)
         folder.mkdir()
         paths = {name: str(folder / name) for name in ("out", "err", "status")}
-        request = {"args": list(args), "env": clean_environment(env), "hook": list(hook), **paths}
+        request = {"args": list(args), "env": clean_environment(env), "hook": list(hook), "cwd": cwd, **paths}
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         return Job(int(self.process.stdout.readline()), folder)
@@ -254,10 +254,11 @@ def free_port() -> int:
 
 @pytest.fixture
 def run_ranks(job_server: JobServer) -> Callable[..., list[Done]]:
-    """run_ranks(env, ranks=2, args=(), hooks={rank: hook}, timeout=60) -> list[Done], one for each rank.
+    """run_ranks(env, ranks=2, args=(), hooks={rank: hook}, timeout=60, cwd=".") -> list[Done], one for each rank.
 
     Sets torchrun's variables without torchrun, which would end the other ranks when one fails: here each rank has to
-    end by itself, as under a cluster's own launcher. "{rank}" in a value stands for the rank, for what only one has.
+    end by itself, as under a cluster's own launcher. "{rank}" in a value
+    or in cwd stands for the rank, for what only one has.
     """
 
     def run(
@@ -266,13 +267,15 @@ def run_ranks(job_server: JobServer) -> Callable[..., list[Done]]:
         args: Sequence[str] = (),
         hooks: dict[int, Sequence] | None = None,
         timeout: float = 60,
+        cwd: str = ".",
     ) -> list[Done]:
         meeting = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         jobs = []
         for rank in range(ranks):
             own = {name: value.replace("{rank}", str(rank)) for name, value in env.items()}
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), **meeting}
-            jobs.append(job_server.start({**own, **place}, args, (hooks or {}).get(rank, ())))
+            where = cwd.replace("{rank}", str(rank))
+            jobs.append(job_server.start({**own, **place}, args, (hooks or {}).get(rank, ()), where))
         try:
             return [job.wait(timeout) for job in jobs]
         finally:

@@ -103,6 +103,7 @@ def run(request: dict[str, Any]) -> int:
     os.environ.clear()
     os.environ.update(request["env"])
     os.setsid()
+    os.chdir(request["cwd"])
     for stream, path in ((0, os.devnull), (1, request["out"]), (2, request["err"])):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(handle, stream)

@@ -281,7 +281,7 @@ def test_minimal_gpt_learns_a_cycle_with_every_parameter() -> None:
     start = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     cycle = torch.arange(17).remainder(5).expand(4, 17)
     losses = [minimal_gpt.train_step(model, optimizer, cycle[:, :-1], cycle[:, 1:]).item() for _ in range(60)]
-    assert losses[0] == pytest.approx(math.log(20), abs=0.1)
+    assert losses[0] == pytest.approx(math.log(20), abs=0.5)
     assert losses[-1] < 0.3
     assert all(not torch.equal(weight, start[name]) for name, weight in model.named_parameters())
 

@@ -374,6 +374,7 @@ CONTRADICTIONS: list[tuple[dict[str, str], str]] = [
     ({"LAYER_PATTERN": "attn,"}, "LAYER_PATTERN=attn,"),
     ({"ITERATIONS": "0", "MAX_WALLCLOCK_SECONDS": "0"}, "MAX_WALLCLOCK_SECONDS"),
     ({"TEMP_SCALING": "1", "HOLDOUT_TOKENS": "0"}, "HOLDOUT_TOKENS"),
+    ({"TEMP_SCALING": "1", "MAX_WALLCLOCK_SECONDS": "20", "CALIB_MAX_SECONDS": "30"}, "CALIB_MAX_SECONDS"),
     ({"PRESET": "tiny", "MLP_MULT": "0.01"}, "MLP_MULT"),
 ]
 
@@ -458,6 +459,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"batch_stages": "0:131072"},
     {"muon_momentum_warmup_steps": 0},
     {"iterations": 0},
+    {"lr_floor": 0.1},
+    {"temp_scaling": True},
 ]
 
 
@@ -494,7 +497,9 @@ def test_variable_without_effect_is_named_exactly_when_it_has_none(name: str) ->
         ({"DEVICE": "cpu", "WARMUP_STEPS": "3"}, "WARMUP_STEPS"),
         ({"BATCH_STAGES": "0:131072", "TRAIN_BATCH_TOKENS": "65536"}, "TRAIN_BATCH_TOKENS"),
         ({"MUON_MOMENTUM_WARMUP_STEPS": "0", "MUON_MOMENTUM_WARMUP_START": "0.5"}, "MUON_MOMENTUM_WARMUP_START"),
-        ({"ITERATIONS": "0", "EXTENSION_STEPS": "5"}, "EXTENSION_STEPS"),
+        ({"ITERATIONS": "0", "EXTENSION_STEPS": "5", "LR_FLOOR": "0.1"}, "EXTENSION_STEPS"),
+        ({"EXTENSION_STEPS": "5"}, "EXTENSION_STEPS"),
+        ({"CALIB_MAX_SECONDS": "5"}, "CALIB_MAX_SECONDS"),
     ],
 )
 def test_known_variables_without_effect(environ: dict[str, str], name: str) -> None:

@@ -113,7 +113,7 @@ def test_mlp_is_down_of_activation_of_up(name: str) -> None:
     mlp = model.blocks[0]["mlp"]
     assert mlp.down.weight.shape == (32, 48)
     x = torch.randn(2, 3, 32, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
-    ctx = model.context(torch.zeros(2, 3, dtype=torch.int64), None, None)
+    ctx = model.context(torch.zeros(2, 3, dtype=torch.int64), None, t.Variant())
     out = mlp(x, ctx, mlp.init_state(2, DOUBLE))
     torch.testing.assert_close(out.y, t.ACTIVATIONS[name](x @ mlp.up.weight.T) @ mlp.down.weight.T)
 
@@ -297,7 +297,7 @@ def test_yarn_frequencies_against_a_loop(factor: float, original: int, dims: int
 def test_embedding_is_normalized_and_factored(width: int) -> None:
     model = scrambled_model(EMBED_DIM=width)
     tokens = torch.tensor([[3, 255, 3, 9]])
-    x = model.embed(model.context(tokens, None, None))
+    x = model.embed(model.context(tokens, None, t.Variant()))
     rows = model.embed.weight[tokens]
     if width:
         rows = F.rms_norm(rows, (width,)) @ model.embed.up.weight.T

@@ -282,7 +282,7 @@ def test_attention_is_its_formula(option: str) -> None:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(2, 12, h.model_dim, dtype=torch.float64, generator=generator)
     v0 = torch.randn(2, 12, h.num_kv_heads, h.head_dim, dtype=torch.float64, generator=generator)
-    ctx = model.context(tokens, None, None)._replace(v0=v0)
+    ctx = model.context(tokens, None, t.Variant())._replace(v0=v0)
     got = layer(x, ctx, None)
 
     heads = (h.num_heads * h.head_dim, h.num_kv_heads * h.head_dim, h.num_kv_heads * h.head_dim)

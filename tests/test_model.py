@@ -60,7 +60,7 @@ def some_tokens(rows: int, length: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("preset", t.PRESETS)
 def test_site_ids_count_up_from_zero(preset: str, layers: int) -> None:
     h = t.load_config({"PRESET": preset, "NUM_LAYERS": str(layers)})
-    sites = t.plan_sites(h)
+    sites = t.plan_sites(h, t.final_variant(h))
     assert [site.id for site in sites] == list(range(len(sites)))
     assert {site.layer for site in sites} == set(range(layers))
     assert [site.kind for site in sites] == [kind for mixer in h.mixers for kind in (mixer, "mlp")]
@@ -194,7 +194,7 @@ def test_head_is_the_matrix_that_the_variant_names(option: str) -> None:
     assert used[TIED] is (model.embed.weight if h.tie_embeddings else model.head.weight)
     assert used[UNTIED] is (model.head.weight if h.has_head else model.embed.weight)
     tokens = some_tokens(1, 6)
-    ctx = model.context(tokens, None, None)
+    ctx = model.context(tokens, None, t.Variant())
     x, _, _ = model.hidden(ctx, None)
     if h.embed_dim:
         assert model.head.down is not None

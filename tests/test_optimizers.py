@@ -19,6 +19,10 @@ def config(**variables: object) -> t.Hyperparameters:
     return t.load_config({name: str(value) for name, value in {**base, **exact, **variables}.items()})
 
 
+def group_rates(trainer: "Trainer") -> dict[str, float]:
+    return {name: group.rate for name, group in trainer.optimizer.groups.items()}
+
+
 class Trainer:
     """A model with its weights and optimizer, fed with made-up gradients."""
 
@@ -166,7 +170,7 @@ def test_adamw_is_torchs(decay: float, variables: dict[str, object]) -> None:
     """Ten steps with changing rates; some weights lack a gradient at some steps, the head until the fourth."""
     trainer = Trainer(ADAM_WD=decay, BETA1=0.8, BETA2=0.97, ADAM_EPS=1e-6, **variables)
     names = trainer.group("embed", "head", "scalar")
-    rates, roles = trainer.optimizer.rates, trainer.roles
+    rates, roles = group_rates(trainer), trainer.roles
     twins = {name: torch.nn.Parameter(trainer.latent(name).clone()) for name in names}
     groups = [{"params": [twins[n]], "lr": 0.0, "weight_decay": decay * roles[n].decay} for n in names]
     oracle = torch.optim.AdamW(groups, betas=(0.8, 0.97), eps=1e-6)
@@ -190,7 +194,7 @@ def test_adamw_is_torchs(decay: float, variables: dict[str, object]) -> None:
 
 def test_rates_follow_the_groups() -> None:
     rates = {"MATRIX_LR": 0.1, "SCALAR_LR": 0.2, "EMBED_LR": 0.3, "HEAD_LR": 0.4, "TIED_EMBED_LR": 0.5}
-    tied, untied = Trainer(**rates).optimizer.rates, Trainer(**rates, TIE_EMBEDDINGS=0).optimizer.rates
+    tied, untied = group_rates(Trainer(**rates)), group_rates(Trainer(**rates, TIE_EMBEDDINGS=0))
     assert tied == {"matrix": 0.1, "scalar": 0.2, "embed": 0.5, "head": 0.4}
     assert untied == {"matrix": 0.1, "scalar": 0.2, "embed": 0.3, "head": 0.4}
 
@@ -202,7 +206,7 @@ def test_scalars_do_not_decay_but_matrices_and_embeddings_do() -> None:
         parameter.grad = torch.zeros_like(parameter)
     trainer.step()
     for name, role in trainer.roles.items():
-        shrinks = 1.0 if role.group == "scalar" else 1 - trainer.optimizer.rates[role.group] * 0.5
+        shrinks = 1.0 if role.group == "scalar" else 1 - trainer.optimizer.groups[role.group].rate * 0.5
         torch.testing.assert_close(trainer.latent(name), before[name] * shrinks, rtol=1e-12, atol=1e-14)
 
 

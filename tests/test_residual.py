@@ -23,7 +23,7 @@ def config(**variables: object) -> t.Hyperparameters:
 def build(name: str, layers: int, mix: bool = True) -> tuple[t.Hyperparameters, tuple[t.Site, ...], t.Module]:
     """One residual topology with random parameters, float64, and the sites it serves."""
     h = config(NUM_LAYERS=layers, MODEL_DIM=DIM, NUM_HEADS=1, RESIDUAL=name, RESID_MIX=int(mix))
-    sites = t.plan_sites(h)
+    sites = t.plan_sites(h, t.final_variant(h))
     residual = t.RESIDUALS[name](h, sites).double()
     generator = torch.Generator().manual_seed(layers)
     with torch.no_grad():
@@ -159,3 +159,38 @@ def test_network_runs_its_topology(name: str, layers: int) -> None:
         if name == "unet" and layer < half:
             stored.append(x)
     torch.testing.assert_close(model.hidden(ctx, None)[0], t.rms_norm(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "walk",
+    [
+        [(0, 0, 0), (1, 0, 0), (2, 0, 0), (1, 1, 0), (2, 1, 0), (3, 0, 0), (4, 0, 0), (5, 0, 0)],
+        [(0, 0, 0), (1, 0, 0), (2, 0, 0), (3, 0, 0), (4, 0, 0), (3, 1, 0), (4, 1, 0), (5, 0, 0)],
+        [(0, 0, 0), (1, 0, 0), (2, 0, 0), (3, 0, 0), (3, 1, 0), (4, 0, 0), (5, 0, 0)],
+        [*((layer, 0, 0) for layer in range(6)), *((layer, 0, 1) for layer in range(3, 6))],
+    ],
+    ids=["encoder loop", "decoder loop", "one layer twice", "feedback pass"],
+)
+def test_skips_survive_repeated_layers(walk: list[tuple[int, int, int]]) -> None:
+    """A stored output is the layer's last one; every visit of a decoder layer mixes x0 in and takes its skip."""
+    _, _, residual = build("unet", 6)
+    order = [(layer, loop, turn, sub) for layer, loop, turn in walk for sub in range(2)]
+    sites = [t.Site(i, ("attn", "mlp")[o[3]], o[0], o[1], o[2], o[3]) for i, o in enumerate(order)]
+    residual = type(residual)(config(NUM_LAYERS=6, MODEL_DIM=DIM, NUM_HEADS=1, RESIDUAL="unet"), sites).double()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in residual.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    x0 = torch.randn(2, 3, DIM, generator=generator, dtype=torch.float64)
+    r, x, kept = residual.open(x0, None), x0, {}
+    for site in sites:
+        h, r, link = residual.read(r, site)
+        r = residual.write(r, site, branch(site, h), link)
+        if site.sub == 0:
+            if site.layer >= 3:
+                x = x + residual.skip[site.layer - 3] * kept[5 - site.layer]
+            x = residual.mix[site.layer, 0] * x + residual.mix[site.layer, 1] * x0
+        x = x + residual.scale[site.layer, site.sub] * branch(site, x)
+        if site.sub == 1:
+            kept[site.layer] = x
+    torch.testing.assert_close(residual.close(r), x, rtol=0, atol=1e-12)

@@ -235,9 +235,10 @@ def test_every_argument_is_used() -> None:
         "backward": "autograd functions",
         "setup_context": "autograd functions",
         **dict.fromkeys(("open", "read", "write", "close"), "residual topologies"),
-        **dict.fromkeys(("begin", "lora", "wrap", "learn"), "adapters"),
+        **dict.fromkeys(("begin", "lora", "weights", "wrap", "learn"), "adapters"),
         **dict.fromkeys(("quantize", "decode", "decode_numpy", "scale_shape"), "codecs"),
         **dict.fromkeys(("__init__", "init_state"), "sites are built and started alike"),
+        "plan_sites": "variants of the structure, of which sites read none yet",
         **dict.fromkeys((f.__name__ for f in t.BATCH_MODES.values()), "batch modes"),
     }
     for node in functions():
@@ -306,7 +307,8 @@ def run_everything(h: t.Hyperparameters) -> None:
     optimizer.step(1.0, 0.9, False, 1.0)
     header, arrays = t.decode_artifact(t.write_artifact(h, t.coded_tensors(weights), {}).data)
     t.load_weights(model, arrays)
-    scorer = t.Scorer(h, rt, model, tokenizer.byte_table(), t.read_holdout(h))
+    temperature = t.fit_temperature(model, rt, t.read_holdout(h), lambda: False)
+    scorer = t.Scorer(h, rt, model, tokenizer.byte_table(), {"temperature": temperature})
     assert np.isfinite(scorer.score(t.read_validation(h)).loss)
     assert len(list(t.generate(model, rt, [tokenizer.bos, 65], 3, 0.8, 0.9, 0))) == 3
 

@@ -235,7 +235,7 @@ def test_eval_of_a_part_under_other_settings(run_job: Run, trained: dict[str, st
 def test_eval_takes_the_shape_from_the_artifact_alone(run_job: Run, tiny_env: dict[str, str]) -> None:
     """Defaults of training variables (batch of 524,288 tokens, ...) may not stand in the way of scoring."""
     env = {**tiny_env, **SHORT, "TRAIN_SEQ_LEN": "24", "TRAIN_BATCH_TOKENS": "96", "MICRO_BATCH_TOKENS": "48"}
-    assert run_job(env).code == 0
+    assert run_job({**env, "TEMP_SCALING": "1"}).code == 0
     config = str(artifact_of(env).parent / "config.env")
     for extra in ({}, {"TEMP_SCALING": "1"}, {"EVAL_SEQ_LEN": "40"}, {"TRAIN_SEQ_LEN": "40"}, {"ENV_FILE": config}):
         done = run_job({**data_of(env), **extra}, ["eval", str(artifact_of(env))])
@@ -430,11 +430,26 @@ def test_time_bound_run_ends_before_its_limit(run_job: Run, tiny_env: dict[str, 
     assert done.code == 0, done.err
     folder = artifact_of(tiny_env).parent
     (final,) = read_metrics(folder, "final")
-    assert (
-        2.0 < final["train_time_s"] <= 3.05
-    )  # a busy machine can stop any step for a moment
+    assert 2.0 < final["train_time_s"] <= 3.05  # a busy machine can stop any step for a moment
     rates = [found["rate_scale"] for found in read_metrics(folder, "train")]
     assert rates[0] == 1.0 and rates[-1] < 0.2 and rates == sorted(rates, reverse=True)
+
+
+def test_time_for_fitting_does_not_eat_the_training(
+    run_job: Run, tiny_env: dict[str, str], read_metrics: Callable
+) -> None:
+    """A short run with the default reserve for fitting is refused, or trains for most of its time: not for one step."""
+    env = {**tiny_env, "ITERATIONS": "0", "MAX_WALLCLOCK_SECONDS": "2", "TEMP_SCALING": "1", "MAX_VAL_TOKENS": "300"}
+    done = run_job(env)
+    if done.code == 2:
+        assert "MAX_WALLCLOCK_SECONDS" in error_line(done.err)
+    else:
+        (final,) = read_metrics(artifact_of(env).parent, "final")
+        assert done.code == 0 and 1.0 < final["train_time_s"] <= 2.05
+    with_reserve = run_job({**env, "RUN_ID": "reserve", "CALIB_MAX_SECONDS": "0.5"})
+    assert with_reserve.code == 0, with_reserve.err
+    (final,) = read_metrics(artifact_of({**env, "RUN_ID": "reserve"}).parent, "final")
+    assert 1.2 < final["train_time_s"] <= 2.05
 
 
 class FakeTime:

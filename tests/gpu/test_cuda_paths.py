@@ -9,6 +9,8 @@ import torch
 
 import train_gpt as t
 
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
 SMALL = {"NUM_LAYERS": "3", "TRAIN_SEQ_LEN": "128", "TRAIN_BATCH_TOKENS": "512", "MICRO_BATCH_TOKENS": "512"}
 
 

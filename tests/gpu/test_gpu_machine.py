@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-3), (torch.bfloat16, 2e-2)])
 def test_matmul_agrees_with_float64(dtype: torch.dtype, tolerance: float) -> None:
