@@ -472,7 +472,7 @@ def validate(h: Hyperparameters) -> None:
         ),
         (
             h.temp_scaling and 0 < h.max_wallclock_seconds <= h.calib_max_seconds,
-            f"CALIB_MAX_SECONDS={h.calib_max_seconds} leaves nothing of MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds}",
+            f"CALIB_MAX_SECONDS={h.calib_max_seconds} leaves no time of MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds}",
         ),
         (h.temp_scaling and not h.holdout_tokens, "TEMP_SCALING=1 needs HOLDOUT_TOKENS to fit the temperature on"),
     )

@@ -332,8 +332,9 @@ def test_observer_sees_every_linear_layer_once_by_its_parameters_name(option: st
 
     tokens = torch.randint(0, 250, (2, 5), generator=torch.Generator().manual_seed(0))
     watched, _ = model.logits(tokens, t.Variant(), observe=observe)
-    assert sorted(seen) == sorted(linear_names(model))
-    assert set(seen) == {name for name, role in t.role_table(model).items() if role.group == "matrix"}
+    assert sorted(seen) == sorted([*linear_names(model), model.head_name(t.Variant())])
+    matrices = {name for name, role in t.role_table(model).items() if role.group == "matrix"}
+    assert set(seen) == {*matrices, model.head_name(t.Variant())}
     assert torch.equal(watched, model.logits(tokens, t.Variant())[0])
 
 

@@ -307,7 +307,7 @@ def run_everything(h: t.Hyperparameters) -> None:
     optimizer.step(1.0, 0.9, False, 1.0)
     header, arrays = t.decode_artifact(t.write_artifact(h, t.coded_tensors(weights), {}).data)
     t.load_weights(model, arrays)
-    temperature = t.fit_temperature(model, rt, t.read_holdout(h), lambda: False)
+    temperature = t.fit_temperature(h, rt, model, t.read_holdout(h), lambda: False)
     scorer = t.Scorer(h, rt, model, tokenizer.byte_table(), {"temperature": temperature})
     assert np.isfinite(scorer.score(t.read_validation(h)).loss)
     assert len(list(t.generate(model, rt, [tokenizer.bos, 65], 3, 0.8, 0.9, 0))) == 3
