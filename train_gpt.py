@@ -472,7 +472,7 @@ def validate(h: Hyperparameters) -> None:
         ),
         (
             h.temp_scaling and 0 < h.max_wallclock_seconds <= h.calib_max_seconds,
-            f"CALIB_MAX_SECONDS={h.calib_max_seconds} leaves no time of MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds}",
+            f"CALIB_MAX_SECONDS={h.calib_max_seconds} is all of MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds}",
         ),
         (h.temp_scaling and not h.holdout_tokens, "TEMP_SCALING=1 needs HOLDOUT_TOKENS to fit the temperature on"),
     )
@@ -3733,7 +3733,8 @@ def open_artifact(
     The network's structure comes from the artifact; a variable that contradicts it is an error.
     """
     header, arrays = read_artifact(path)
-    window = Hyperparameters(**header["config"]).train_seq_len
+    # Training's batch does not matter here, but must not contradict the window either.
+    window = parse_value("TRAIN_SEQ_LEN", environ.get("TRAIN_SEQ_LEN") or str(header["config"]["train_seq_len"]))
     h = load_config(environ, {**header["config"], "train_batch_tokens": window, "micro_batch_tokens": window})
     values, written = dataclasses.asdict(h), dataclasses.asdict(Hyperparameters(**header["config"]))
     for name in structure_fields():

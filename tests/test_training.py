@@ -237,9 +237,11 @@ def test_eval_takes_the_shape_from_the_artifact_alone(run_job: Run, tiny_env: di
     env = {**tiny_env, **SHORT, "TRAIN_SEQ_LEN": "24", "TRAIN_BATCH_TOKENS": "96", "MICRO_BATCH_TOKENS": "48"}
     assert run_job({**env, "TEMP_SCALING": "1"}).code == 0
     config = str(artifact_of(env).parent / "config.env")
-    for extra in ({}, {"TEMP_SCALING": "1"}, {"EVAL_SEQ_LEN": "40"}, {"TRAIN_SEQ_LEN": "40"}, {"ENV_FILE": config}):
+    for extra in ({}, {"TEMP_SCALING": "1"}, {"EVAL_SEQ_LEN": "40"}, {"ENV_FILE": config}):
         done = run_job({**data_of(env), **extra}, ["eval", str(artifact_of(env))])
         assert done.code == 0, done.err
+    done = run_job({**data_of(env), "TRAIN_SEQ_LEN": "40"}, ["eval", str(artifact_of(env))])
+    assert done.code == 2 and "TRAIN_SEQ_LEN=40 contradicts the artifact" in done.err
 
 
 @pytest.mark.parametrize(
