@@ -1528,22 +1528,18 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 class SquaredReLUFunction(torch.autograd.Function):
-    """leaky(x)^2 with slope s below zero; saves one tensor and takes one pass where eager autograd takes six."""
+    """leaky(x)^2 with slope s below zero; its derivative is 2 leaky(x) with slope s^2."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, slope: float) -> Tensor:
-        leaky = F.leaky_relu(x, slope) if slope else F.relu(x)
-        ctx.save_for_backward(leaky)
+        ctx.save_for_backward(x)
         ctx.slope = slope
-        return leaky * leaky
+        return F.leaky_relu(x, slope).square_()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (leaky,) = ctx.saved_tensors
-        grad = grad * leaky
-        if ctx.slope:
-            grad = torch.where(leaky < 0, grad * ctx.slope, grad)
-        return grad * 2, None
+        (x,) = ctx.saved_tensors
+        return F.leaky_relu(x, ctx.slope**2).mul_(grad).mul_(2), None
 
 
 class Linear(Module):
@@ -1608,12 +1604,33 @@ class Rotary(Module):
         return (cosine * self.factor).unsqueeze(-2), (sine * self.factor).unsqueeze(-2)
 
 
+def turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Pairs (x_i, x_{i + R/2}) of the first R channels turned by an angle; x (B, T, H, Dh), angles (B, T, 1, R/2)."""
+    half = cosine.shape[-1]
+    y = x.clone(memory_format=torch.contiguous_format)
+    a, b = x[..., :half], x[..., half : 2 * half]
+    y[..., :half].mul_(cosine).addcmul_(b, sine, value=-1)
+    y[..., half : 2 * half].mul_(cosine).addcmul_(a, sine)
+    return y
+
+
+class RotateFunction(torch.autograd.Function):
+    """Rotation whose backward pass is the rotation back; autograd of slices would fill and add whole tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return turn(x, cosine, sine)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cosine, sine = ctx.saved_tensors
+        return turn(grad, cosine, -sine), None, None
+
+
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Turn the first rope_dims channels of each head by its position; x (B, T, H, Dh) (Su et al. 2021)."""
-    cosine, sine = (table.to(x.dtype) for table in rotary)
-    half = cosine.shape[-1]
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat((a * cosine - b * sine, a * sine + b * cosine, rest), -1)
+    return RotateFunction.apply(x, *(table.to(x.dtype) for table in rotary))
 
 
 class Embedding(Module):
@@ -1682,16 +1699,17 @@ class SoftcapCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        rows = max(128, (2**19 if x.device.type == "cpu" else 2**27) // weight.shape[0])
+        rows = max(128, (2**18 if x.device.type == "cpu" else 2**27) // weight.shape[0])
         total = x.new_zeros((), dtype=wide)
         dx, dw = torch.empty_like(x), torch.zeros_like(weight)
         for at in range(0, x.shape[0], rows):
             part = x[at : at + rows]
-            loss, slope = capped_loss_and_slope((part @ weight.T).to(wide), targets[at : at + rows], cap)
+            z = ((part / cap if cap else part) @ weight.T).to(wide)
+            loss, slope, share = capped_loss_and_slope(z, targets[at : at + rows], cap)
             total = total + loss
-            slope = slope.to(part.dtype)
-            dx[at : at + rows] = slope @ weight.to(part.dtype)
-            dw += slope.T @ part
+            slope, share = slope.to(part.dtype), share.to(part.dtype)
+            dx[at : at + rows] = (slope @ weight.to(part.dtype)) * share
+            dw += slope.T @ (part * share)
         ctx.save_for_backward(dx, dw)
         return total
 
@@ -1701,21 +1719,25 @@ class SoftcapCrossEntropy(torch.autograd.Function):
         return dx * grad.to(dx.dtype), dw * grad.to(dw.dtype), None, None
 
 
-def capped_loss_and_slope(z: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """Sum of cross-entropies of softcapped logits z (N, V), and its gradient by z; z is overwritten."""
+def capped_loss_and_slope(z: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of cross-entropies of logits cap * tanh(z), or z for cap 0, z (N, V); z is overwritten.
+
+    Returns the sum, and its gradient by the logits before the cap as (N, V) times (N, 1): the division by the
+    partition sum is left to the caller's small matrices.
+    """
     keep = targets >= 0
     index = targets.clamp(min=0).unsqueeze(1)
-    if cap:
-        turned = z.div_(cap).tanh_()
-        z = turned * cap
+    turned = z.tanh_() if cap else z
     # Logits under a small cap need no search for their maximum: exp(-2 cap) is still far above the smallest float32.
-    top = cap if 0 < cap <= 40 else z.amax(1, keepdim=True)
-    picked = z.gather(1, index) - top
-    share = z.sub_(top).exp_()
-    norm = share.sum(1, keepdim=True)
+    top = z.new_full((1, 1), cap) if 0 < cap <= 40 else turned.amax(1, keepdim=True) * (cap or 1)
+    picked = turned.gather(1, index) * (cap or 1) - top
+    weight = torch.add(-top, turned, alpha=cap or 1).exp_()  # exp(logit - top)
+    norm = weight.sum(1, keepdim=True)
     loss = ((norm.log() - picked).squeeze(1) * keep).sum()
-    slope = share.div_(norm).scatter_add_(1, index, torch.full_like(norm, -1)).mul_(keep.unsqueeze(1))
-    return loss, slope.mul_(1 - turned.square_()) if cap else slope
+    weight.scatter_add_(1, index, -norm)
+    if cap:
+        weight.addcmul_(weight, turned.square_(), value=-1)
+    return loss, weight, keep.unsqueeze(1) / norm
 
 
 def softcap(z: Tensor, cap: float) -> Tensor:
@@ -2322,10 +2344,30 @@ def orthogonalize(x: Tensor, steps: int) -> Tensor:
     wide = x.mT if x.shape[-2] > x.shape[-1] else x
     y = wide.bfloat16() if x.device.type == "cuda" else wide
     y = y / (y.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = y @ y.mT
-        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    if x.device.type != "cuda" and y.shape[-1] >= 2 * y.shape[-2]:
+        y = gram_polynomial(y @ y.mT, steps) @ y
+    else:
+        for _ in range(steps):
+            gram = y @ y.mT
+            y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
     return (y.mT if x.shape[-2] > x.shape[-1] else y).to(x.dtype)
+
+
+def gram_polynomial(gram: Tensor, steps: int) -> Tensor:
+    """The small square matrix Q with which Newton-Schulz of y is Q y, from gram = y y^T (n, a, a).
+
+    Each step multiplies y by P = a I + b G + c G^2, and so G by P on both sides: half the work for 4:1 matrices. Needs
+    float32: the powers of G would drown in bf16's rounding.
+    """
+    a, b, c = NEWTON_SCHULZ
+    product = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+    for step in range(steps):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = factor @ product if step else factor
+        if step + 1 < steps:
+            gram = factor @ gram @ factor
+    return product
 
 
 class Group(NamedTuple):
