@@ -3093,7 +3093,7 @@ def map_state(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(state)
     if isinstance(state, tuple):
         parts = [map_state(part, change) for part in state]
-        return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+        return tuple(parts) if type(state) is tuple else type(state)(*parts)  # the rest are named tuples
     return state
 
 
