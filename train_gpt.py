@@ -121,6 +121,11 @@ class Hyperparameters:
     residual: str = var("unet", "model", "residual topology", choices=("plain", "unet"))
     resid_mix: bool = var(True, "model", "each block mixes the embedding back in, per channel")
     embed_dim: int = var(0, "model", "width of factored embeddings; 0: MODEL_DIM", low=0)
+    bigram_hash_buckets: int = var(0, "model", "rows of each hashed n-gram table; 0: no such tables", low=0)
+    bigram_hash_dim: int = var(64, "model", "width of a token's hashed n-grams, over all orders", "channels", low=1,
+        when=lambda h: h.bigram_hash_buckets > 0)
+    bigram_hash_orders: str = var("2", "model", "lengths of hashed n-grams, comma-separated, e.g. 2,3", "tokens",
+        when=lambda h: h.bigram_hash_buckets > 0)
     tie_embeddings: bool = var(True, "model", "output head shares the embedding table")
     untie_at_fraction: float = var(0.0, "model", "progress at which a tied head becomes its own matrix; 0: never",
         "fraction", low=0, high=1)
@@ -163,6 +168,8 @@ class Hyperparameters:
     head_lr: float = var(0.008, "optimizer", "AdamW rate of an untied head", low=0, when=lambda h: h.has_head)
     tied_embed_lr: float = var(0.05, "optimizer", "AdamW rate of a tied embedding", low=0,
         when=lambda h: h.tie_embeddings)
+    bigram_hash_lr: float = var(0.01, "optimizer", "AdamW rate of hashed n-gram tables", low=0,
+        when=lambda h: h.bigram_hash_buckets > 0)
     muon_momentum: float = var(0.95, "optimizer", "Muon momentum", low=0, high=0.9999)
     muon_momentum_warmup_start: float = var(0.85, "optimizer", "Muon momentum at step 0", low=0, high=0.9999,
         when=lambda h: h.muon_momentum_warmup_steps > 0)
@@ -252,6 +259,16 @@ class Hyperparameters:
     @property
     def embed_width(self) -> int:
         return self.embed_dim or self.model_dim
+
+    @property
+    def ngram_orders(self) -> tuple[int, ...]:
+        """Lengths of the hashed n-grams; empty without tables."""
+        if not self.bigram_hash_buckets:
+            return ()
+        try:
+            return tuple(int(order) for order in self.bigram_hash_orders.split(","))
+        except ValueError:
+            raise UserError(f"BIGRAM_HASH_ORDERS={self.bigram_hash_orders} is not a list like 2,3") from None
 
     @property
     def eval_window(self) -> int:
@@ -440,6 +457,14 @@ def validate(h: Hyperparameters) -> None:
         (
             h.stages[0][0] != 0.0 or [at for at, _ in h.stages] != sorted({at for at, _ in h.stages if 0 <= at < 1}),
             f"BATCH_STAGES={h.batch_stages} must start at progress 0 and rise to less than 1",
+        ),
+        (
+            h.ngram_orders and (list(h.ngram_orders) != sorted(set(h.ngram_orders)) or h.ngram_orders[0] < 2),
+            f"BIGRAM_HASH_ORDERS={h.bigram_hash_orders} must rise from at least 2",
+        ),
+        (
+            h.ngram_orders and h.bigram_hash_dim % len(h.ngram_orders),
+            f"BIGRAM_HASH_DIM={h.bigram_hash_dim} must be a multiple of the {len(h.ngram_orders)} BIGRAM_HASH_ORDERS",
         ),
         (round(h.mlp_mult * h.model_dim) < 1, f"MLP_MULT={h.mlp_mult} leaves an MLP of width 0"),
         (
@@ -1454,6 +1479,7 @@ class Ctx(NamedTuple):
     """What a layer may know besides its input; the same for all layers of one forward pass, but for v0."""
 
     tokens: Tensor  # (B, T) int64
+    history: Tensor  # (B, longest n-gram - 1) int64, the tokens before those; -1 where there are none
     positions: Tensor  # (B, T) int64, counted from the start of the stream
     documents: Tensor  # (B, T) int64, rises by one at each document start
     rotary: tuple[Tensor, Tensor]  # cosine and sine, each (B, T, 1, rope_dims / 2)
@@ -1499,6 +1525,7 @@ ROLE_KINDS: dict[str, Callable[[Hyperparameters], Role]] = {
     "matrix": lambda h: Role(h.matrix_codec, "matrix"),
     "embed": lambda h: Role(h.fp_storage, "embed"),
     "head": lambda h: Role(h.fp_storage, "head"),
+    "table": lambda h: Role(h.fp_storage, "table"),
     "scalar": lambda h: Role(h.scalar_codec, "scalar", decay=0.0),
 }
 
@@ -1633,22 +1660,70 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return RotateFunction.apply(x, *(table.to(x.dtype) for table in rotary))
 
 
-class Embedding(Module):
-    """Token embedding, normalized; factored through EMBED_DIM when that is set. Also the tied output head."""
+class HashedNgrams(Module):
+    """What the last tokens of a document add to an embedding: one row per n-gram order, joined and projected.
 
-    def __init__(self, h: Hyperparameters) -> None:
+    An n-gram of tokens x_0 (the current one), x_1, ... has the key ((x_0 + 1) M_1 + x_1 + 1) M_2 + ... mod the prime
+    2^31 - 1 with M_j = 16807^(j + 1), and with it the row key mod BIGRAM_HASH_BUCKETS of its order's table (Carter &
+    Wegman 1979); distinct n-grams may share a row. One that would reach past its document's start gives zeros.
+    """
+
+    PRIME: ClassVar[int] = 2**31 - 1
+    kinds: ClassVar[dict[str, str]] = {"weight": "table"}
+
+    def __init__(self, h: Hyperparameters, bos: int) -> None:
+        super().__init__()
+        self.orders, self.buckets, self.bos = h.ngram_orders, h.bigram_hash_buckets, bos
+        self.weight = nn.Parameter(torch.empty(len(self.orders) * self.buckets, h.bigram_hash_dim // len(self.orders)))
+        self.up = Linear("embed.ngrams.up", h.bigram_hash_dim, h.model_dim)
+
+    def rows(self, tokens: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of the stacked tables, and whether each n-gram is whole, both (B, T, orders)."""
+        length, reach = tokens.shape[1], history.shape[1]
+        stream = torch.cat((history, tokens), 1)
+        key, whole = tokens + 1, torch.ones_like(tokens, dtype=torch.bool)
+        rows, wholes = [], []
+        for back in range(1, reach + 1):
+            before, after = stream[:, reach - back :][:, :length], stream[:, reach - back + 1 :][:, :length]
+            whole = whole & (before >= 0) & (after != self.bos)
+            key = (key * pow(16807, back + 1, self.PRIME) + before + 1) % self.PRIME
+            if back + 1 in self.orders:
+                rows.append(key % self.buckets + len(rows) * self.buckets)
+                wholes.append(whole)
+        return torch.stack(rows, -1), torch.stack(wholes, -1)
+
+    def forward(self, ctx: Ctx) -> Tensor:
+        rows, whole = self.rows(ctx.tokens, ctx.history)
+        # Few rows of a large table are met in one step; a compiler and a GPU are better off with whole gradients.
+        sparse = rows.device.type == "cpu" and not torch.compiler.is_compiling()
+        x = F.embedding(rows, self.weight, sparse=sparse) * whole.unsqueeze(
+            -1
+        )  # (B, T, orders, BIGRAM_HASH_DIM / orders)
+        return self.up(x.flatten(-2), ctx)
+
+
+class Embedding(Module):
+    """Token embedding plus hashed n-grams, normalized; factored through EMBED_DIM when that is set.
+
+    Its weight is also the tied output head.
+    """
+
+    def __init__(self, h: Hyperparameters, bos: int) -> None:
         super().__init__()
         self.kinds = {"weight": "embed"}  # type: ignore[misc]
         self.weight = nn.Parameter(torch.empty(h.vocab_size, h.embed_width))
         self.up = Linear("embed.up", h.embed_width, h.model_dim) if h.embed_dim else None
+        self.ngrams = HashedNgrams(h, bos) if h.ngram_orders else None
 
-    def forward(self, ctx: Ctx) -> Tensor:
+    def forward(self, ctx: Ctx) -> tuple[Tensor, Tensor | None]:
+        """The first residual stream x0, and the part e2 of it that comes from n-grams (None without tables)."""
         x = F.embedding(ctx.tokens, self.weight)
         if torch.is_autocast_enabled("cuda"):
             x = x.bfloat16()  # the residual stream is bf16, too: half the traffic between sites
         if self.up is not None:
             x = self.up(rms_norm(x), ctx)
-        return rms_norm(x)
+        e2 = self.ngrams(ctx) if self.ngrams is not None else None
+        return rms_norm(x if e2 is None else x + e2), e2
 
 
 class Head(Module):
@@ -1987,6 +2062,7 @@ class StreamState(NamedTuple):
 
     position: Tensor  # (B,) int64, tokens so far
     document: Tensor  # (B,) int64, document starts so far
+    history: Tensor  # (B, longest n-gram - 1) int64, the last tokens; -1 where there were none
 
 
 class Trace(NamedTuple):
@@ -2035,7 +2111,7 @@ class GPT(Module):
     def __init__(self, h: Hyperparameters, bos: int) -> None:
         super().__init__()
         self.h, self.bos, self.sites = h, bos, plan_sites(h, final_variant(h))
-        self.embed, self.head, self.rotary = Embedding(h), Head(h), Rotary(h)
+        self.embed, self.head, self.rotary = Embedding(h, bos), Head(h), Rotary(h)
         blocks = [nn.ModuleDict() for _ in range(h.num_layers)]
         for site in self.sites:
             if site.kind not in blocks[site.layer]:
@@ -2049,7 +2125,11 @@ class GPT(Module):
         zeros = self.embed.weight.new_zeros(batch, dtype=torch.int64)
         dtype = self.embed.weight.dtype
         sites = tuple(self.site(s).init_state(batch, dtype) for s in self.sites)
-        return (StreamState(zeros, zeros), *sites)
+        return (StreamState(zeros, zeros, self.no_history(zeros)), *sites)
+
+    def no_history(self, like: Tensor) -> Tensor:
+        """(B, longest n-gram - 1) of -1, for B rows of int64 as in `like`."""
+        return like.new_full((like.shape[0], max(self.h.ngram_orders, default=1) - 1), -1)
 
     def site(self, site: Site) -> Any:
         return self.blocks[site.layer][site.kind]  # type: ignore[index]
@@ -2066,12 +2146,13 @@ class GPT(Module):
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         starts = (tokens == self.bos).cumsum(1)
         if state is None:
-            positions, documents = steps.unsqueeze(0), starts
+            positions, documents, history = steps.unsqueeze(0), starts, self.no_history(tokens)
         else:
+            history = state[0].history
             positions = state[0].position.unsqueeze(1) + steps
             documents = state[0].document.unsqueeze(1) + starts
         rotary, places = self.rotary(positions), positions.expand_as(tokens)
-        return Ctx(tokens, places, documents, rotary, None, None, None, moment, variant, observe, adapters)
+        return Ctx(tokens, history, places, documents, rotary, None, None, None, moment, variant, observe, adapters)
 
     def run_sites(
         self, sites: Sequence[Site], r: tuple, ctx: Ctx, states: tuple | None, trace: Trace
@@ -2090,7 +2171,7 @@ class GPT(Module):
 
     def hidden(self, ctx: Ctx, state: tuple | None) -> tuple[Tensor, tuple | None, Trace]:
         """(B, T, D) before the head, the next state (None if none was given), and what the sites left."""
-        r: tuple = self.residual.open(self.embed(ctx), None)
+        r: tuple = self.residual.open(*self.embed(ctx))
         trace, sites = Trace({}, {}, {}), plan_sites(self.h, ctx.variant)
         every = self.h.grad_checkpoint if torch.is_grad_enabled() else 0
         for at in range(0, len(sites), every or len(sites)):
@@ -2102,7 +2183,8 @@ class GPT(Module):
         x = rms_norm(self.residual.close(r))
         if state is None:
             return x, None, trace
-        stream = StreamState(ctx.positions[:, -1] + 1, ctx.documents[:, -1].contiguous())
+        recent = torch.cat((ctx.history, ctx.tokens), 1)[:, ctx.tokens.shape[1] :]
+        stream = StreamState(ctx.positions[:, -1] + 1, ctx.documents[:, -1].contiguous(), recent.contiguous())
         after = (trace.states.get(site.id, state[1 + site.id]) for site in self.sites)
         return x, (stream, *after), trace
 
@@ -2173,7 +2255,7 @@ def initial_value(h: Hyperparameters, name: str, shape: Sequence[int], generator
         return torch.full(tuple(shape), constants[leaf[-1]])
     if name == "embed.weight" or (name == "head.weight" and h.tie_embeddings):
         return torch.randn(*shape, generator=generator) * h.tied_embed_init_std
-    if name == "head.weight" or (leaf[0] in ("proj", "down") and name.startswith("blocks")):
+    if name in ("head.weight", "embed.ngrams.weight") or (leaf[0] in ("proj", "down") and name.startswith("blocks")):
         return torch.zeros(*shape)
     bound = math.sqrt(3.0 / shape[-1])
     return (torch.rand(*shape, generator=generator) * 2 - 1) * bound
@@ -2261,8 +2343,13 @@ class Bank:
         return self.state[name]
 
     def gradient(self) -> tuple[Tensor, Tensor]:
-        """Stacked gradients, and which weights have one (others must be left alone), (n, 1, ...)."""
+        """Stacked gradients, and which weights have one (others must be left alone), (n, 1, ...).
+
+        A table's gradient may be sparse: it then comes as it is, coalesced, a table being alone in its bank.
+        """
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        if grads[0].is_sparse:
+            return grads[0].coalesce(), torch.ones(1, dtype=torch.bool)
         has = torch.tensor([p.grad is not None for p in self.parameters], device=self.latent.device)
         return torch.stack(grads), has.view(-1, *[1] * (self.latent.ndim - 1))
 
@@ -2275,6 +2362,12 @@ class Bank:
         for at in range(0, len(self.names), step):
             part = slice(at, at + step)
             yield at, self.codec.quantize(self.latent[part], Tuning(*(tuned[part] for tuned in self.tuning)))
+
+    @torch.no_grad()
+    def materialize_rows(self, rows: Tensor) -> None:
+        """Write what the forward pass uses into some rows of a table: all groups of weights lie within a row."""
+        values = self.codec.decode(self.codec.quantize(self.latent[:, rows], self.tuning))[0]
+        self.parameters[0].index_copy_(0, rows, values.to(self.latent.dtype))
 
     @torch.no_grad()
     def materialize(self, quantized: bool) -> None:
@@ -2301,11 +2394,17 @@ class Weights:
         }
         self.where = {name: (bank, i) for bank in self.banks.values() for i, name in enumerate(bank.names)}
 
-    def materialize(self, progress: float) -> None:
-        """Quantize all latents into the model; ternary ones only from TERNARY_START_FRACTION on."""
-        for bank in self.banks.values():
+    def materialize(self, progress: float, moved: dict[str, Tensor] | None = None) -> None:
+        """Quantize all latents into the model; ternary ones only from TERNARY_START_FRACTION on.
+
+        moved: rows of those banks, by key, of which no others have changed since the last time.
+        """
+        for key, bank in self.banks.items():
             early = bank.role.codec == "ternary" and progress < self.h.ternary_start_fraction
-            bank.materialize(quantized=not early)
+            if moved and key in moved and bank.role.codec != "ternary":
+                bank.materialize_rows(moved[key])
+            else:
+                bank.materialize(quantized=not early)
 
     def copy(self, source: str, target: str) -> None:
         """Let one weight start again as a copy of another, its running average (if any) as the other's."""
@@ -2371,20 +2470,22 @@ def gram_polynomial(gram: Tensor, steps: int) -> Tensor:
 
 
 class Group(NamedTuple):
-    """Settings of one optimizer group; a rule is a method of Optimizer."""
+    """Settings of one optimizer group."""
 
-    rule: str  # muon or adamw
+    rule: str  # key of RULES
     rate: float
     decay: float = 0.0
     beta1: float = 0.0
     beta2: float = 0.0
     eps: float = 0.0
+    momentum: float = 0.0  # Muon's at this step
 
 
 GROUPS: dict[str, Callable[[Hyperparameters], Group]] = {
     "matrix": lambda h: Group("muon", h.matrix_lr, h.muon_wd),
     "embed": lambda h: Group("adamw", h.tied_embed_lr if h.tie_embeddings else h.embed_lr, h.adam_wd, *h.adam),
     "head": lambda h: Group("adamw", h.head_lr, h.adam_wd, *h.adam),
+    "table": lambda h: Group("adagrad", h.bigram_hash_lr),
     "scalar": lambda h: Group("adamw", h.scalar_lr, h.adam_wd, *h.adam),
 }
 
@@ -2408,23 +2509,24 @@ class Optimizer:
         if self.rt.world > 1:
             grads = self.reduced(grads)
         if self.h.grad_clip_norm:
-            norm = torch.stack([grad.norm() for grad, _ in grads]).norm()
-            for grad, _ in grads:
-                grad.mul_((self.h.grad_clip_norm / (norm + 1e-6)).clamp(max=1))
-        for bank, (grad, has) in zip(banks, grads, strict=True):
+            values = [grad.values() if grad.is_sparse else grad for grad, _ in grads]
+            norm = torch.stack([value.norm() for value in values]).norm()
+            for value in values:
+                value.mul_((self.h.grad_clip_norm / (norm + 1e-6)).clamp(max=1))
+        moved = {}
+        for (key, bank), (grad, has) in zip(self.weights.banks.items(), grads, strict=True):
             group = self.groups[bank.role.group]
             group = group._replace(
                 rate=rate_scale * group.rate * bank.role.lr_mult, decay=group.decay * bank.role.decay
             )
-            if group.rule == "muon":
-                self.muon(bank, grad, has, group, momentum)
-            else:
-                self.adamw(bank, grad, has, group)
+            RULES[group.rule](self, bank, grad, has, group._replace(momentum=momentum))
+            if grad.is_sparse:
+                moved[key] = grad.indices()[0]
             if bank.role.bound < math.inf:
                 bank.latent.clamp_(-bank.role.bound, bank.role.bound)
             if average:
                 self.average(bank)
-        self.weights.materialize(progress)
+        self.weights.materialize(progress, moved)
 
     def reduced(self, grads: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         """Gradients summed over ranks; a weight has one if it has one on any rank."""
@@ -2434,14 +2536,15 @@ class Optimizer:
         for work in works:
             work.wait()
         parts = flags.bool().split([has.numel() for _, has in grads])
-        return [(grad, part.view_as(has)) for (grad, has), part in zip(grads, parts, strict=True)]
+        summed = [grad.coalesce() if grad.is_sparse else grad for grad, _ in grads]
+        return [(grad, part.view_as(has)) for grad, (_, has), part in zip(summed, grads, parts, strict=True)]
 
-    def muon(self, bank: Bank, grad: Tensor, has: Tensor, group: Group, momentum: float) -> None:
+    def muon(self, bank: Bank, grad: Tensor, has: Tensor, group: Group) -> None:
         """Nesterov momentum, rows normalized (MuonEq-R), orthogonalized, scaled by sqrt(max(1, rows / columns))."""
         buffer = bank.slot("momentum")
         share = has.to(grad.dtype)
-        buffer.mul_(1 + share * (momentum - 1)).add_(grad)
-        update = grad + momentum * buffer
+        buffer.mul_(1 + share * (group.momentum - 1)).add_(grad)
+        update = grad + group.momentum * buffer
         if self.h.muon_row_norm:
             update = update / (update.norm(dim=-1, keepdim=True) + 1e-7)
         update = self.sharded(update) * max(1.0, grad.shape[-2] / grad.shape[-1]) ** 0.5
@@ -2471,11 +2574,30 @@ class Optimizer:
         bank.latent.mul_(1 - has * group.rate * group.decay)
         bank.latent.sub_(first / (1 - group.beta1**floor) / denominator * has, alpha=group.rate)
 
+    def adagrad(self, bank: Bank, grad: Tensor, has: Tensor, group: Group) -> None:
+        """Row-wise Adagrad (Duchi et al. 2011; one sum per row, Naumov et al. 2019): a rare row keeps its full rate.
+
+        A row without gradient stays as it is, so that a sparse gradient gives what the whole one gives.
+        """
+        if "total" not in bank.state:
+            bank.state["total"] = torch.zeros_like(bank.latent[..., :1])
+        rows, values = (grad.indices()[0], grad.values()[None]) if grad.is_sparse else (slice(None), grad)
+        total = bank.state["total"][:, rows] + values.square().mean(-1, keepdim=True)
+        bank.state["total"][:, rows] = total
+        bank.latent[:, rows] -= group.rate * values / (total.sqrt() + 1e-12)
+
     def average(self, bank: Bank) -> None:
         """Running average of latents: what is averaged is quantized afterwards like any latent."""
         if "ema" not in bank.state:
             bank.state["ema"] = bank.latent.clone()
         bank.state["ema"].lerp_(bank.latent, 1 - self.h.ema_decay)
+
+
+RULES: dict[str, Callable[[Optimizer, Bank, Tensor, Tensor, Group], None]] = {
+    "muon": Optimizer.muon,
+    "adamw": Optimizer.adamw,
+    "adagrad": Optimizer.adagrad,
+}
 
 
 def progress_of(h: Hyperparameters, step: int, seconds: float) -> float:

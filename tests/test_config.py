@@ -461,6 +461,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"iterations": 0},
     {"lr_floor": 0.1},
     {"temp_scaling": True},
+    {"bigram_hash_buckets": 64},
 ]
 
 

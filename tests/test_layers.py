@@ -297,12 +297,38 @@ def test_yarn_frequencies_against_a_loop(factor: float, original: int, dims: int
 def test_embedding_is_normalized_and_factored(width: int) -> None:
     model = scrambled_model(EMBED_DIM=width)
     tokens = torch.tensor([[3, 255, 3, 9]])
-    x = model.embed(model.context(tokens, None, t.Variant()))
+    x, e2 = model.embed(model.context(tokens, None, t.Variant()))
+    assert e2 is None, "no tables, no n-grams"
     rows = model.embed.weight[tokens]
     if width:
         rows = F.rms_norm(rows, (width,)) @ model.embed.up.weight.T
     torch.testing.assert_close(x, F.rms_norm(rows, (32,)), rtol=1e-5, atol=1e-6)
     assert torch.equal(x[:, 0], x[:, 2]) and x.shape == (1, 4, 32)
+
+
+@pytest.mark.parametrize("orders", ["2", "2,3", "4", "2,5"])
+def test_hashed_ngrams_are_rows_of_whole_ngrams(orders: str) -> None:
+    """Against Python integers: the row of each n-gram inside its document and stream, zeros for one that is cut."""
+    buckets = 29
+    model = scrambled_model(BIGRAM_HASH_BUCKETS=buckets, BIGRAM_HASH_DIM=12, BIGRAM_HASH_ORDERS=orders)
+    tokens = torch.randint(0, 4, (3, 12), generator=torch.Generator().manual_seed(1))
+    tokens[0, 5] = tokens[1, [0, 1, 8]] = t.BYTE_BOS
+    x, e2 = model.embed(model.context(tokens, None, t.Variant()))
+    lengths = [int(order) for order in orders.split(",")]
+    width = 12 // len(lengths)
+    for row in range(3):
+        for at in range(12):
+            parts = []
+            for table, length in enumerate(lengths):
+                gram = tokens[row, max(0, at - length + 1) : at + 1].tolist()[::-1]  # the current token first
+                key = gram[0] + 1
+                for j, token in enumerate(gram[1:], 1):
+                    key = (key * 16807 ** (j + 1) + token + 1) % (2**31 - 1)
+                cut = len(gram) < length or t.BYTE_BOS in gram[:-1]
+                found = model.embed.ngrams.weight[table * buckets + key % buckets]
+                parts.append(torch.zeros(width, dtype=DOUBLE) if cut else found)
+            torch.testing.assert_close(e2[row, at], torch.cat(parts) @ model.embed.ngrams.up.weight.T)
+    torch.testing.assert_close(x, t.rms_norm(model.embed.weight[tokens] + e2), rtol=1e-6, atol=1e-6)
 
 
 # ---- low-rank adapters and observers

@@ -25,6 +25,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "documents": {"DOC_MASK": 1, "PARTIAL_ROPE_DIMS": 4},
     "values": {"VALUE_RESIDUAL": 1, "ATTN_WINDOW": 4, "NUM_KV_HEADS": 1, "PARTIAL_ROPE_DIMS": 2},
     "values_documents": {"VALUE_RESIDUAL": 1, "DOC_MASK": 1, "RESIDUAL": "plain", "RESID_MIX": 0, "MLP_ACT": "swiglu"},
+    "ngrams": {"BIGRAM_HASH_BUCKETS": 37, "BIGRAM_HASH_ORDERS": "2,4", "BIGRAM_HASH_DIM": 8, "DOC_MASK": 1},
     "factored": {"EMBED_DIM": 12, "YARN_FACTOR": 4, "YARN_ORIGINAL": 8, "LOGIT_SOFTCAP": 0},
 }
 cases = pytest.mark.parametrize(("kind", "option"), [(kind, option) for kind in MIXERS for option in OPTIONS])

@@ -161,6 +161,87 @@ def test_muon_survives_zero_gradients() -> None:
         assert torch.equal(trainer.latent(name), before[name])
 
 
+# ---- tables
+
+
+TABLE = "embed.ngrams.weight"
+
+
+def table_trainer(**variables: object) -> Trainer:
+    orders = {"BIGRAM_HASH_BUCKETS": 11, "BIGRAM_HASH_DIM": 6, "BIGRAM_HASH_ORDERS": "2,3", "BIGRAM_HASH_LR": 0.2}
+    return Trainer(**{**orders, **variables})
+
+
+def sparse_rows(table: Tensor, seed: int) -> Tensor:
+    """A gradient of a few rows, some met twice, as an embedding makes it."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(0, table.shape[0], (1, 7), generator=generator)
+    rows[0, 3] = rows[0, 0]
+    values = torch.randn(7, table.shape[1], generator=generator, dtype=table.dtype) * 10.0**-seed
+    return torch.sparse_coo_tensor(rows, values, table.shape, check_invariants=True)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_tables_take_steps_of_rowwise_adagrad(sparse: bool, clip: float) -> None:
+    """A row moves by rate * g / sqrt(sum over steps of mean(g^2)), one without gradient not at all."""
+    trainer = table_trainer(GRAD_CLIP_NORM=clip)
+    table, want = trainer.parameters[TABLE], trainer.latent(TABLE).clone()
+    total, met = torch.zeros(22, 1, dtype=torch.float64), set()
+    for step in range(6):
+        grads = trainer.gradients(step)
+        grads[TABLE] = sparse_rows(table, step).to_dense()
+        table.grad = sparse_rows(table, step) if sparse else grads[TABLE].clone()
+        if clip:
+            norm = torch.stack([grad.norm() for grad in grads.values()]).norm()
+            grads[TABLE] *= min(1.0, clip / (norm + 1e-6))
+        trainer.step(rate=1.0 - 0.1 * step)
+        met |= set(sparse_rows(table, step).coalesce().indices()[0].tolist())
+        total += grads[TABLE].square().mean(1, keepdim=True)
+        want -= 0.2 * (1.0 - 0.1 * step) * grads[TABLE] / (total.sqrt() + 1e-12)
+        torch.testing.assert_close(trainer.latent(TABLE), want, rtol=1e-9, atol=1e-12)
+        assert torch.equal(table, trainer.latent(TABLE).float().double()), "exact codec: float32 of the latent"
+    assert 7 < len(met) < 22
+    untouched = [row for row in range(22) if row not in met]
+    assert torch.equal(trainer.latent(TABLE)[untouched], table_trainer().latent(TABLE)[untouched])
+
+
+@pytest.mark.parametrize("codec", t.CODECS)
+@pytest.mark.parametrize("fraction", [0.0, 0.7])
+def test_parameters_of_moved_rows_are_those_of_the_whole_table(codec: str, fraction: float) -> None:
+    """Quantizing only the rows that moved gives the bits of quantizing all, TERNARY_START_FRACTION or not."""
+    early = {"TERNARY_START_FRACTION": fraction} if codec == "ternary" else {}
+    trainer = table_trainer(FP_STORAGE=codec, GROUP_SIZE=2, PRECISION="fp32", **early)
+    table, (bank, _) = trainer.parameters[TABLE], trainer.weights.where[TABLE]
+    before = table.detach().clone()
+    for step, progress in enumerate((0.2, 0.5, 0.8, 0.9)):
+        trainer.gradients(step)
+        table.grad = sparse_rows(table, step)
+        trainer.step(progress=progress)
+        found = table.detach().clone()
+        bank.materialize(quantized=codec != "ternary" or progress >= fraction)
+        assert torch.equal(found, table)
+        assert not torch.equal(found, before)
+        before = found
+
+
+def test_embedding_makes_the_sparse_gradient_of_its_table() -> None:
+    """Rows met in the batch and no others; the numbers of a whole gradient."""
+    trainer = table_trainer()
+    tokens = torch.randint(0, 250, (2, 9), generator=torch.Generator().manual_seed(3))
+    loss = trainer.model.loss(tokens, tokens.roll(-1, 1), t.Variant()).total
+    loss.backward()
+    grad = trainer.parameters[TABLE].grad
+    assert grad is not None and grad.is_sparse
+    rows, whole = trainer.model.embed.ngrams.rows(tokens, torch.full((2, 2), -1))
+    assert set(grad.coalesce().indices()[0].tolist()) == set(rows.flatten().tolist())
+    step, at = 1e-6, int(rows[whole][0])
+    with torch.no_grad():
+        trainer.parameters[TABLE][at, 0] += step
+    moved = trainer.model.loss(tokens, tokens.roll(-1, 1), t.Variant()).total
+    assert float((moved - loss).detach() / step) == pytest.approx(float(grad.to_dense()[at, 0]), rel=1e-4)
+
+
 # ---- AdamW
 
 

@@ -132,7 +132,7 @@ def test_fresh_network_is_the_identity_on_its_embedding(name: str, layers: int) 
     tokens = torch.randint(0, 255, (2, 5), generator=torch.Generator().manual_seed(0))
     ctx = model.context(tokens, None, None)
     x, _, _ = model.hidden(ctx, None)
-    torch.testing.assert_close(x, t.rms_norm(model.embed(ctx)), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(x, t.rms_norm(model.embed(ctx)[0]), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("layers", LAYERS)
@@ -148,7 +148,7 @@ def test_network_runs_its_topology(name: str, layers: int) -> None:
         parameter.copy_(noise / math.sqrt(parameter.shape[-1]) if parameter.ndim == 2 else 0.5 + 0.3 * noise)
     tokens = torch.randint(0, 255, (2, 7), generator=generator)
     ctx = model.context(tokens, None, None)
-    x0 = model.embed(ctx)
+    x0, _ = model.embed(ctx)
     x, stored, half, residual = x0, [], layers // 2, model.residual
     for layer, block in enumerate(model.blocks):
         if name == "unet" and half <= layer < 2 * half:
