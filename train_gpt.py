@@ -1791,7 +1791,7 @@ class SoftcapCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        rows = max(128, (2**18 if x.device.type == "cpu" else 2**27) // weight.shape[0])
+        rows = max(128, (2**21 if x.device.type == "cpu" else 2**27) // weight.shape[0])
         total, matrix = x.new_zeros((), dtype=wide), weight.to(x.dtype)
         dx, dw = torch.empty_like(x), torch.zeros_like(weight)
         for at in range(0, x.shape[0], rows):
