@@ -306,6 +306,7 @@ class Hyperparameters:
         }
 
 
+MAX_TABLE_WEIGHTS = 2**26  # of hashed n-grams: four times what a 16 MB file can hold of one-byte weights
 FIELDS = {f.name.upper(): f for f in dataclasses.fields(Hyperparameters)}
 # Variables of these families are ours alone, so an unknown one is a mistake even when it resembles none of ours.
 FAMILIES = "TTT_ NGRAM_ EVAL_ENGRAM_ CURRICULUM_ EMA_ MOE_ MUON_ ADAM_ ROPE_ YARN_ SLIDING_ WARMDOWN_ TERNARY_ SKC_ "
@@ -315,10 +316,18 @@ FAMILY_PREFIXES = tuple((FAMILIES + "MHC_ HC_ RMT_ NSA_ ENGRAM_ BIGRAM_ CAPSULE_
 LOCAL_FLOAT = {
     "num_layers": 4,
     "model_dim": 128,
-    "num_heads": 4,
+    "num_heads": 2,
+    "num_kv_heads": 2,
     "mlp_mult": 4.0,
     "mlp_act": "leaky_relu2",
-    "matrix_lr": 0.02,
+    "residual": "plain",
+    "resid_mix": False,
+    "bigram_hash_buckets": 65536,
+    "bigram_hash_orders": "2,3",
+    "bigram_hash_lr": 0.07,
+    "matrix_lr": 0.025,
+    "tied_embed_lr": 0.025,
+    "muon_backend_steps": 3,
     "train_seq_len": 256,
     "train_batch_tokens": 2048,
     "micro_batch_tokens": 2048,
@@ -461,6 +470,11 @@ def validate(h: Hyperparameters) -> None:
         (
             h.ngram_orders and (list(h.ngram_orders) != sorted(set(h.ngram_orders)) or h.ngram_orders[0] < 2),
             f"BIGRAM_HASH_ORDERS={h.bigram_hash_orders} must rise from at least 2",
+        ),
+        (
+            h.ngram_orders and h.bigram_hash_buckets * h.bigram_hash_dim > MAX_TABLE_WEIGHTS,
+            f"BIGRAM_HASH_BUCKETS={h.bigram_hash_buckets} rows are too many; at most "
+            f"{MAX_TABLE_WEIGHTS // h.bigram_hash_dim} of BIGRAM_HASH_DIM={h.bigram_hash_dim}",
         ),
         (
             h.ngram_orders and h.bigram_hash_dim % len(h.ngram_orders),
@@ -2801,9 +2815,13 @@ def write_artifact(
     return Artifact(ARTIFACT_MAGIC + zlib.crc32(body).to_bytes(4, "little") + body, table)
 
 
-def most_elements(data: bytes) -> int:
-    """Bound on the weights of a file, which bounds what a hostile one can make us allocate (untrained ternary: 11)."""
-    return 2**22 + 128 * len(data)
+def most_elements(config: dict[str, Any], size: int) -> int:
+    """Bound on the weights of a file of `size` bytes, which bounds what a hostile one can make us allocate.
+
+    A byte holds at most 11 untrained ternary weights; rows of tables that no n-gram has met take next to nothing.
+    """
+    tables = config.get("bigram_hash_buckets", 0) * config.get("bigram_hash_dim", 0)
+    return 2**22 + min(tables, MAX_TABLE_WEIGHTS) + 128 * size
 
 
 def read_header(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -2823,8 +2841,11 @@ def read_header(data: bytes) -> tuple[dict[str, Any], bytes]:
     return header, body[4 + size :]
 
 
-def check_header(header: dict[str, Any], limit: int) -> dict[str, Any]:
-    """The configuration of a header, all of whose values and sizes are sane. Raises ValueError or UserError."""
+def check_header(header: dict[str, Any], size: int) -> dict[str, Any]:
+    """The configuration in the header of a file of `size` bytes, if all its values and sizes are sane.
+
+    Raises ValueError or UserError.
+    """
     config, shapes = header["config"], [row[2:] for row in header["tensors"]]
     if not isinstance(config, dict) or not isinstance(header["prints"], dict):
         raise ValueError("config and prints must be objects")
@@ -2843,7 +2864,7 @@ def check_header(header: dict[str, Any], limit: int) -> dict[str, Any]:
         raise ValueError("a name occurs twice")
     if not all(len(shape) <= 8 and all(type(n) is int and n > 0 for n in shape) for shape in shapes):
         raise ValueError("a tensor has an impossible shape")
-    if sum(math.prod(shape) for shape in shapes) > limit:
+    if sum(math.prod(shape) for shape in shapes) > most_elements(config, size):
         raise ValueError("more weights than its bytes can hold")
     return config
 
@@ -2880,8 +2901,8 @@ def decode_artifact(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]
     """Header and float32 weights by name. Needs no torch arithmetic. Raises UserError for any file it cannot read."""
     header, payload = read_header(data)
     try:
-        base = Hyperparameters(**check_header(header, most_elements(data)))
-        streams = read_streams(header, payload, most_elements(data))
+        config = check_header(header, len(data))
+        base, streams = Hyperparameters(**config), read_streams(header, payload, most_elements(config, len(data)))
         weights, used = {}, dict[str, int]()
         for name, codec_name, *shape in header["tensors"]:
             codec = CODECS[codec_name](base)

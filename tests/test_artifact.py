@@ -74,6 +74,7 @@ CONFIGS: list[dict[str, str]] = [
     {"TIE_EMBEDDINGS": "0", "MLP_ACT": "swiglu", "VALUE_RESIDUAL": "1", "NUM_LAYERS": "3", "MODEL_DIM": "24"},
     {"UNTIE_AT_FRACTION": "0.5", "RESIDUAL": "plain", "RESID_MIX": "0", "GROUP_SIZE": "100000"},
     {"PRECISION": "fp64", "MATRIX_CODEC": "int6"},
+    {"BIGRAM_HASH_BUCKETS": "50", "BIGRAM_HASH_ORDERS": "2,3", "BIGRAM_HASH_DIM": "6", "FP_STORAGE": "int4"},
 ]
 
 
@@ -92,6 +93,15 @@ def test_file_holds_the_models_weights_bit_for_bit(environ: dict[str, str]) -> N
     assert header["prints"] == PRINTS
     rebuilt = t.load_config({"DEVICE": "cpu"}, {**header["config"], "train_batch_tokens": 32, "micro_batch_tokens": 32})
     assert t.structure_config(rebuilt) == t.structure_config(h)
+
+
+def test_tables_that_hardly_any_ngram_has_met_can_be_read_back() -> None:
+    """Twelve million zeros take some kilobytes: the bound on what a file may unfold to must know of tables."""
+    h = t.load_config({**TINY, "BIGRAM_HASH_BUCKETS": "200000", "BIGRAM_HASH_DIM": "60"})
+    artifact = t.write_artifact(h, t.coded_tensors(t.Weights(t.build_model(h, t.start_runtime(h), 255))), PRINTS)
+    assert len(artifact.data) < 60_000
+    _, weights = t.decode_artifact(artifact.data)
+    assert weights["embed.ngrams.weight"].shape == (200_000, 60)
 
 
 def test_header_rebuilds_the_network_alone() -> None:
