@@ -126,6 +126,9 @@ class Hyperparameters:
         when=lambda h: h.bigram_hash_buckets > 0)
     bigram_hash_orders: str = var("2", "model", "lengths of hashed n-grams, comma-separated, e.g. 2,3", "tokens",
         when=lambda h: h.bigram_hash_buckets > 0)
+    induction_orders: str = var("", "model", "lengths of n-grams whose last follower is looked up: 1,2,3", "tokens")
+    induction_window: int = var(1024, "model", "how far back to look for them", "tokens", low=1,
+        when=lambda h: bool(h.induction_orders))
     tie_embeddings: bool = var(True, "model", "output head shares the embedding table")
     untie_at_fraction: float = var(0.0, "model", "progress at which a tied head becomes its own matrix; 0: never",
         "fraction", low=0, high=1)
@@ -263,12 +266,18 @@ class Hyperparameters:
     @property
     def ngram_orders(self) -> tuple[int, ...]:
         """Lengths of the hashed n-grams; empty without tables."""
-        if not self.bigram_hash_buckets:
-            return ()
-        try:
-            return tuple(int(order) for order in self.bigram_hash_orders.split(","))
-        except ValueError:
-            raise UserError(f"BIGRAM_HASH_ORDERS={self.bigram_hash_orders} is not a list like 2,3") from None
+        return rising_orders("BIGRAM_HASH_ORDERS", self.bigram_hash_orders) if self.bigram_hash_buckets else ()
+
+    @property
+    def matched_orders(self) -> tuple[int, ...]:
+        """Lengths of the n-grams that induction looks for."""
+        return rising_orders("INDUCTION_ORDERS", self.induction_orders) if self.induction_orders else ()
+
+    @property
+    def history(self) -> int:
+        """Tokens before a window that its embeddings look at."""
+        matched = self.induction_window + self.matched_orders[-1] - 1 if self.matched_orders else 0
+        return max(matched, max(self.ngram_orders, default=1) - 1)
 
     @property
     def eval_window(self) -> int:
@@ -307,6 +316,19 @@ class Hyperparameters:
 
 
 MAX_TABLE_WEIGHTS = 2**26  # of hashed n-grams: four times what a 16 MB file can hold of one-byte weights
+
+
+def rising_orders(name: str, text: str) -> tuple[int, ...]:
+    """Comma-separated n-gram lengths in rising order. Raises UserError."""
+    try:
+        orders = tuple(int(order) for order in text.split(","))
+    except ValueError:
+        raise UserError(f"{name}={text} is not a list like 2,3") from None
+    if list(orders) != sorted(set(orders)) or orders[0] < 1:
+        raise UserError(f"{name}={text} must rise from at least 1")
+    return orders
+
+
 FIELDS = {f.name.upper(): f for f in dataclasses.fields(Hyperparameters)}
 # Variables of these families are ours alone, so an unknown one is a mistake even when it resembles none of ours.
 FAMILIES = "TTT_ NGRAM_ EVAL_ENGRAM_ CURRICULUM_ EMA_ MOE_ MUON_ ADAM_ ROPE_ YARN_ SLIDING_ WARMDOWN_ TERNARY_ SKC_ "
@@ -467,9 +489,10 @@ def validate(h: Hyperparameters) -> None:
             h.stages[0][0] != 0.0 or [at for at, _ in h.stages] != sorted({at for at, _ in h.stages if 0 <= at < 1}),
             f"BATCH_STAGES={h.batch_stages} must start at progress 0 and rise to less than 1",
         ),
+        (1 in h.ngram_orders, "BIGRAM_HASH_ORDERS must begin with at least 2: single tokens have the embedding"),
         (
-            h.ngram_orders and (list(h.ngram_orders) != sorted(set(h.ngram_orders)) or h.ngram_orders[0] < 2),
-            f"BIGRAM_HASH_ORDERS={h.bigram_hash_orders} must rise from at least 2",
+            max(h.matched_orders, default=0) * math.log2(h.vocab_size + 1) > 62,
+            f"INDUCTION_ORDERS={h.induction_orders} are too long for VOCAB_SIZE={h.vocab_size}: a key has 62 bits",
         ),
         (
             h.ngram_orders and h.bigram_hash_buckets * h.bigram_hash_dim > MAX_TABLE_WEIGHTS,
@@ -991,6 +1014,7 @@ class Batch(NamedTuple):
 
     tokens: Tensor  # (rows, T) int64
     targets: Tensor  # (rows, T) int64
+    history: Tensor  # (rows, h.history) int64, the tokens before each row; -1 where there are none
     row: int  # global index of the first row
     scored: int  # targets of the global batch that count
 
@@ -1005,6 +1029,7 @@ class Loader:
     def __init__(self, h: Hyperparameters, rt: Runtime, bos: int) -> None:
         self.stream = TokenStream(h.data_path, "train", h.vocab_size)
         self.rt, self.bos, self.mode = rt, bos, BATCH_MODES[h.batch_mode]
+        self.history, self.alone = h.history, h.batch_mode == "documents"
         self.usable = self.stream.tokens - holdout_size(h, self.stream)
         largest = max(tokens for _, tokens in h.stages)
         if self.usable < largest + 1:
@@ -1031,7 +1056,11 @@ class Loader:
         batch, after, copied = self.ready.result()
         if copied is not None:
             torch.cuda.current_stream().wait_event(copied)
-            for tensor in (batch.tokens, batch.targets):  # the allocator must not reuse them before the step is done
+            for tensor in (
+                batch.tokens,
+                batch.targets,
+                batch.history,
+            ):  # the allocator must not reuse them before the step is done
                 tensor.record_stream(torch.cuda.current_stream())
         self.position = after
         self.ready = self.prepare(after, rows, seq)
@@ -1044,13 +1073,18 @@ class Loader:
         starts, after = self.mode(self.stream, self.usable, at, rows, seq, self.bos)
         share = rows // self.rt.world
         first = self.rt.rank * share
-        data = np.stack([self.stream.read(start, seq + 1) for start in starts[first : first + share]])
-        if self.side is None:
-            both = torch.from_numpy(data).to(self.rt.device)
-            return Batch(both[:, :-1], both[:, 1:], first, rows * seq), after, None
-        with torch.cuda.stream(self.side):
-            both = torch.from_numpy(data).pin_memory().to(self.rt.device, non_blocking=True)
-            return Batch(both[:, :-1], both[:, 1:], first, rows * seq), after, self.side.record_event()
+        data = np.stack([self.row(start, seq) for start in starts[first : first + share]])
+        with torch.cuda.stream(self.side) if self.side is not None else nullcontext():
+            whole = torch.from_numpy(data)
+            whole = whole.pin_memory() if self.side is not None else whole
+            past, tokens = whole.to(self.rt.device, non_blocking=True).split((self.history, seq + 1), 1)
+            copied = self.side.record_event() if self.side is not None else None
+            return Batch(tokens[:, :-1], tokens[:, 1:], past, first, rows * seq), after, copied
+
+    def row(self, start: int, seq: int) -> np.ndarray:
+        """(h.history + seq + 1,) tokens around a start; -1 before the stream and a row that begins a document."""
+        past = 0 if self.alone else min(self.history, start)
+        return np.pad(self.stream.read(start - past, past + seq + 1), (self.history - past, 0), constant_values=-1)
 
 
 class Future(NamedTuple):
@@ -1493,7 +1527,7 @@ class Ctx(NamedTuple):
     """What a layer may know besides its input; the same for all layers of one forward pass, but for v0."""
 
     tokens: Tensor  # (B, T) int64
-    history: Tensor  # (B, longest n-gram - 1) int64, the tokens before those; -1 where there are none
+    history: Tensor  # (B, h.history) int64, the tokens before those; -1 where there are none
     positions: Tensor  # (B, T) int64, counted from the start of the stream
     documents: Tensor  # (B, T) int64, rises by one at each document start
     rotary: tuple[Tensor, Tensor]  # cosine and sine, each (B, T, 1, rope_dims / 2)
@@ -1709,8 +1743,8 @@ class HashedNgrams(Module):
 
     def rows(self, tokens: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of the stacked tables, and whether each n-gram is whole, both (B, T, orders)."""
-        length, reach = tokens.shape[1], history.shape[1]
-        stream = torch.cat((history, tokens), 1)
+        length, reach = tokens.shape[1], self.orders[-1] - 1
+        stream = torch.cat((history[:, history.shape[1] - reach :], tokens), 1)
         key, whole = tokens + 1, torch.ones_like(tokens, dtype=torch.bool)
         rows: list[Tensor] = []
         wholes: list[Tensor] = []
@@ -1733,8 +1767,61 @@ class HashedNgrams(Module):
         return self.up(x.flatten(-2), ctx)
 
 
+def last_equal(key: Tensor) -> Tensor:
+    """For each place of key (B, S) the nearest earlier place in its row with the same key, or -1; O(S log S)."""
+    order = key.argsort(dim=1, stable=True)
+    ordered = key.gather(1, order)
+    again = ordered[:, 1:] == ordered[:, :-1]
+    found = torch.full_like(order, -1)
+    return found.scatter_(1, order[:, 1:], torch.where(again, order[:, :-1], -1))
+
+
+class Induction(Module):
+    """Induction heads that need not be learned (Olsson et al. 2022): what followed the last time.
+
+    For each order the current n-gram's last occurrence within INDUCTION_WINDOW tokens is looked up, in the same
+    document with DOC_MASK; the token f after it adds gain * embed(f) + found to the embedding, none adds nothing.
+    """
+
+    kinds: ClassVar[dict[str, str]] = {"gain": "scalar", "found": "scalar"}
+
+    def __init__(self, h: Hyperparameters, bos: int) -> None:
+        super().__init__()
+        self.orders, self.window, self.bos = h.matched_orders, h.induction_window, bos
+        self.doc_mask, self.vocab_size = h.doc_mask, h.vocab_size
+        self.gain = nn.Parameter(torch.empty(len(self.orders), h.embed_width))
+        self.found = nn.Parameter(torch.empty(len(self.orders), h.embed_width))
+
+    def followers(self, tokens: Tensor, history: Tensor) -> Tensor:
+        """(B, T, orders) tokens, -1 where the n-gram has not been seen."""
+        stream = torch.cat((history, tokens), 1)
+        place, documents = torch.arange(stream.shape[1], device=stream.device), (stream == self.bos).cumsum(1)
+        key, found = stream + 1, []
+        for order in range(1, self.orders[-1] + 1):
+            if order > 1:
+                before = F.pad(stream, (order - 1, 0), value=-1)[:, : stream.shape[1]] + 1
+                key = (key * (self.vocab_size + 1) + before) * (before > 0) * (key > 0)  # 0: reaches past the beginning
+            if order in self.orders:
+                last = last_equal(torch.where(key > 0, key, -1 - place))
+                near = (last >= 0) & (last >= place - self.window)
+                last = last.clamp(min=0)
+                near = near & (documents.gather(1, last) == documents) if self.doc_mask else near
+                found.append(torch.where(near, stream.gather(1, (last + 1).clamp(max=len(place) - 1)), -1))
+        return torch.stack(found, -1)[:, history.shape[1] :]
+
+    def forward(self, ctx: Ctx, embedding: Tensor) -> Tensor:
+        """What to add to embeddings (B, T, E), from a table of all followers of all orders."""
+        rows = self.followers(ctx.tokens, ctx.history).flatten(0, 1)
+        tables = embedding * self.gain.unsqueeze(1) + self.found.unsqueeze(1)  # (orders, V, E)
+        none = len(self.orders) * self.vocab_size
+        starts = torch.arange(0, none, self.vocab_size, device=rows.device)
+        table = F.pad(tables.flatten(0, 1), (0, 0, 0, 1))  # the last row stands for no follower
+        rows = torch.where(rows < 0, none, rows + starts)
+        return F.embedding_bag(rows, table, mode="sum", padding_idx=none).view(*ctx.tokens.shape, -1)
+
+
 class Embedding(Module):
-    """Token embedding plus hashed n-grams, normalized; factored through EMBED_DIM when that is set.
+    """Token embedding plus induction and hashed n-grams, normalized; factored through EMBED_DIM when that is set.
 
     Its weight is also the tied output head.
     """
@@ -1745,10 +1832,13 @@ class Embedding(Module):
         self.weight = nn.Parameter(torch.empty(h.vocab_size, h.embed_width))
         self.up = Linear("embed.up", h.embed_width, h.model_dim) if h.embed_dim else None
         self.ngrams = HashedNgrams(h, bos) if h.ngram_orders else None
+        self.induction = Induction(h, bos) if h.matched_orders else None
 
     def forward(self, ctx: Ctx) -> tuple[Tensor, Tensor | None]:
         """The first residual stream x0, and the part e2 of it that comes from n-grams (None without tables)."""
         x = F.embedding(ctx.tokens, self.weight)
+        if self.induction is not None:
+            x = x + self.induction(ctx, self.weight)
         if torch.is_autocast_enabled("cuda"):
             x = x.bfloat16()  # the residual stream is bf16, too: half the traffic between sites
         if self.up is not None:
@@ -2091,7 +2181,7 @@ class StreamState(NamedTuple):
 
     position: Tensor  # (B,) int64, tokens so far
     document: Tensor  # (B,) int64, document starts so far
-    history: Tensor  # (B, longest n-gram - 1) int64, the last tokens; -1 where there were none
+    history: Tensor  # (B, h.history) int64, the last tokens; -1 where there were none
 
 
 class Trace(NamedTuple):
@@ -2157,8 +2247,13 @@ class GPT(Module):
         return (StreamState(zeros, zeros, self.no_history(zeros)), *sites)
 
     def no_history(self, like: Tensor) -> Tensor:
-        """(B, longest n-gram - 1) of -1, for B rows of int64 as in `like`."""
-        return like.new_full((like.shape[0], max(self.h.ngram_orders, default=1) - 1), -1)
+        """(B, h.history) of -1, for B rows of int64 as in `like`."""
+        return like.new_full((like.shape[0], self.h.history), -1)
+
+    def start_state(self, history: Tensor) -> tuple | None:
+        """The state of rows that begin anew, but for the tokens before them (B, h.history); None if h.history is 0."""
+        zero = history.new_zeros(1)  # one for all rows
+        return (StreamState(zero, zero, history), *[None] * len(self.sites)) if history.shape[1] else None
 
     def site(self, site: Site) -> Any:
         return self.blocks[site.layer][site.kind]  # type: ignore[index]
@@ -2278,6 +2373,7 @@ def initial_value(h: Hyperparameters, name: str, shape: Sequence[int], generator
     deviation 1 / sqrt(inputs); head.down starts as the transpose-like small random map that lets logits start near 0.
     """
     leaf, constants = name.rsplit(".", 2)[-2:], {"q_gain": h.qk_gain_init, "v_mix": 4.0, "scale": 1.0, "skip": 1.0}
+    constants |= {"gain": 0.1, "found": 0.0}
     if name == "residual.mix":
         return torch.stack((torch.ones(shape[0], shape[2]), torch.zeros(shape[0], shape[2])), 1)
     if leaf[-1] in constants:
@@ -2993,6 +3089,7 @@ class Chunk(NamedTuple):
     targets: Tensor | None  # (B, T); None while predictions are made
     scored: int
     starts: list[int]  # stream index of each row's first scored token
+    history: Tensor  # (B, h.history) the tokens before the windows; -1 where there are none
     carry: tuple | None = None  # the network's state before the chunk, a row for each span
 
 
@@ -3179,10 +3276,11 @@ class Scorer:
             for chunk in self.chunks(group, turn):
                 mine = [states[span] for span in chunk.spans]
                 rows = [before.spans.index(span) for span in chunk.spans] if before.state else []
-                chunk = chunk._replace(carry=take_rows(before.state, rows))
+                start = take_rows(before.state, rows) if before.state else self.model.start_state(chunk.history)
+                chunk = chunk._replace(carry=start)
                 given, after = self.predict(chunk._replace(targets=None), mine)
                 sums += self.tally(chunk, given)
-                if chunk.scored == self.step:  # a shorter chunk ends its span
+                if before.state and chunk.scored == self.step:  # a shorter chunk ends its span
                     carry = Carry(chunk.spans, after)
                 if ledger is not None:
                     ledger.extend((s, i + 1, i + 1 + chunk.scored) for s, i in zip(chunk.spans, chunk.starts))
@@ -3223,9 +3321,12 @@ class Scorer:
                 begin = max(0, last - window) if self.h.sliding_eval else first
                 shapes.setdefault((last - begin, last - first), []).append((span, last))
         for (length, count), rows in shapes.items():
-            data = np.stack([self.tokens[last - length : last + 1] for _, last in rows])
-            both = torch.from_numpy(data).to(self.rt.device)
-            yield Chunk([s for s, _ in rows], both[:, :-1], both[:, 1:], count, [last - count for _, last in rows])
+            past = [self.tokens[max(0, last - length - self.h.history) : last - length] for _, last in rows]
+            past = [np.pad(p, (self.h.history - len(p), 0), constant_values=-1) for p in past]
+            data = np.stack([np.append(p, self.tokens[last - length : last + 1]) for p, (_, last) in zip(past, rows)])
+            history, both = torch.from_numpy(data).to(self.rt.device).split((self.h.history, length + 1), 1)
+            starts = [last - count for _, last in rows]
+            yield Chunk([s for s, _ in rows], both[:, :-1], both[:, 1:], count, starts, history)
 
     def tally(self, chunk: Chunk, given: Distribution) -> np.ndarray:
         """Nats, tokens and bytes of a chunk."""
@@ -3513,7 +3614,7 @@ def make_step(s: Session) -> Callable[[Batch, TrainState, float], tuple[Tensor, 
         total, carries = torch.zeros((), device=rt.device, dtype=rt.dtype), []
         for at in range(0, rows, micro):
             part = slice(at, min(at + micro, rows))
-            carry = take_rows(state.carry, part)
+            carry = take_rows(state.carry, part) if h.carry_train else s.model.start_state(batch.history[part])
             with rt.precision():
                 moment = Moment(done, count, torch.arange(part.start, part.stop, device=rt.device) + batch.row)
                 out = loss_of(batch.tokens[part], batch.targets[part], state.variant, carry, moment)
@@ -3523,7 +3624,7 @@ def make_step(s: Session) -> Callable[[Batch, TrainState, float], tuple[Tensor, 
             loss.backward()
             total += out.total.detach()
             carries.append(map_state(out.state, Tensor.detach))
-        return total, join_states(carries)
+        return total, join_states(carries) if h.carry_train else None
 
     return step
 

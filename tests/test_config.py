@@ -354,7 +354,9 @@ CONTRADICTIONS: list[tuple[dict[str, str], str]] = [
     ({"PARTIAL_ROPE_DIMS": "128"}, "at most 64"),
     ({"BIGRAM_HASH_BUCKETS": "64", "BIGRAM_HASH_ORDERS": "3,2"}, "BIGRAM_HASH_ORDERS=3,2 must rise"),
     ({"BIGRAM_HASH_BUCKETS": "64", "BIGRAM_HASH_ORDERS": "2,2"}, "must rise"),
-    ({"BIGRAM_HASH_BUCKETS": "64", "BIGRAM_HASH_ORDERS": "1,2"}, "from at least 2"),
+    ({"BIGRAM_HASH_BUCKETS": "64", "BIGRAM_HASH_ORDERS": "1,2"}, "begin with at least 2"),
+    ({"INDUCTION_ORDERS": "0,1"}, "INDUCTION_ORDERS=0,1 must rise from at least 1"),
+    ({"INDUCTION_ORDERS": "1,7"}, "too long for VOCAB_SIZE=1024"),
     ({"BIGRAM_HASH_BUCKETS": "64", "BIGRAM_HASH_ORDERS": "2;3"}, "not a list like 2,3"),
     ({"BIGRAM_HASH_BUCKETS": "64", "BIGRAM_HASH_ORDERS": "2,3", "BIGRAM_HASH_DIM": "9"}, "multiple of the 2"),
     ({"BIGRAM_HASH_BUCKETS": "2000000"}, "at most 1048576 of BIGRAM_HASH_DIM=64"),
@@ -468,6 +470,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"lr_floor": 0.1},
     {"temp_scaling": True},
     {"bigram_hash_buckets": 64},
+    {"induction_orders": "2"},
 ]
 
 

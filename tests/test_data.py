@@ -191,6 +191,25 @@ def test_rows_are_pieces_of_the_stream_and_targets_the_next_tokens(mode: str, pl
 
 
 @MODES
+@pytest.mark.parametrize("window", [3, 30, 2500])
+def test_history_is_what_stands_before_a_row(mode: str, window: int, place_data: str) -> None:
+    """Up to the beginning of the stream, -1 before it; a row that begins a document has none."""
+    found, stream = 0, places(3000, DOCUMENTS)
+    for world in (1, 2):
+        for rank in range(world):
+            loader = loader_of(place_data, mode, (rank, world), INDUCTION_ORDERS="1,2", INDUCTION_WINDOW=window)
+            for _ in range(120):
+                batch = loader.next(4, SEQ)
+                starts = where(np.concatenate((batch.tokens, batch.targets[:, -1:]), 1))
+                assert batch.history.shape == (4 // world, window + 1)
+                for start, history in zip(starts, batch.history.numpy(), strict=True):
+                    past = [] if mode == "documents" else stream[max(0, start - window - 1) : start].tolist()
+                    assert history.tolist() == [-1] * (window + 1 - len(past)) + past
+                    found += len(past)
+    assert (found > 0) == (mode != "documents")
+
+
+@MODES
 def test_global_order_does_not_depend_on_the_number_of_ranks(mode: str, place_data: str) -> None:
     whole = take(loader_of(place_data, mode), 150)
     for world in (2, 4):

@@ -46,6 +46,9 @@ class Stub:
     def init_state(self, batch: int) -> tuple:
         return (torch.zeros(batch),)
 
+    def start_state(self, history: Tensor) -> None:
+        return None
+
     def logits(self, tokens: Tensor, variant: Any, state: Any = None, last: int = 0, adapters: Any = None) -> Any:
         return self.row.expand(*tokens[:, -last:].shape, -1), state
 
@@ -73,7 +76,10 @@ def naive_nats(model: t.GPT, tokens: np.ndarray, chunks: list[tuple[int, int, in
     """Cross-entropy of the targets first + 1 .. last, given the tokens begin .. first before them, chunk by chunk."""
     total, both = 0.0, torch.from_numpy(tokens)
     for begin, first, last in chunks:
-        logits, _ = model.logits(both[None, begin:last], t.final_variant(model.h))
+        reach = model.h.history
+        history = both[max(0, begin - reach) : begin]
+        state = model.start_state(F.pad(history, (reach - len(history), 0), value=-1)[None])
+        logits, _ = model.logits(both[None, begin:last], t.final_variant(model.h), state)
         total += F.cross_entropy(logits[0, first - begin :], both[first + 1 : last + 1], reduction="sum").item()
     return total
 
@@ -108,9 +114,13 @@ class Recorder(t.Adapter):
 LENGTHS = [2, 3, WINDOW, WINDOW + 1, WINDOW + 2, 3 * WINDOW + 1, 200, 201]
 
 
+HISTORY = {"INDUCTION_ORDERS": "1,2", "INDUCTION_WINDOW": 9, "BIGRAM_HASH_BUCKETS": 50, "BIGRAM_HASH_DIM": 4}
+
+
+@pytest.mark.parametrize("variables", [{}, HISTORY], ids=["window", "history"])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_plain_score_is_a_loop_over_windows(length: int) -> None:
-    h = config()
+def test_plain_score_is_a_loop_over_windows(length: int, variables: dict[str, object]) -> None:
+    h = config(**variables)
     model, tokens = scrambled(h), stream(length)
     score = scorer_of(h, model).score(tokens)
     assert score.tokens == length - 1
@@ -159,6 +169,9 @@ MODES: dict[str, dict[str, object]] = {
     "sliding": {"SLIDING_EVAL": 1, "SLIDING_EVAL_STRIDE": 5},
     "sliding one by one": {"SLIDING_EVAL": 1, "SLIDING_EVAL_STRIDE": 1},
     "carried": {"CARRY_EVAL": 1, "ATTN_WINDOW": 6},
+    "history": HISTORY,
+    "sliding history": {"SLIDING_EVAL": 1, "SLIDING_EVAL_STRIDE": 5, **HISTORY},
+    "carried history": {"CARRY_EVAL": 1, "ATTN_WINDOW": 6, **HISTORY},
 }
 modes = pytest.mark.parametrize("mode", MODES)
 
@@ -341,9 +354,11 @@ def test_no_prediction_depends_on_a_token_that_is_scored_later(mode: str, stack:
     tokens = stream(130)
     before, order, starts = predictions(h, stack, tokens)
     # what a span is given of the span before it is context, whenever that is scored
-    reach = WINDOW if h.sliding_eval else 1
+    reach = WINDOW * h.sliding_eval + h.history * (not h.carry_eval) + 1
     context = {index for start in starts for index in range(start - reach, start)}
-    for at in (1, 2, WINDOW, WINDOW + 1, 51, 52, 105, 128, 129):
+    places = [at for at in (1, 2, WINDOW, WINDOW + 1, 51, 52, 76, 105, 128, 129) if at not in context]
+    assert len(places) >= 6
+    for at in places:
         place, changed = order.index(at), tokens.copy()
         later = sorted(set(order[place:]) - context)
         changed[later] = (tokens[later] + 31) % BOS

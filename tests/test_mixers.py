@@ -26,6 +26,8 @@ OPTIONS: dict[str, dict[str, object]] = {
     "values": {"VALUE_RESIDUAL": 1, "ATTN_WINDOW": 4, "NUM_KV_HEADS": 1, "PARTIAL_ROPE_DIMS": 2},
     "values_documents": {"VALUE_RESIDUAL": 1, "DOC_MASK": 1, "RESIDUAL": "plain", "RESID_MIX": 0, "MLP_ACT": "swiglu"},
     "ngrams": {"BIGRAM_HASH_BUCKETS": 37, "BIGRAM_HASH_ORDERS": "2,4", "BIGRAM_HASH_DIM": 8, "DOC_MASK": 1},
+    "induction": {"INDUCTION_ORDERS": "1,2", "INDUCTION_WINDOW": 4, "BIGRAM_HASH_BUCKETS": 9, "EMBED_DIM": 12},
+    "induction_documents": {"INDUCTION_ORDERS": "1,3", "DOC_MASK": 1, "ATTN_WINDOW": 5},
     "factored": {"EMBED_DIM": 12, "YARN_FACTOR": 4, "YARN_ORIGINAL": 8, "LOGIT_SOFTCAP": 0},
 }
 cases = pytest.mark.parametrize(("kind", "option"), [(kind, option) for kind in MIXERS for option in OPTIONS])
