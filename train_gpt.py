@@ -347,6 +347,7 @@ LOCAL_FLOAT = {
     "bigram_hash_buckets": 65536,
     "bigram_hash_orders": "2,3",
     "bigram_hash_lr": 0.07,
+    "induction_orders": "1,2,3",
     "matrix_lr": 0.025,
     "tied_embed_lr": 0.025,
     "muon_backend_steps": 3,
@@ -3132,6 +3133,14 @@ class Adapter:
         return states
 
 
+def windows(tokens: np.ndarray, starts: Sequence[int], length: int, past: int, rt: Runtime) -> Sequence[Tensor]:
+    """(B, past) tokens before each start, -1 before the stream's beginning, and (B, length) from it on."""
+    rows = np.full((len(starts), past + length), -1)
+    for row, at in zip(rows, starts, strict=True):
+        row[max(0, past - at) :] = tokens[max(0, at - past) : at + length]
+    return torch.from_numpy(rows).to(rt.device).split((past, length), 1)
+
+
 class TemperatureAdapter(Adapter):
     """p^(1/tau) renormalized; tau was fitted on held-out training tokens before training's clock ended."""
 
@@ -3150,10 +3159,10 @@ def fit_temperature(
     holdout (at least one window and one token,) int64. Stops with the best so far when `expired` says so.
     """
     window = h.eval_window
-    data = holdout[: len(holdout) // (window + 1) * (window + 1)].reshape(-1, window + 1)
-    rows = torch.from_numpy(data[: max(1, 8192 // window)]).to(rt.device)
+    starts = range(0, min(len(holdout) - window, max(8192, window)), window)
+    history, rows = windows(holdout, starts, window + 1, h.history, rt)
     with torch.no_grad(), rt.precision():
-        logits, _ = model.logits(rows[:, :-1], final_variant(h))
+        logits, _ = model.logits(rows[:, :-1], final_variant(h), model.start_state(history))
     flat, targets = logits.flatten(0, 1), rows[:, 1:].flatten()
     low, high, ratio = -math.log(2), math.log(2), (math.sqrt(5) - 1) / 2
     for _ in range(20):
@@ -3321,10 +3330,8 @@ class Scorer:
                 begin = max(0, last - window) if self.h.sliding_eval else first
                 shapes.setdefault((last - begin, last - first), []).append((span, last))
         for (length, count), rows in shapes.items():
-            past = [self.tokens[max(0, last - length - self.h.history) : last - length] for _, last in rows]
-            past = [np.pad(p, (self.h.history - len(p), 0), constant_values=-1) for p in past]
-            data = np.stack([np.append(p, self.tokens[last - length : last + 1]) for p, (_, last) in zip(past, rows)])
-            history, both = torch.from_numpy(data).to(self.rt.device).split((self.h.history, length + 1), 1)
+            first = [last - length for _, last in rows]
+            history, both = windows(self.tokens, first, length + 1, self.h.history, self.rt)
             starts = [last - count for _, last in rows]
             yield Chunk([s for s, _ in rows], both[:, :-1], both[:, 1:], count, starts, history)
 

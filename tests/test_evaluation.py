@@ -564,7 +564,8 @@ def test_temperature_is_the_best_on_the_held_out_tokens() -> None:
     tau, _, _ = fitted(h, model, holdout, stream(30))
 
     def loss(value: float) -> float:
-        rows = torch.from_numpy(holdout.reshape(-1, WINDOW + 1))
+        starts = range(0, len(holdout) - WINDOW, WINDOW)
+        rows = torch.from_numpy(np.stack([holdout[at : at + WINDOW + 1] for at in starts]))
         with torch.no_grad():
             logits, _ = model.logits(rows[:, :-1], t.Variant())
         return F.cross_entropy(logits.flatten(0, 1) / value, rows[:, 1:].flatten()).item()
