@@ -129,6 +129,8 @@ class Hyperparameters:
     induction_orders: str = var("", "model", "lengths of n-grams whose last follower is looked up: 1,2,3", "tokens")
     induction_window: int = var(1024, "model", "how far back to look for them", "tokens", low=1,
         when=lambda h: bool(h.induction_orders))
+    induction_count: int = var(2, "model", "how many last occurrences of each to look up", low=1,
+        when=lambda h: bool(h.induction_orders))
     tie_embeddings: bool = var(True, "model", "output head shares the embedding table")
     untie_at_fraction: float = var(0.0, "model", "progress at which a tied head becomes its own matrix; 0: never",
         "fraction", low=0, high=1)
@@ -1778,43 +1780,45 @@ def last_equal(key: Tensor) -> Tensor:
 
 
 class Induction(Module):
-    """Induction heads that need not be learned (Olsson et al. 2022): what followed the last time.
+    """Induction heads that need not be learned (Olsson et al. 2022): what followed the last times.
 
-    For each order the current n-gram's last occurrence within INDUCTION_WINDOW tokens is looked up, in the same
-    document with DOC_MASK; the token f after it adds gain * embed(f) + found to the embedding, none adds nothing.
+    For each order the current n-gram's last INDUCTION_COUNT occurrences within INDUCTION_WINDOW tokens are looked up,
+    in the same document with DOC_MASK; a token f after one adds gain * embed(f) + found to the embedding, gain and
+    found learned per order and occurrence; where there is none, nothing is added.
     """
 
     kinds: ClassVar[dict[str, str]] = {"gain": "scalar", "found": "scalar"}
 
     def __init__(self, h: Hyperparameters, bos: int) -> None:
         super().__init__()
-        self.orders, self.window, self.bos = h.matched_orders, h.induction_window, bos
-        self.doc_mask, self.vocab_size = h.doc_mask, h.vocab_size
-        self.gain = nn.Parameter(torch.empty(len(self.orders), h.embed_width))
-        self.found = nn.Parameter(torch.empty(len(self.orders), h.embed_width))
+        self.orders, self.window, self.count = h.matched_orders, h.induction_window, h.induction_count
+        self.doc_mask, self.vocab_size, self.bos = h.doc_mask, h.vocab_size, bos
+        self.gain = nn.Parameter(torch.empty(len(self.orders) * self.count, h.embed_width))
+        self.found = nn.Parameter(torch.empty(len(self.orders) * self.count, h.embed_width))
 
     def followers(self, tokens: Tensor, history: Tensor) -> Tensor:
-        """(B, T, orders) tokens, -1 where the n-gram has not been seen."""
+        """(B, T, orders * count) tokens, latest first; -1 where the n-gram has not been seen so often."""
         stream = torch.cat((history, tokens), 1)
         place, documents = torch.arange(stream.shape[1], device=stream.device), (stream == self.bos).cumsum(1)
-        key, found = stream + 1, []
+        after, key, found = F.pad(stream, (0, 1))[:, 1:], stream + 1, []
         for order in range(1, self.orders[-1] + 1):
             if order > 1:
                 before = F.pad(stream, (order - 1, 0), value=-1)[:, : stream.shape[1]] + 1
                 key = (key * (self.vocab_size + 1) + before) * (before > 0) * (key > 0)  # 0: reaches past the beginning
             if order in self.orders:
-                last = last_equal(torch.where(key > 0, key, -1 - place))
-                near = (last >= 0) & (last >= place - self.window)
-                last = last.clamp(min=0)
-                near = near & (documents.gather(1, last) == documents) if self.doc_mask else near
-                found.append(torch.where(near, stream.gather(1, (last + 1).clamp(max=len(place) - 1)), -1))
+                last = at = last_equal(torch.where(key > 0, key, -1 - place))
+                for _ in range(self.count):
+                    seen, at = at >= (place - self.window).clamp(min=0), at.clamp(min=0)
+                    seen = seen & (documents.gather(1, at) == documents) if self.doc_mask else seen
+                    found.append(torch.where(seen, after.gather(1, at), -1))
+                    at = torch.where(seen, last.gather(1, at), -1)
         return torch.stack(found, -1)[:, history.shape[1] :]
 
     def forward(self, ctx: Ctx, embedding: Tensor) -> Tensor:
         """What to add to embeddings (B, T, E), from a table of all followers of all orders."""
         rows = self.followers(ctx.tokens, ctx.history).flatten(0, 1)
-        tables = embedding * self.gain.unsqueeze(1) + self.found.unsqueeze(1)  # (orders, V, E)
-        none = len(self.orders) * self.vocab_size
+        tables = embedding * self.gain.unsqueeze(1) + self.found.unsqueeze(1)  # (orders * count, V, E)
+        none = len(self.gain) * self.vocab_size
         starts = torch.arange(0, none, self.vocab_size, device=rows.device)
         table = F.pad(tables.flatten(0, 1), (0, 0, 0, 1))  # the last row stands for no follower
         rows = torch.where(rows < 0, none, rows + starts)

@@ -333,30 +333,35 @@ def test_hashed_ngrams_are_rows_of_whole_ngrams(orders: str) -> None:
 
 @pytest.mark.parametrize("doc_mask", [0, 1])
 @pytest.mark.parametrize("window", [1, 3, 100])
+@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("orders", ["1", "2", "1,3", "1,2,4"])
-def test_induction_finds_what_followed_the_last_time(orders: str, window: int, doc_mask: int) -> None:
+def test_induction_finds_what_followed_the_last_times(orders: str, count: int, window: int, doc_mask: int) -> None:
     """Against a search token by token, in the history before the window too; the embedding gets what was found."""
-    model = scrambled_model(INDUCTION_ORDERS=orders, INDUCTION_WINDOW=window, DOC_MASK=doc_mask)
+    variables = {"INDUCTION_ORDERS": orders, "INDUCTION_WINDOW": window, "INDUCTION_COUNT": count}
+    model = scrambled_model(**variables, DOC_MASK=doc_mask)
     lengths, induction = [int(order) for order in orders.split(",")], model.embed.induction
     past = window + lengths[-1] - 1
     stream = torch.randint(0, 3, (4, past + 20), generator=torch.Generator().manual_seed(1))
     stream[1, past + 5] = stream[2, past - 1] = t.BYTE_BOS
     stream[3, : max(0, past - 2)] = -1  # a stream that begins just before its window
     history, tokens = stream.split((past, 20), 1)
-    want = torch.full((4, 20, len(lengths)), -1)
-    for row, at, index in np.ndindex(*want.shape):
+    want = torch.full((4, 20, len(lengths), count), -1)
+    for row, at, index in np.ndindex(*want.shape[:3]):
         text, here, order = stream[row].tolist(), past + at, lengths[index]
+        seen = []
         for last in range(max(order - 1, here - window), here):
             gram, before = text[here - order + 1 : here + 1], text[last - order + 1 : last + 1]
             apart = doc_mask and t.BYTE_BOS in text[last + 1 : here + 1]
             if gram == before and -1 not in gram and not apart:
-                want[row, at, index] = text[last + 1]
+                seen.insert(0, text[last + 1])
+        want[row, at, index, : len(seen)] = torch.tensor(seen[:count])
+    want = want.flatten(2)
     assert torch.equal(induction.followers(tokens, history), want)
     assert (want >= 0).any() and (want < 0).any()
     state = model.start_state(history)
     x, _ = model.embed(model.context(tokens, state, t.Variant()))
     table, total = model.embed.weight, model.embed.weight[tokens]
-    for index in range(len(lengths)):
+    for index in range(len(lengths) * count):
         found = induction.gain[index] * table[want[..., index].clamp(min=0)] + induction.found[index]
         total = total + found * (want[..., index] >= 0).unsqueeze(-1)
     torch.testing.assert_close(x, t.rms_norm(total), rtol=1e-9, atol=1e-9)
