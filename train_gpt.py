@@ -3334,8 +3334,8 @@ class Scorer:
                 begin = max(0, last - window) if self.h.sliding_eval else first
                 shapes.setdefault((last - begin, last - first), []).append((span, last))
         for (length, count), rows in shapes.items():
-            first = [last - length for _, last in rows]
-            history, both = windows(self.tokens, first, length + 1, self.h.history, self.rt)
+            begins = [last - length for _, last in rows]
+            history, both = windows(self.tokens, begins, length + 1, self.h.history, self.rt)
             starts = [last - count for _, last in rows]
             yield Chunk([s for s, _ in rows], both[:, :-1], both[:, 1:], count, starts, history)
 
