@@ -366,7 +366,7 @@ LOCAL_FLOAT = {
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "local_float": LOCAL_FLOAT,
-    "local": {**LOCAL_FLOAT, "matrix_codec": "ternary"},
+    "local": {**LOCAL_FLOAT, "matrix_codec": "ternary", "group_size": 32},
     "attn": {},
     "ternary": {
         "num_layers": 10,
