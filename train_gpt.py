@@ -306,7 +306,12 @@ class Hyperparameters:
 
     def used(self) -> dict[str, tuple[str, ...]]:
         """Which entries of each registry this configuration reaches; the extractor keeps only those."""
+        kinds = {"matrix": True, "embed": True, "head": self.has_head, "table": bool(self.ngram_orders), "scalar": True}
+        groups = tuple(name for name, there in kinds.items() if there)
         return {
+            "ROLE_KINDS": groups,
+            "GROUPS": groups,
+            "RULES": ("muon", "adamw", "adagrad") if self.ngram_orders else ("muon", "adamw"),
             "CODECS": tuple(dict.fromkeys((*self.codecs, "exact"))),
             "ACTIVATIONS": (self.mlp_act,),
             "SITE_KINDS": tuple(dict.fromkeys((*self.mixers, "mlp"))),
@@ -2572,10 +2577,10 @@ def orthogonalize(x: Tensor, steps: int) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     wide = x.mT if x.shape[-2] > x.shape[-1] else x
     y = wide.bfloat16() if x.device.type == "cuda" else wide
-    y = y / (y.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     if x.device.type != "cuda" and y.shape[-1] >= 2 * y.shape[-2]:
         y = gram_polynomial(y @ y.mT, steps) @ y
     else:
+        y = y / (y.norm(dim=(-2, -1), keepdim=True) + 1e-7)
         for _ in range(steps):
             gram = y @ y.mT
             y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
@@ -2583,17 +2588,18 @@ def orthogonalize(x: Tensor, steps: int) -> Tensor:
 
 
 def gram_polynomial(gram: Tensor, steps: int) -> Tensor:
-    """The small square matrix Q with which Newton-Schulz of y is Q y, from gram = y y^T (n, a, a).
+    """The small square matrix Q with which Newton-Schulz of y / |y| is Q y, from gram = y y^T (n, a, a).
 
     Each step multiplies y by P = a I + b G + c G^2, and so G by P on both sides: half the work for 4:1 matrices. Needs
     float32: the powers of G would drown in bf16's rounding.
     """
     a, b, c = NEWTON_SCHULZ
-    product = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+    size = gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()[:, None, None] + 1e-7  # Frobenius norm of y
+    gram, product = gram / size**2, 1 / size
     for step in range(steps):
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
-        product = factor @ product if step else factor
+        product = factor @ product if step else factor * product
         if step + 1 < steps:
             gram = factor @ gram @ factor
     return product
@@ -2673,7 +2679,7 @@ class Optimizer:
         """Nesterov momentum, rows normalized (MuonEq-R), orthogonalized, scaled by sqrt(max(1, rows / columns))."""
         buffer = bank.slot("momentum")
         share = has.to(grad.dtype)
-        buffer.mul_(1 + share * (group.momentum - 1)).add_(grad)
+        torch.addcmul(grad, buffer, 1 + share * (group.momentum - 1), out=buffer)
         update = torch.add(grad, buffer, alpha=group.momentum)
         if self.h.muon_row_norm:
             update = update / (update.norm(dim=-1, keepdim=True) + 1e-7)
@@ -2717,7 +2723,7 @@ class Optimizer:
         rows, values = (grad.indices()[0], grad.values()[None]) if grad.is_sparse else (slice(None), grad)
         total = bank.state["total"][:, rows] + values.square().mean(-1, keepdim=True)
         bank.state["total"][:, rows] = total
-        bank.latent[:, rows] -= group.rate * values / (total.sqrt() + 1e-12)
+        bank.latent[:, rows] -= values * (has.to(total.dtype) * group.rate / (total.sqrt() + 1e-12))
 
     def average(self, bank: Bank) -> None:
         """Running average of latents: what is averaged is quantized afterwards like any latent."""

@@ -35,6 +35,14 @@ KINDS: dict[str, dict[str, str]] = {
         "MICRO_BATCH_TOKENS": "96", "DOC_MASK": "1",
     },
     "documents": {"BATCH_MODE": "documents", "GRAD_CLIP_NORM": "0.5", "MUON_WD": "0.1", "ADAM_WD": "0.1"},
+    "tables, induction": {
+        **AVERAGE, "BIGRAM_HASH_BUCKETS": "64", "BIGRAM_HASH_DIM": "8", "BIGRAM_HASH_ORDERS": "2,3",
+        "INDUCTION_ORDERS": "1,2", "INDUCTION_WINDOW": "40",
+    },
+    "streams, carry, induction": {
+        "BATCH_MODE": "streams", "ATTN_WINDOW": "8", "CARRY_TRAIN": "1", "CARRY_EVAL": "1", "INDUCTION_ORDERS": "1,2",
+        "INDUCTION_WINDOW": "40", "INDUCTION_COUNT": "3",
+    },
     "ternary from the middle": {"TERNARY_START_FRACTION": "0.5"},
     "ternary between two steps": {"TERNARY_START_FRACTION": "0.49"},
     "warm-down by steps": {"WARMDOWN_ITERS": "5", "LR_WARMUP_FRACTION": "0.4", "MATRIX_CODEC": "int8"},

@@ -34,7 +34,7 @@ KINDS: dict[str, dict[str, str]] = {
     "documents, odd banks": {"BATCH_MODE": "documents", "NUM_LAYERS": "3", "DOC_MASK": "1", "VALUE_RESIDUAL": "1"},
     "tables": {
         "BIGRAM_HASH_BUCKETS": "64", "BIGRAM_HASH_DIM": "8", "BIGRAM_HASH_ORDERS": "2,3", "GRAD_CLIP_NORM": "0.3",
-        "MICRO_BATCH_TOKENS": "64",
+        "MICRO_BATCH_TOKENS": "64", "INDUCTION_ORDERS": "1,2", "INDUCTION_WINDOW": "50",
     },
     "one layer, uncapped": {"NUM_LAYERS": "1", "LOGIT_SOFTCAP": "0", "EMBED_DIM": "16", "MATRIX_CODEC": "int8"},
 }  # fmt: skip

@@ -252,6 +252,9 @@ def test_every_argument_is_used() -> None:
 # ---- used() ----
 
 REGISTRIES: dict[str, dict[str, Any]] = {
+    "ROLE_KINDS": t.ROLE_KINDS,
+    "GROUPS": t.GROUPS,
+    "RULES": t.RULES,
     "CODECS": t.CODECS,
     "ACTIVATIONS": t.ACTIVATIONS,
     "SITE_KINDS": t.SITE_KINDS,
@@ -282,6 +285,7 @@ for variable, registry in (("RESIDUAL", t.RESIDUALS), ("BATCH_MODE", t.BATCH_MOD
     CHOICES += [{variable: entry} for entry in registry]
 CHOICES += [{"LAYER_PATTERN": kind} for kind in t.SITE_KINDS if kind != "mlp"]
 CHOICES += [{"TEMP_SCALING": "1"}, {"ATTN_IMPL": "sdpa"}, {"GRAD_CHECKPOINT": "1", "UNTIE_AT_FRACTION": "0.5"}]
+CHOICES += [{"TIE_EMBEDDINGS": "0"}, {"BIGRAM_HASH_BUCKETS": "50"}, {"INDUCTION_ORDERS": "1,2"}]
 
 
 def test_used_speaks_of_all_registries_and_only_of_their_entries() -> None:
