@@ -126,11 +126,11 @@ class Hyperparameters:
         when=lambda h: h.bigram_hash_buckets > 0)
     bigram_hash_orders: str = var("2", "model", "lengths of hashed n-grams, comma-separated, e.g. 2,3", "tokens",
         when=lambda h: h.bigram_hash_buckets > 0)
-    induction_orders: str = var("", "model", "lengths of n-grams whose last follower is looked up: 1,2,3", "tokens")
+    induction_orders: str = var("0", "model", "n-grams whose last followers are looked up, as 1,2,3; 0: none")
     induction_window: int = var(1024, "model", "how far back to look for them", "tokens", low=1,
-        when=lambda h: bool(h.induction_orders))
+        when=lambda h: h.induction_orders != "0")
     induction_count: int = var(2, "model", "how many last occurrences of each to look up", low=1,
-        when=lambda h: bool(h.induction_orders))
+        when=lambda h: h.induction_orders != "0")
     tie_embeddings: bool = var(True, "model", "output head shares the embedding table")
     untie_at_fraction: float = var(0.0, "model", "progress at which a tied head becomes its own matrix; 0: never",
         "fraction", low=0, high=1)
@@ -273,7 +273,7 @@ class Hyperparameters:
     @property
     def matched_orders(self) -> tuple[int, ...]:
         """Lengths of the n-grams that induction looks for."""
-        return rising_orders("INDUCTION_ORDERS", self.induction_orders) if self.induction_orders else ()
+        return rising_orders("INDUCTION_ORDERS", self.induction_orders) if self.induction_orders != "0" else ()
 
     @property
     def history(self) -> int:
