@@ -29,9 +29,10 @@ def peak_mib() -> float:
 def main() -> None:
     h = t.load_config({**DEFAULT, **dict(word.split("=", 1) for word in sys.argv[1:])})
     weights = t.Weights(t.build_model(h, t.start_runtime(h), 1))
+    generator = torch.Generator().manual_seed(1)
     for bank in weights.banks.values():
         if bank.role.group == "matrix":
-            bank.latent.copy_(torch.randn(bank.latent.shape, generator=torch.Generator().manual_seed(1)))
+            bank.latent.normal_(generator=generator)
     count = sum(bank.latent.numel() for bank in weights.banks.values())
     ternary = sum(bank.latent.numel() for bank in weights.banks.values() if bank.role.codec == "ternary")
     began = time.perf_counter()
