@@ -173,7 +173,7 @@ class Hyperparameters:
     head_lr: float = var(0.008, "optimizer", "AdamW rate of an untied head", low=0, when=lambda h: h.has_head)
     tied_embed_lr: float = var(0.05, "optimizer", "AdamW rate of a tied embedding", low=0,
         when=lambda h: h.tie_embeddings)
-    bigram_hash_lr: float = var(0.01, "optimizer", "AdamW rate of hashed n-gram tables", low=0,
+    bigram_hash_lr: float = var(0.07, "optimizer", "Adagrad rate of hashed n-gram tables", low=0,
         when=lambda h: h.bigram_hash_buckets > 0)
     muon_momentum: float = var(0.95, "optimizer", "Muon momentum", low=0, high=0.9999)
     muon_momentum_warmup_start: float = var(0.85, "optimizer", "Muon momentum at step 0", low=0, high=0.9999,
@@ -340,7 +340,9 @@ FIELDS = {f.name.upper(): f for f in dataclasses.fields(Hyperparameters)}
 # Variables of these families are ours alone, so an unknown one is a mistake even when it resembles none of ours.
 FAMILIES = "TTT_ NGRAM_ EVAL_ENGRAM_ CURRICULUM_ EMA_ MOE_ MUON_ ADAM_ ROPE_ YARN_ SLIDING_ WARMDOWN_ TERNARY_ SKC_ "
 FOREIGN = ("COMPILER", "DEVICES", "MODEL_DIR", "SPEED")  # other programs' variables that resemble ours
-FAMILY_PREFIXES = tuple((FAMILIES + "MHC_ HC_ RMT_ NSA_ ENGRAM_ BIGRAM_ CAPSULE_ FEEDBACK_ CALIB_ GPTQ_").split())
+FAMILY_PREFIXES = tuple(
+    (FAMILIES + "INDUCTION_ MHC_ HC_ RMT_ NSA_ ENGRAM_ BIGRAM_ CAPSULE_ FEEDBACK_ CALIB_ GPTQ_").split()
+)
 
 LOCAL_FLOAT = {
     "num_layers": 4,
@@ -353,7 +355,6 @@ LOCAL_FLOAT = {
     "resid_mix": False,
     "bigram_hash_buckets": 65536,
     "bigram_hash_orders": "2,3",
-    "bigram_hash_lr": 0.07,
     "induction_orders": "1,2,3",
     "matrix_lr": 0.025,
     "tied_embed_lr": 0.025,
@@ -1064,11 +1065,8 @@ class Loader:
         batch, after, copied = self.ready.result()
         if copied is not None:
             torch.cuda.current_stream().wait_event(copied)
-            for tensor in (
-                batch.tokens,
-                batch.targets,
-                batch.history,
-            ):  # the allocator must not reuse them before the step is done
+            # The allocator must not reuse them before the step is done.
+            for tensor in (batch.tokens, batch.targets, batch.history):
                 tensor.record_stream(torch.cuda.current_stream())
         self.position = after
         self.ready = self.prepare(after, rows, seq)
@@ -1565,7 +1563,7 @@ class Role(NamedTuple):
     """How a parameter is stored and trained: codec, optimizer group, factors on its rate and decay, bound on |w|."""
 
     codec: str
-    group: str  # matrix (Muon), embed, head or scalar (AdamW)
+    group: str  # key of GROUPS
     lr_mult: float = 1.0
     decay: float = 1.0
     bound: float = math.inf
@@ -1769,10 +1767,8 @@ class HashedNgrams(Module):
         rows, whole = self.rows(ctx.tokens, ctx.history)
         # Few rows of a large table are met in one step; a compiler and a GPU are better off with whole gradients.
         sparse = rows.device.type == "cpu" and not torch.compiler.is_compiling()
-        x = F.embedding(rows, self.weight, sparse=sparse) * whole.unsqueeze(
-            -1
-        )  # (B, T, orders, BIGRAM_HASH_DIM / orders)
-        return self.up(x.flatten(-2), ctx)
+        x = F.embedding(rows, self.weight, sparse=sparse)  # (B, T, orders, BIGRAM_HASH_DIM / orders)
+        return self.up((x * whole.unsqueeze(-1)).flatten(-2), ctx)
 
 
 def last_equal(key: Tensor) -> Tensor:
