@@ -126,7 +126,9 @@ def test_table_accounts_for_every_byte() -> None:
     counts = {row[0]: row[3] for row in artifact.table}
     values = sum(count for kind, count in counts.items() if kind not in ("scales", "header"))
     assert values == sum(p.numel() for p in model.parameters())
-    assert all(stored <= packed for *_, packed, stored in artifact.table[:-1])  # never larger than without compression
+    assert all(
+        stored <= packed + 4 for *_, packed, stored in artifact.table[:-1]
+    )  # a chunk's length, else never longer
 
 
 def test_packed_bound_holds_before_compression() -> None:
@@ -147,7 +149,12 @@ def naive_reader(data: bytes) -> dict[str, np.ndarray]:
     header, at, streams = json.loads(expand["lzma"](data[12 : 12 + size])), 12 + size, {}
     types = {"ints": "i1", "bytes": "u1", "scales": "<u2", "halves": "<u2", "floats": "<f4"}
     for kind, packing, tool, count, _, stored in header["streams"]:
-        raw, at = np.frombuffer(expand[tool](data[at : at + stored]), np.uint8), at + stored
+        end, chunks = at + stored, [b""]
+        while at < end:
+            size = int.from_bytes(data[at : at + 4], "little")
+            chunks.append(expand[tool](data[at + 4 : at + 4 + size]))
+            at += 4 + size
+        raw = np.frombuffer(b"".join(chunks), np.uint8)
         if packing == "base3":
             streams[kind] = np.array([int(byte) // 3**i % 3 - 1 for byte in raw for i in range(5)][:count])
         elif packing == "bitmask":
@@ -194,19 +201,23 @@ def test_another_program_can_read_it(environ: dict[str, str]) -> None:
     assert all(bits(weights[name]) == bits(p.detach()) for name, p in model.named_parameters())
 
 
-def test_long_streams_are_judged_by_a_sample_and_stored_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(t, "SAMPLE_BYTES", 512)
+def test_long_streams_are_stored_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(t, "CHUNK_BYTES", 512)
     rng = np.random.default_rng(0)
     for kind, values in {
         "trits": rng.choice(np.array([-1, 0, 1], np.int8), 20000, p=[0.02, 0.96, 0.02]),
         "floats": rng.standard_normal(20000).astype("<f4"),
-        "ints": rng.integers(-5, 6, 20000).astype(np.int8),
+        "ints": rng.integers(-5, 6, 20001).astype(np.int8),
     }.items():
         packing, tool, packed, stored = t.compress_best(kind, values)
-        raw = t.COMPRESSORS[tool][1](stored, packed)
+        raw = t.expand_chunks(tool, stored, packed)
         assert t.PACKINGS[packing][1](raw, values.size, t.STREAM_TYPES[kind]).tolist() == values.tolist()
+        assert len(stored) <= packed + 4 * -(-packed // 512), "at most the lengths of the chunks are added"
         if kind == "trits":
             assert len(stored) <= min(len(t.pack_base3(values)), len(t.pack_bitmask(values)))
+        for wrong in (stored[:-1], stored + b"\0", stored[4:], b""):
+            with pytest.raises((ValueError, lzma.LZMAError)):
+                t.expand_chunks(tool, wrong, packed)
 
 
 def test_load_refuses_other_tensors() -> None:
@@ -252,6 +263,12 @@ def squeezed(tool: str, data: bytes) -> bytes:
     if tool == "lzma":
         return lzma.compress(data, lzma.FORMAT_RAW, filters=[{**t.LZMA_FILTERS[0], "preset": 0}])
     return brotli.compress(data, quality=1, lgwin=24) if tool == "brotli" else data
+
+
+def chunked(tool: str, data: bytes) -> bytes:
+    """A stream as the container stores it."""
+    parts = [squeezed(tool, data[at : at + t.CHUNK_BYTES]) for at in range(0, len(data), t.CHUNK_BYTES)]
+    return b"".join(len(part).to_bytes(4, "little") + part for part in parts)
 
 
 def forged(header: Any, payload: bytes) -> bytes:
@@ -391,7 +408,7 @@ def bomb(
     rows, payload = [[kind, packing, tool, count, packed, len(stored)]], stored
     if kind == "trits":  # with the scales that its codec asks for
         scales = sum(math.prod(shape[:-1]) * -(-shape[-1] // group) for _, _, *shape in tensors)
-        zeros = squeezed("brotli", bytes(2 * scales))
+        zeros = chunked("brotli", bytes(2 * scales))
         rows, payload = [*rows, ["scales", "planes", "brotli", scales, 2 * scales, len(zeros)]], payload + zeros
     header = {"version": 1, "config": config, "prints": {}, "tensors": tensors, "streams": rows}
     return forged(header, payload)
@@ -403,19 +420,21 @@ def bomb(
 def test_decompression_bombs_stay_small(tool: str, group: int, millions: int) -> None:
     """Zeros compress a thousandfold; what a small file may unfold to is bounded before anything is allocated."""
     count = millions * 10**6
-    trits = squeezed(tool, bytes(count // 5))
+    trits = chunked(tool, bytes(count // 5))
     read_within_limits(bomb("trits", "base3", tool, count, count // 5, trits, [["a", "ternary", count]], group))
     read_within_limits(bomb("trits", "base3", tool, count, count // 5, trits, [["a", "ternary", count // 2, 2]], group))
-    floats = squeezed(tool, bytes(4 * count))
+    floats = chunked(tool, bytes(4 * count))
     read_within_limits(bomb("floats", "planes", tool, count, 4 * count, floats, [["a", "exact", count]], 1))
 
 
 @pytest.mark.parametrize("tool", ["lzma", "brotli", "none"])
 def test_streams_that_unfold_to_another_size_are_refused(tool: str) -> None:
     for real, claimed in ((2**26, 8), (8, 16), (0, 8), (16, 8)):
-        stored, tensors = squeezed(tool, bytes(real)), [["a", "exact", claimed // 4]]
-        assert read_within_limits(bomb("floats", "planes", tool, claimed // 4, claimed, stored, tensors, 1)) != ""
-    cut = squeezed(tool, np.random.default_rng(0).bytes(4000))[:3000]
+        tensors = [["a", "exact", claimed // 4]]
+        whole = squeezed(tool, bytes(real))  # one chunk, however long
+        for stored in (chunked(tool, bytes(real)), len(whole).to_bytes(4, "little") + whole):
+            assert read_within_limits(bomb("floats", "planes", tool, claimed // 4, claimed, stored, tensors, 1)) != ""
+    cut = chunked(tool, np.random.default_rng(0).bytes(4000))[:3000]
     assert read_within_limits(bomb("floats", "planes", tool, 1000, 4000, cut, [["a", "exact", 1000]], 1)) != ""
 
 
