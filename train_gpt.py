@@ -389,6 +389,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "matrix_lr": 0.03,
     },
     "tiny": {
+        "precision": "fp32",  # the same numbers on every machine
         "num_layers": 2,
         "model_dim": 32,
         "num_heads": 2,
@@ -670,7 +671,7 @@ class Runtime(NamedTuple):
 
     def precision(self) -> Any:
         """Context of every forward pass."""
-        return torch.autocast("cuda", torch.bfloat16) if self.autocast else nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16) if self.autocast else nullcontext()
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
@@ -685,29 +686,36 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     return torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bf16 matrices in hardware: elsewhere they are emulated, and slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}  # new in torch 2.12
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
 def start_runtime(h: Hyperparameters) -> Runtime:
     """Join the process group that torchrun announces (if any) and settle device and precision.
 
-    CUDA with capability >= 8 computes in bf16 with float32 weights and TF32; everything else in float32, since
-    bf16 products are emulated and 3x slower there. Raises UserError.
+    With bf16, matrix products and the residual stream are bf16 and weights float32. Raises UserError.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = choose_device(h.device, int(os.environ.get("LOCAL_RANK", "0")))
     if h.cpu_threads:
         torch.set_num_threads(h.cpu_threads)
-    bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
-    if h.precision == "bf16" and not bf16:
-        raise UserError("PRECISION=bf16 needs a CUDA device of capability 8 or more; try PRECISION=fp32")
+    bf16 = h.precision == "bf16" or (h.precision == "auto" and has_bf16(device))
+    if bf16 and device.type != "cpu" and not has_bf16(device):
+        raise UserError("PRECISION=bf16 needs a CPU or a CUDA device of capability 8 or more; try PRECISION=fp32")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bf16
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = has_bf16(device)
     control = None
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         control = dist.new_group(backend="gloo")
     dtype = torch.float64 if h.precision == "fp64" else torch.float32
     compiled = h.compile == "1" or (h.compile == "auto" and device.type == "cuda")
-    return Runtime(device, rank, world, dtype, bf16 and h.precision in ("auto", "bf16"), compiled, control)
+    return Runtime(device, rank, world, dtype, bf16, compiled, control)
 
 
 def agree(rt: Runtime, *values: float) -> tuple[float, ...]:
@@ -1847,7 +1855,7 @@ class Embedding(Module):
         x = F.embedding(ctx.tokens, self.weight)
         if self.induction is not None:
             x = x + self.induction(ctx, self.weight)
-        if torch.is_autocast_enabled("cuda"):
+        if torch.is_autocast_enabled(x.device.type):
             x = x.bfloat16()  # the residual stream is bf16, too: half the traffic between sites
         if self.up is not None:
             x = self.up(rms_norm(x), ctx)
@@ -1998,12 +2006,13 @@ def choose_attention(h: Hyperparameters, rt: Runtime) -> tuple[str, str]:
 
     FlashAttention needs bf16 on CUDA, and here serves full and windowed causal attention without document mask.
     """
+    on_gpu = rt.autocast and rt.device.type == "cuda"
     if h.attn_impl != "auto":
         package = ATTENTION_PACKAGES.get(h.attn_impl)
-        if package and (find_spec(package) is None or not rt.autocast):
+        if package and (find_spec(package) is None or not on_gpu):
             raise UserError(f"ATTN_IMPL={h.attn_impl} needs the package {package} and bf16 on CUDA; try ATTN_IMPL=auto")
         return h.attn_impl, "requested"
-    if not rt.autocast:
+    if not on_gpu:
         return "sdpa", "no bf16 on CUDA"
     if h.doc_mask:
         return "sdpa", "document mask"

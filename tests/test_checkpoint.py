@@ -47,6 +47,7 @@ KINDS: dict[str, dict[str, str]] = {
     "ternary between two steps": {"TERNARY_START_FRACTION": "0.49"},
     "warm-down by steps": {"WARMDOWN_ITERS": "5", "LR_WARMUP_FRACTION": "0.4", "MATRIX_CODEC": "int8"},
     "float64": {"PRECISION": "fp64", **AVERAGE},
+    "bf16": {"PRECISION": "bf16", **AVERAGE},
 }  # fmt: skip
 
 

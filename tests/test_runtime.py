@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
 import json
@@ -23,7 +24,7 @@ from conftest import ROOT, clean_environment
 
 import train_gpt as t
 
-CPU = {"DEVICE": "cpu", "COMPILE": "0"}
+CPU = {"DEVICE": "cpu", "COMPILE": "0", "PRECISION": "fp32"}
 
 
 class FakeTime:
@@ -56,8 +57,25 @@ def test_precision_and_compile_settings() -> None:
     assert t.start_runtime(t.load_config({**CPU, "PRECISION": "fp64"})).dtype == torch.float64
     assert t.start_runtime(t.load_config({**CPU, "COMPILE": "1"})).compile
     assert not t.start_runtime(t.load_config({**CPU, "COMPILE": "auto"})).compile
-    with pytest.raises(t.UserError, match="PRECISION=fp32"):
-        t.start_runtime(t.load_config({**CPU, "PRECISION": "bf16"}))
+    assert t.start_runtime(t.load_config({**CPU, "PRECISION": "bf16"})).autocast
+
+
+@pytest.mark.parametrize("feature", ["avx512_bf16", "amx_bf16"])
+def test_a_cpu_that_multiplies_bf16_uses_it(feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    h = t.load_config({**CPU, "PRECISION": "auto"})
+    for features, found in (({feature: True}, True), ({feature: False, "avx512_f": True}, False), ({}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda f=features: f, raising=False)
+        assert t.start_runtime(h).autocast == found
+        assert not t.start_runtime(dataclasses.replace(h, precision="fp32")).autocast
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # torch before 2.12
+    assert not t.start_runtime(h).autocast
+
+
+def test_bf16_is_for_matrix_products_and_the_residual_stream() -> None:
+    rt = t.start_runtime(t.load_config({**CPU, "PRECISION": "bf16"}))
+    with rt.precision():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    assert rt.dtype == torch.float32
 
 
 def test_missing_device_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,8 @@ OPTIONS: dict[str, dict[str, str]] = {
     "ternary late": {"TERNARY_START_FRACTION": "0.7", "TERNARY_SCALE": "lstsq"},
     "odd groups": {"GROUP_SIZE": "24", "SCALAR_CODEC": "exact"},
     "float64": {"PRECISION": "fp64"},
+    "bf16": {"PRECISION": "bf16"},
+    "bf16, streams, carry": {"PRECISION": "bf16", **STREAMS, "CARRY_EVAL": "1"},
     "sliding, temperature": {"SLIDING_EVAL": "1", "SLIDING_EVAL_STRIDE": "8", "TEMP_SCALING": "1"},
     "recomputed, clipped": {"GRAD_CHECKPOINT": "1", "GRAD_CLIP_NORM": "0.5", "MICRO_BATCH_TOKENS": "96"},
     "no cap, no qk norm": {"LOGIT_SOFTCAP": "0", "QK_NORM": "0"},
@@ -152,7 +154,8 @@ def check_roundtrip(run_job: Run, env: dict[str, str], read_metrics: Callable) -
     assert abs(final["val_loss_nats"] - final["in_memory_val_loss_nats"]) < 1e-6
     evaluation = {n: env[n] for n in env if n in t.FIELDS and t.FIELDS[n].metadata["group"] == "evaluation"}
     evaluation = {**data_of(env), "EVAL_STREAMS": "4", **evaluation, "HOLDOUT_TOKENS": env.get("HOLDOUT_TOKENS", "256")}
-    if "PRECISION" not in env:  # a float64 run rounds its weights once more when it is evaluated in float32
+    evaluation["PRECISION"] = env.get("PRECISION", "fp32")
+    if env.get("PRECISION") != "fp64":  # a float64 run rounds its weights once more when it is evaluated in float32
         scored = run_job(evaluation, ["eval", str(artifact_of(env))])
         assert scored.code == 0, scored.err
         ((loss, bpb),) = EVAL_LINE.findall(scored.out)
