@@ -18,7 +18,7 @@ CDPATH='' cd -P -- "$(dirname -- "$0")"
 export_settings "$@"
 ensure_env requirements.txt
 use_builtin_data
-set_default PRESET local
+[ -n "${ENV_FILE:-}" ] || set_default PRESET local
 export RUN_ID="${RUN_ID:-local_$(date +%Y%m%d_%H%M%S)}"
 code=0
 "$PY" train_gpt.py || code=$?

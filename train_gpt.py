@@ -30,9 +30,10 @@ import shlex
 import sys
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -88,8 +89,9 @@ class Hyperparameters:
     device: str = var("auto", "run", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     precision: str = var("auto", "run", "arithmetic of the forward pass", choices=("auto", "bf16", "fp32", "fp64"))
     compile: str = var("auto", "run", "torch.compile the step; auto: on CUDA only", choices=("auto", "0", "1"))
-    compile_mode: str = var("default", "run", "mode handed to torch.compile", when=lambda h: h.may_compile)
-    cpu_threads: int = var(0, "run", "threads of one process on a CPU; 0: torch's choice", low=0)
+    compile_mode: str = var("default", "run", "mode handed to torch.compile", when=lambda h: h.may_compile,
+        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"))
+    cpu_threads: int = var(0, "run", "threads of one process on a CPU; 0: torch's choice", low=0, high=1024)
     strict_config: bool = var(False, "run", "fail when a variable is set that has no effect")
     sample_tokens: int = var(160, "run", "tokens of sample text in the closing summary; 0: none", "tokens", low=0)
 
@@ -339,7 +341,7 @@ def rising_orders(name: str, text: str) -> tuple[int, ...]:
 FIELDS = {f.name.upper(): f for f in dataclasses.fields(Hyperparameters)}
 # Variables of these families are ours alone, so an unknown one is a mistake even when it resembles none of ours.
 FAMILIES = "TTT_ NGRAM_ EVAL_ENGRAM_ CURRICULUM_ EMA_ MOE_ MUON_ ADAM_ ROPE_ YARN_ SLIDING_ WARMDOWN_ TERNARY_ SKC_ "
-FOREIGN = ("COMPILER", "DEVICES", "MODEL_DIR", "SPEED")  # other programs' variables that resemble ours
+FOREIGN = ("BATCH_SIZE", "COMPILER", "DEVICES", "MODEL_DIR", "SPEED")  # other programs' variables that resemble ours
 FAMILY_PREFIXES = tuple(
     (FAMILIES + "INDUCTION_ MHC_ HC_ RMT_ NSA_ ENGRAM_ BIGRAM_ CAPSULE_ FEEDBACK_ CALIB_ GPTQ_").split()
 )
@@ -469,12 +471,20 @@ def read_env_file(path: str) -> dict[str, str]:
     return pairs
 
 
+def similar_variables(name: str) -> list[str]:
+    """The variable that a name was probably meant to be, if any: nearly the same, or one with more words."""
+    words = name.split("_")
+    longer = [n for n in FIELDS if len(words) > 1 and (n.startswith(name) or set(words) <= set(n.split("_")))]
+    near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.85)
+    return near or difflib.get_close_matches(name, longer, n=1, cutoff=0.0)
+
+
 def reject_mistyped(environ: dict[str, str]) -> None:
     """Raise UserError for a variable that is nearly one of ours, or of one of our families but unknown."""
     for name in environ:
         if name in FIELDS:
             continue
-        near = [] if name in FOREIGN else difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.85)
+        near = [] if name in FOREIGN else similar_variables(name.upper())
         if near or name.startswith(FAMILY_PREFIXES):
             near = near or difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.0)
             raise UserError(f"{name} is not a variable of this program; nearest: {near[0]} (--help lists all)")
@@ -543,14 +553,27 @@ def validate(h: Hyperparameters) -> None:
             "ITERATIONS=0 needs MAX_WALLCLOCK_SECONDS, or nothing bounds the run",
         ),
         (
-            h.temp_scaling and 0 < h.max_wallclock_seconds <= h.calib_max_seconds,
-            f"CALIB_MAX_SECONDS={h.calib_max_seconds} is all of MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds}",
+            h.temp_scaling and h.max_wallclock_seconds and not 0 < h.calib_max_seconds < h.max_wallclock_seconds,
+            f"CALIB_MAX_SECONDS={h.calib_max_seconds} must be more than 0 and less than MAX_WALLCLOCK_SECONDS="
+            f"{h.max_wallclock_seconds}",
         ),
         (h.temp_scaling and not h.holdout_tokens, "TEMP_SCALING=1 needs HOLDOUT_TOKENS to fit the temperature on"),
     )
     for wrong, message in problems:
         if wrong:
             raise UserError(message)
+    need, have = 4 * least_weights(h), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > have:
+        raise UserError(
+            f"NUM_LAYERS={h.num_layers} of MODEL_DIM={h.model_dim} and MLP_MULT={h.mlp_mult:g} need {need / 2**30:.0f} "
+            f"GiB for their weights alone; this machine has {have / 2**30:.0f}"
+        )
+
+
+def least_weights(h: Hyperparameters) -> int:
+    """A lower bound on a network's weights, known before it is built."""
+    hidden = max(h.model_dim, round(h.mlp_mult * h.model_dim))
+    return h.num_layers * h.model_dim * hidden + h.embed_width * max(h.vocab_size, h.embed_dim and h.model_dim)
 
 
 def load_config(environ: dict[str, str], base: dict[str, Any] | None = None) -> Hyperparameters:
@@ -560,6 +583,11 @@ def load_config(environ: dict[str, str], base: dict[str, Any] | None = None) -> 
     """
     reject_mistyped(environ)
     texts = read_env_file(environ["ENV_FILE"]) if environ.get("ENV_FILE") else {}
+    preset, listed = environ.get("PRESET", ""), {name.lower() for name in texts}
+    if PRESETS.get(preset) and PRESETS[preset].keys() <= listed:
+        raise UserError(
+            f"PRESET={preset} has no effect beside ENV_FILE={environ['ENV_FILE']}, which sets all of its values"
+        )
     texts.update({name: environ[name] for name in FIELDS if environ.get(name, "") != ""})
     values = {name.lower(): parse_value(name, text) for name, text in texts.items()}
     preset = values.get("preset", "")
@@ -690,7 +718,8 @@ def has_bf16(device: torch.device) -> bool:
     """Whether a device multiplies bf16 matrices in hardware: elsewhere they are emulated, and slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}  # new in torch 2.12
+    known = getattr(torch.cpu, "get_capabilities", None)  # new in torch 2.12
+    features: dict[str, Any] = known() if known and device.type == "cpu" else {}
     return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
@@ -824,16 +853,23 @@ class Log:
         self.clear()
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
-        if self.file:
-            self.file.write(text + "\n")
-            self.file.flush()
+        self.append(self.file, text + "\n")
 
     def metric(self, kind: str, **values: Any) -> None:
         """Append one JSON object; units are part of the names."""
-        if self.metrics:
-            finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
-            self.metrics.write(json.dumps({"kind": kind, **finite}, allow_nan=False) + "\n")
-            self.metrics.flush()
+        finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
+        self.append(self.metrics, json.dumps({"kind": kind, **finite}, allow_nan=False) + "\n")
+
+    def append(self, sink: TextIO | None, text: str) -> None:
+        """Write to a file at once; a full disk costs lines of it and not the run."""
+        if sink and not sink.closed:
+            try:
+                sink.write(text)
+                sink.flush()
+            except OSError as error:
+                with suppress(OSError):
+                    sink.close()
+                sys.stderr.write(f"warning: {sink.name} could not be written: {error.strerror}; it ends here\n")
 
     def progress(self, fraction: float, text: str) -> None:
         """Redraw the progress line, at most five times a second."""
@@ -854,7 +890,8 @@ class Log:
         self.clear()
         for sink in (self.file, self.metrics):
             if sink:
-                sink.close()
+                with suppress(OSError):
+                    sink.close()
 
 
 def lock_folder(folder: Path) -> int:
@@ -871,8 +908,12 @@ def lock_folder(folder: Path) -> int:
         owner = os.read(descriptor, 32).decode() or "unknown"
         os.close(descriptor)
         raise UserError(f"{folder} is in use by process {owner}; wait for it, or choose another RUN_ID") from None
-    os.truncate(descriptor, 0)
-    os.write(descriptor, str(os.getpid()).encode())
+    try:
+        os.truncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
+    except OSError as error:
+        os.close(descriptor)
+        raise UserError(f"{folder / 'lock'} could not be written: {error.strerror}") from None
     return descriptor
 
 
@@ -1214,10 +1255,29 @@ def data_fingerprint(h: Hyperparameters, stream: TokenStream) -> str:
     return read_manifest(h.data_path).get("fingerprint") or stream.fingerprint()
 
 
+def check_text(h: Hyperparameters, tokenizer: SentencePieceTokenizer) -> None:
+    """Raise UserError when validation tokens are no text of this tokenizer: decoded and encoded, they should recur.
+
+    For shards without a manifest. With the right tokenizer nearly all do; with another one it cuts its own gibberish
+    into other pieces.
+    """
+    stream = TokenStream(h.data_path, "val", h.vocab_size)
+    tokens = [token for token in stream.read(0, min(4096, stream.tokens)).tolist() if token != tokenizer.bos]
+    again = Counter(tokenizer.encode(tokenizer.decode(tokens)))
+    kept = (again & Counter(tokens)).total() / max(1, len(tokens))
+    if kept < 0.97:  # measured: 0.996 to 1 with the right one of six tokenizers, 0.46 to 0.94 with a wrong one
+        raise UserError(
+            f"TOKENIZER_PATH={h.tokenizer_path} does not seem to have made DATA_PATH={h.data_path}: of its validation "
+            f"tokens {kept:.0%} survive decoding and encoding (a manifest.json there skips this check)"
+        )
+
+
 def load_tokenizer(h: Hyperparameters) -> Tokenizer:
     """The run's tokenizer, checked against the data's manifest. Raises UserError on a mismatch."""
     manifest = read_manifest(h.data_path).get("tokenizer", {})
     tokenizer = ByteTokenizer() if h.vocab_size == 256 else SentencePieceTokenizer(h.tokenizer_path, h.vocab_size)
+    if not manifest and isinstance(tokenizer, SentencePieceTokenizer):
+        check_text(h, tokenizer)
     made_with = (manifest.get("sha256") or manifest.get("kind")) if manifest else tokenizer.fingerprint
     if made_with != tokenizer.fingerprint:
         name, mine = manifest.get("file") or manifest.get("kind"), "bytes" if h.vocab_size == 256 else h.tokenizer_path
@@ -2813,7 +2873,7 @@ def brotli_expand(data: bytes, size: int) -> bytes:
     return b"".join(parts)
 
 
-def lzma_compress(data: bytes, kind: str = "") -> bytes:
+def lzma_compress(data: bytes) -> bytes:
     return lzma.compress(data, lzma.FORMAT_RAW, filters=LZMA_FILTERS)
 
 
@@ -2824,7 +2884,7 @@ def lzma_expand(data: bytes, size: int) -> bytes:
 # name -> (compress bytes of a stream kind, expand to at most one byte more than the given size)
 COMPRESSORS: dict[str, tuple[Callable[[bytes, str], bytes], Callable[[bytes, int], bytes]]] = {
     "none": (lambda data, kind: data, lambda data, size: data),
-    "lzma": (lzma_compress, lzma_expand),
+    "lzma": (lambda data, kind: lzma_compress(data), lzma_expand),
     "brotli": (brotli_compress, brotli_expand),
 }
 COMPRESSOR_PACKAGES = {"brotli": "brotli"}
@@ -3184,26 +3244,39 @@ class TemperatureAdapter(Adapter):
 
 
 def fit_temperature(
-    h: Hyperparameters, rt: Runtime, model: GPT, holdout: np.ndarray, expired: Callable[[], bool]
-) -> float:
+    h: Hyperparameters, rt: Runtime, model: GPT, holdout: np.ndarray, seconds: Callable[[], float], limit: float
+) -> float | None:
     """tau in [0.5, 2] with the least loss on held-out training tokens, by golden-section search on log tau.
 
-    holdout (at least one window and one token,) int64. Stops with the best so far when `expired` says so.
+    holdout (at least one window and one token,) int64. Ends before the clock `seconds` reaches `limit`, as far as the
+    pace so far can tell, with the best so far, or None when there was no time at all.
     """
-    window = h.eval_window
+    began, slowest, window = seconds(), 0.0, h.eval_window
     starts = range(0, min(len(holdout) - window, max(8192, window)), window)
-    history, rows = windows(holdout, starts, window + 1, h.history, rt)
-    with torch.no_grad(), rt.precision():
-        logits, _ = model.logits(rows[:, :-1], final_variant(h), model.start_state(history))
-    flat, targets = logits.flatten(0, 1), rows[:, 1:].flatten()
-    low, high, ratio = -math.log(2), math.log(2), (math.sqrt(5) - 1) / 2
+    flat: list[Tensor] = []
+    targets: list[Tensor] = []
+    for start in starts:
+        before = seconds()
+        if before + 2 * slowest > (began + limit) / 2 or before >= limit:  # half of the time is for the search
+            break
+        history, row = windows(holdout, [start], window + 1, h.history, rt)
+        with torch.no_grad(), rt.precision():
+            logits, _ = model.logits(row[:, :-1], final_variant(h), model.start_state(history))
+        flat, targets = [*flat, logits[0]], [*targets, row[0, 1:]]
+        slowest = max(slowest, seconds() - before)
+    low, high, ratio, fitted = -math.log(2), math.log(2), (math.sqrt(5) - 1) / 2, False
     for _ in range(20):
-        if expired():
+        before = seconds()
+        if not flat or before + 2 * slowest > limit:
             break
         left, right = high - ratio * (high - low), low + ratio * (high - low)
-        losses = [float(F.cross_entropy(flat / math.exp(x), targets)) for x in (left, right)]
+        losses = [
+            sum(float(F.cross_entropy(z / math.exp(x), y)) for z, y in zip(flat, targets, strict=True))
+            for x in (left, right)
+        ]
         low, high = (low, right) if losses[0] < losses[1] else (left, high)
-    return math.exp((low + high) / 2)
+        slowest, fitted = max(slowest, seconds() - before), True
+    return math.exp((low + high) / 2) if fitted else None
 
 
 ADAPTERS: dict[str, Callable[[], Adapter]] = {"temperature": TemperatureAdapter}
@@ -3414,6 +3487,7 @@ class TrainState:
     position: Position = Position()
     variant: Variant = Variant()
     carry: Any = None  # mixer states of this rank's rows, or None
+    prints: dict[str, str] = dataclasses.field(default_factory=dict)  # fingerprints of data and tokenizer
 
 
 def pack_checkpoint(h: Hyperparameters, rt: Runtime, state: TrainState, weights: Weights) -> dict[str, Any]:
@@ -3431,6 +3505,7 @@ def pack_checkpoint(h: Hyperparameters, rt: Runtime, state: TrainState, weights:
         "position": tuple(state.position),
         "variant": tuple(state.variant),
         "carry": flatten_state(gather_rows(rt, state.carry)),
+        "prints": state.prints,
         "banks": banks,
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state(rt.device) if rt.device.type == "cuda" else None,
@@ -3473,6 +3548,14 @@ def save_checkpoint(h: Hyperparameters, rt: Runtime, folder: Path, state: TrainS
     on_main(rt, write)
 
 
+def try_to_save(s: Session, state: TrainState) -> None:
+    """save_checkpoint, but a full disk loses the checkpoint and not the run."""
+    try:
+        save_checkpoint(s.h, s.rt, s.folder / "checkpoints", state, s.weights)
+    except UserError as error:
+        s.log.line(f"warning: {error}; training goes on without this checkpoint")
+
+
 def find_checkpoint(h: Hyperparameters, folder: Path) -> Path | None:
     """The checkpoint that RESUME names, or None to start afresh. Raises UserError when a named one is missing."""
     if h.resume == "auto":
@@ -3490,6 +3573,7 @@ def load_checkpoint(h: Hyperparameters, rt: Runtime, path: Path, model: GPT, wei
         structure, banks, rng = json.loads(tree["structure"]), tree["banks"], tree["rng"].cpu()
         position, variant = Position(*tree["position"]), Variant(*tree["variant"])
         state = TrainState(tree["step"], tree["tokens"], tree["seconds"], tree["token_seconds"], position, variant)
+        state.prints = {str(name): str(value) for name, value in tree.get("prints", {}).items()}
         for saved in banks.values():
             saved["tuning"] = Tuning(*saved["tuning"])
         saved_structure = {n: structure.get(n, FIELDS[n.upper()].default) for n in structure_fields()}
@@ -3540,6 +3624,7 @@ class Session(NamedTuple):
     validation: np.ndarray
     table: ByteTable
     attention: str
+    prints: dict[str, str]  # fingerprints of data and tokenizer
 
 
 def read_validation(h: Hyperparameters) -> np.ndarray:
@@ -3580,9 +3665,10 @@ def open_session(h: Hyperparameters, rt: Runtime, folder: Path, log: Log) -> Ses
     weights = Weights(model)
     weights.materialize(0.0)
     optimizer = Optimizer(h, rt, weights)
-    table = tokenizer.byte_table()
+    table, attention = tokenizer.byte_table(), f"{backend} ({why})"
+    prints = {"data": data_fingerprint(h, loader.stream), "tokenizer": tokenizer.fingerprint}
     return Session(
-        h, rt, log, folder, loader, tokenizer, model, weights, optimizer, validation, table, f"{backend} ({why})"
+        h, rt, log, folder, loader, tokenizer, model, weights, optimizer, validation, table, attention, prints
     )
 
 
@@ -3610,9 +3696,10 @@ def describe(s: Session) -> None:
     log.line(f"python {sys.version.split()[0]} torch {torch.__version__} numpy {np.__version__}")
     name = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else rt.device.type
     precision = "bf16" if rt.autocast else str(rt.dtype).removeprefix("torch.")
+    name += f" threads:{torch.get_num_threads()}" if rt.device.type == "cpu" else ""
     log.line(f"device:{name} ranks:{rt.world} precision:{precision} compile:{int(rt.compile)} attention:{s.attention}")
     log.line(f"train_tokens:{s.loader.usable} val_tokens:{len(s.validation)} data:{h.data_path}")
-    log.line(f"data_fingerprint:{data_fingerprint(h, s.loader.stream)} tokenizer:{s.tokenizer.fingerprint}")
+    log.line(f"data_fingerprint:{s.prints['data']} tokenizer:{s.prints['tokenizer']}")
     for line in role_lines(s):
         log.line(line)
     for variable in ineffective_variables(h):
@@ -3760,6 +3847,8 @@ def train_loop(s: Session, state: TrainState) -> None:
         switch_variant(s, state, progress)
         tokens = int(size)
         batch = s.loader.next(tokens // h.train_seq_len, h.train_seq_len)
+        if state.carry is not None and s.loader.position.epoch > state.position.epoch:
+            state.carry = s.model.init_state(len(batch.tokens))  # rows begin anew: nothing comes before them
         loss, state.carry = step(batch, state, progress)
         average = h.ema_decay > 0 and progress >= h.ema_start_fraction
         ahead = progress_of(h, state.step + 1, now)  # a resumed run quantizes its weights for the next step, too
@@ -3791,7 +3880,7 @@ def pause_for(s: Session, state: TrainState, clock: Clock) -> None:
     if validates:
         report_validation(s, state)
     if saves:
-        save_checkpoint(h, s.rt, s.folder / "checkpoints", state, s.weights)
+        try_to_save(s, state)
     clock.start()
 
 
@@ -3874,13 +3963,15 @@ def settle(s: Session, state: TrainState) -> tuple[bool, dict[str, float]]:
     s.weights.materialize(1.0)
     if h.temp_scaling:
         limit = h.max_wallclock_seconds or math.inf
-        tau = on_main(
-            s.rt, lambda: fit_temperature(h, s.rt, s.model, read_holdout(h), lambda: clock.seconds() > 0.95 * limit)
-        )
-        calibration["temperature"] = tau
-        s.log.line(f"temperature:{tau:.4f} fitted on held-out training tokens")
+        tau = on_main(s.rt, lambda: fit_temperature(h, s.rt, s.model, read_holdout(h), clock.seconds, limit))
+        calibration["temperature"] = tau or 1.0
+        how = "fitted on held-out training tokens" if tau else "not fitted: CALIB_MAX_SECONDS left no time"
+        s.log.line(f"temperature:{calibration['temperature']:.4f} {how}")
     clock.stop()
     (state.seconds,) = agree(s.rt, clock.banked)
+    if 0 < h.max_wallclock_seconds < state.seconds:
+        late = state.seconds - h.max_wallclock_seconds
+        s.log.line(f"warning: training ended {late:.3f} s after MAX_WALLCLOCK_SECONDS, which is too short for one step")
     return averaged, calibration
 
 
@@ -3913,8 +4004,7 @@ def export(s: Session, calibration: dict[str, float]) -> Path:
     path, began = s.folder / "model.pgz", time.monotonic()
 
     def write() -> None:
-        prints = {"data": data_fingerprint(s.h, s.loader.stream), "tokenizer": s.tokenizer.fingerprint}
-        artifact = write_artifact(s.h, coded_tensors(s.weights), prints, calibration)
+        artifact = write_artifact(s.h, coded_tensors(s.weights), s.prints, calibration)
         write_atomically(path, artifact.data)
         s.log.line(
             f"{'stream':<10}{'packing':<10}{'compressor':<12}{'values':>12}{'packed_bytes':>14}{'stored_bytes':>14}"
@@ -3931,7 +4021,7 @@ def finish(s: Session, state: TrainState) -> int:
     """Average, quantize, score, export, reload, score again, account; returns the exit code."""
     h, log = s.h, s.log
     switch_variant(s, state, 1.0)  # a run that ended early takes its final shape
-    save_checkpoint(h, s.rt, s.folder / "checkpoints", state, s.weights)
+    try_to_save(s, state)
     averaged, calibration = settle(s, state)
     log.line(f"training done: steps:{state.step} train_time:{state.seconds * 1e3:.0f}ms averaged:{int(averaged)}")
     in_memory = report_validation(s, state, calibration)
@@ -4013,6 +4103,11 @@ def train(h: Hyperparameters, rt: Runtime) -> int:
             state = on_all(rt, lambda: load_checkpoint(s.h, rt, path, s.model, s.weights))
             log.line(f"resumed {path} at step:{state.step} train_time:{state.seconds * 1e3:.0f}ms")
             log.metric("resume", step=state.step, train_time_s=state.seconds)
+            if state.prints.get("tokenizer", s.prints["tokenizer"]) != s.prints["tokenizer"]:
+                raise UserError(f"{path} was trained with another tokenizer than TOKENIZER_PATH={h.tokenizer_path}")
+            if state.prints.get("data", s.prints["data"]) != s.prints["data"]:
+                log.line(f"warning: {path} was trained on other data than DATA_PATH={h.data_path}")
+        state.prints = s.prints
         train_loop(s, state)
         return finish(s, state)
     finally:
@@ -4085,9 +4180,7 @@ def open_artifact(
             raise UserError(
                 f"{name.upper()}={values[name]} contradicts the artifact, which has {written[name]}; unset it"
             )
-    hidden = max(h.model_dim, round(h.mlp_mult * h.model_dim))
-    least = h.num_layers * h.model_dim * hidden + h.embed_width * max(h.vocab_size, h.embed_dim and h.model_dim)
-    if least > sum(array.size for array in arrays.values()):
+    if least_weights(h) > sum(array.size for array in arrays.values()):
         raise UserError(f"{path}: its tensors are too small for its configuration")
     rt = start_runtime(h)
     tokenizer = load_tokenizer(h)
@@ -4161,6 +4254,19 @@ def bench(h: Hyperparameters, rt: Runtime, steps: int) -> int:
     return 0
 
 
+def number(kind: type, low: float, high: float = 2.0**62) -> Callable[[str], Any]:
+    """A parser of numbers in a range, for argparse."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high:  # NaN, too
+            raise ValueError
+        return value
+
+    parse.__name__ = f"{kind.__name__} from {low:g}" + (f" to {high:g}" if high < 2.0**62 else "")
+    return parse
+
+
 def parse_command(argv: list[str]) -> Any:
     """The command line's words; configuration comes from the environment."""
     import argparse
@@ -4173,11 +4279,11 @@ def parse_command(argv: list[str]) -> Any:
     writer = commands.add_parser("generate")
     writer.add_argument("artifact")
     writer.add_argument("--prompt", default="")
-    writer.add_argument("--tokens", type=int, default=200)
-    writer.add_argument("--temperature", type=float, default=0.8)
-    writer.add_argument("--top-p", type=float, default=0.95)
-    writer.add_argument("--seed", type=int, default=1337)
-    commands.add_parser("bench").add_argument("--steps", type=int, default=20)
+    writer.add_argument("--tokens", type=number(int, 1), default=200)
+    writer.add_argument("--temperature", type=number(float, 0), default=0.8)
+    writer.add_argument("--top-p", type=number(float, 0, 1), default=0.95)
+    writer.add_argument("--seed", type=number(int, 0), default=1337)
+    commands.add_parser("bench").add_argument("--steps", type=number(int, 1), default=20)
     return parser.parse_args(argv)
 
 

@@ -219,6 +219,18 @@ def test_preset_may_stand_in_the_file_and_the_environment_overrides_it(tmp_path:
     assert t.load_config({"ENV_FILE": path, "PRESET": "attn"}).model_dim == t.FIELDS["MODEL_DIM"].default
 
 
+def test_preset_that_the_file_overrides_entirely_is_refused(tmp_path: Path) -> None:
+    path = env_file(tmp_path, t.config_env(t.load_config({"PRESET": "local"})))
+    whole = dataclasses.replace(t.load_config({"PRESET": "local"}), preset="", env_file=path)
+    assert t.load_config({"ENV_FILE": path}) == whole
+    assert "no effect" in refused({"ENV_FILE": path, "PRESET": "local_float"})
+
+
+@pytest.mark.parametrize("huge", [{"MODEL_DIM": "1000000"}, {"MLP_MULT": "1e9"}, {"NUM_LAYERS": "1000000000"}])
+def test_network_beyond_this_machines_memory_is_refused(huge: dict[str, str]) -> None:
+    assert "GiB" in refused(huge)
+
+
 def test_empty_variable_counts_as_unset(tmp_path: Path) -> None:
     assert t.load_config({"MODEL_DIM": "", "PRESET": "", "ENV_FILE": "", "RUN_ID": ""}) == t.load_config({})
     assert t.load_config({"ENV_FILE": env_file(tmp_path, "MODEL_DIM=\nBATCH_STAGES=\n")}).model_dim == 512
@@ -334,6 +346,21 @@ def test_near_miss_names_the_right_variable(name: str) -> None:
 def test_unknown_member_of_a_family_names_a_variable(prefix: str) -> None:
     message = refused({prefix + "QQQQQ": "1"})
     assert message.startswith(prefix + "QQQQQ") and message.split("nearest: ")[1].split()[0] in t.FIELDS
+
+
+@pytest.mark.parametrize(
+    "wrong,right",
+    [("num_layers", "NUM_LAYERS"), ("Seed", "SEED"), ("MAX_WALLCLOCK", "MAX_WALLCLOCK_SECONDS"),
+     ("GRAD_CLIP", "GRAD_CLIP_NORM"), ("BATCH_TOKENS", "TRAIN_BATCH_TOKENS"), ("SEQ_LEN", "EVAL_SEQ_LEN"),
+     ("VAL_EVERY", "SAVE_EVERY"), ("TIE_EMBED", "TIE_EMBEDDINGS"), ("EVAL_STRIDE", "SLIDING_EVAL_STRIDE"),
+     ("BUDGET_BYTES", "HARD_BUDGET_BYTES"), ("LOG_EVERY", "TRAIN_LOG_EVERY")],
+)  # fmt: skip
+def test_shortened_or_small_letters_name_the_right_variable(wrong: str, right: str) -> None:
+    """Where several variables hold the words, one of them is named."""
+    message = refused({wrong: "1"})
+    nearest = message.split("nearest: ")[1].split()[0]
+    words = set(wrong.upper().split("_"))
+    assert nearest == right or words & set(nearest.split("_")), message
 
 
 @pytest.mark.parametrize("name", FOREIGN)

@@ -614,6 +614,8 @@ def test_tokenizer_of_the_manifest_is_accepted(model_path: tuple[str, int], tmp_
     byte = data_with(tmp_path / "byte", {"kind": "byte", "file": None, "sha256": None, "vocab_size": 256})
     assert isinstance(t.load_tokenizer(t.load_config({"DATA_PATH": byte, "VOCAB_SIZE": "256"})), t.ByteTokenizer)
     bare = {"DATA_PATH": folder_of(tmp_path / "bare", [1])}  # published shards have no manifest
+    words = [tokenizer.bos, *tokenizer.encode(" the light of the old harbour and the long night")] * 20
+    folder_of(tmp_path / "bare", words, split="val")
     assert t.load_tokenizer(t.load_config({**env, **bare})).fingerprint == digest
     assert t.load_tokenizer(t.load_config({**bare, "VOCAB_SIZE": "256"})).fingerprint == "byte"
 
@@ -632,6 +634,26 @@ def test_tokenizer_of_other_data_is_refused(kind: str, model_path: tuple[str, in
     message = str(caught.value)
     assert ("byte" if kind == "byte data" else "other_600_bpe.model") in message
     assert ("builtin" in message) is False and "\n" not in message
+
+
+def test_tokens_of_another_tokenizer_are_noticed_without_a_manifest(
+    model_path: tuple[str, int], tmp_path: Path, models: Callable
+) -> None:
+    """Permuted pieces: every token is in the vocabulary, every text but one is gibberish."""
+    path, size = model_path
+    tokenizer = models("lossless_600")
+    words = [tokenizer.bos, *tokenizer.encode("She opened the window, and said: it is late; the boats are in.")] * 40
+    renamed = np.arange(size)
+    renamed[300:] = np.random.default_rng(0).permutation(np.arange(300, size))
+    for tokens, right in ((words, True), (renamed[words].tolist(), False)):
+        data = folder_of(tmp_path / str(right), [1, 2, 3])
+        folder_of(tmp_path / str(right), tokens, split="val")
+        h = t.load_config({"DATA_PATH": data, "TOKENIZER_PATH": path, "VOCAB_SIZE": str(size)})
+        if right:
+            assert t.load_tokenizer(h).bos == 1
+        else:
+            with pytest.raises(t.UserError, match="TOKENIZER_PATH=.* does not seem to have made DATA_PATH"):
+                t.load_tokenizer(h)
 
 
 def test_missing_damaged_or_misfitting_tokenizer_is_one_line(model_path: tuple[str, int], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -288,7 +289,7 @@ def test_eval_refuses_another_tokenizer(
     for model, code in ((models[0], 0), (models[1], 2)):
         scored = run_job({**data_of(env), "TOKENIZER_PATH": str(model)}, ["eval", str(artifact_of(env))])
         assert scored.code == code, scored.err
-    assert "tokenizer" in error_line(scored.err)
+    assert "TOKENIZER_PATH" in error_line(scored.err)
     written = run_job(
         {**data_of(env), "TOKENIZER_PATH": str(models[0])}, ["generate", str(artifact_of(env)), "--prompt", "The"]
     )
@@ -455,6 +456,25 @@ def test_time_for_fitting_does_not_eat_the_training(
     assert with_reserve.code == 0, with_reserve.err
     (final,) = read_metrics(artifact_of({**env, "RUN_ID": "reserve"}).parent, "final")
     assert 1.2 < final["train_time_s"] <= 2.05
+
+
+def test_temperature_is_fitted_within_a_small_reserve(run_job: Run, tiny_env: dict[str, str]) -> None:
+    """The reserve is the time for fitting, however small a share of the run it is; without time nothing is claimed."""
+    env = {**tiny_env, "TEMP_SCALING": "1", "HOLDOUT_TOKENS": "2048", "ITERATIONS": "4", "MAX_VAL_TOKENS": "300"}
+    plenty = run_job({**env, "MAX_WALLCLOCK_SECONDS": "1000", "CALIB_MAX_SECONDS": "30"})
+    assert "fitted on held-out" in plenty.out and "temperature:1.0000" not in plenty.out
+    h = t.load_config({**env, "CALIB_MAX_SECONDS": "1", "MAX_WALLCLOCK_SECONDS": "9"})
+    model, rt = t.build_model(h, t.start_runtime(h), t.BYTE_BOS), t.start_runtime(h)
+    for each in (0.0, 0.01, 0.1, 0.3, 0.6, 2.0):  # seconds that pass at each look at the clock
+        clock = itertools.count(8.0, each)
+        last = [8.0]
+
+        def seconds(clock: Iterator[float] = clock, last: list[float] = last) -> float:
+            last[0] = next(clock)
+            return last[0]
+
+        tau = t.fit_temperature(h, rt, model, t.read_holdout(h), seconds, 9.0)
+        assert (tau is None) == (each > 0.1) and last[0] <= 9.0 + 2 * each
 
 
 class FakeTime:
