@@ -2556,7 +2556,7 @@ class Bank:
         return torch.stack(grads), has.view(-1, *[1] * (self.latent.ndim - 1))
 
     def coded(self) -> Iterator[tuple[int, Codes]]:
-        """Codes of the bank in parts of at most 8M weights, each with the index of its first tensor.
+        """Codes of the bank in parts of at most 2M weights, each with the index of its first tensor.
 
         Forward pass and export take the same parts: a GPU may sum a mean in another order for another shape.
         """

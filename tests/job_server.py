@@ -16,6 +16,7 @@ import select
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -91,10 +92,17 @@ def fail_disk_call(number: int, code: int) -> None:
     os.fsync = watched  # type: ignore[assignment]
 
 
+def run_clock_at(speed: float) -> None:
+    """Let this process's clock run at another speed, since those of two machines never agree to the last digit."""
+    monotonic, began = time.monotonic, time.monotonic()
+    time.monotonic = lambda: began + speed * (monotonic() - began)
+
+
 HOOKS: dict[str, Callable[..., None]] = {
     "kill_at_disk_call": kill_at_disk_call,
     "kill_in_write": kill_in_write,
     "fail_disk_call": fail_disk_call,
+    "run_clock_at": run_clock_at,
 }
 
 

@@ -248,6 +248,15 @@ def test_integers_use_their_width_symmetrically(name: str) -> None:
     assert codec_of(name, 10**6).quantize(w, small).codes.abs().max() == top
 
 
+@pytest.mark.parametrize("name", [n for n in t.CODECS if n.startswith("int")])
+def test_integers_are_the_nearest_under_the_stored_scale(name: str) -> None:
+    """The scale is rounded to bf16 before codes are chosen: at the top of int8 the difference is half a code."""
+    w = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    coded = codec_of(name, 64).quantize(w, t.default_tuning(w))
+    top, nearest = 2 ** (int(name[3:]) - 1) - 1, (w / scales_of(coded).double()).round()
+    assert coded.codes.tolist() == nearest.clamp(-top, top).tolist()
+
+
 # ---- quantizing twice ----
 
 

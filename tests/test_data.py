@@ -119,14 +119,21 @@ def test_fingerprint_tells_data_apart(tmp_path: Path) -> None:
     base = np.arange(1000) % 50
     other = base.copy()
     other[-1] += 1
+    long = [np.tile(base, 70), np.tile(base, 70), np.tile(base, 70)]
+    long[1][0] += 1
+    long[2][-1] += 1
     prints = {
+        **{
+            f"long{i}": t.TokenStream(folder_of(tmp_path / f"{i}", x), "train", 100).fingerprint()
+            for i, x in enumerate(long)
+        },
         "base": t.TokenStream(folder_of(tmp_path / "a", base), "train", 100).fingerprint(),
         "copy": t.TokenStream(folder_of(tmp_path / "b", base), "train", 100).fingerprint(),
         "token": t.TokenStream(folder_of(tmp_path / "c", other), "train", 100).fingerprint(),
         "short": t.TokenStream(folder_of(tmp_path / "d", base[:-1]), "train", 100).fingerprint(),
         "split": t.TokenStream(folder_of(tmp_path / "e", base[:500], base[500:]), "train", 100).fingerprint(),
     }
-    assert prints["base"] == prints["copy"] and len(set(prints.values())) == 4
+    assert prints["base"] == prints["copy"] and len(set(prints.values())) == len(prints) - 1
 
 
 # ---- the loader ----
@@ -271,8 +278,9 @@ def test_contiguous_rows_use_every_token_in_order(place_data: str) -> None:
     assert where(take(loader, 1))[0, 0] == 0 and loader.position.epoch == 1
 
 
-def test_streams_continue_row_by_row(place_data: str) -> None:
-    loader = loader_of(place_data, "streams")
+@pytest.mark.parametrize("holdout", [200, 183], ids=["a rest is left", "whole rows"])
+def test_streams_continue_row_by_row(holdout: int, place_data: str) -> None:
+    loader = loader_of(place_data, "streams", HOLDOUT_TOKENS=holdout)
     span = (loader.usable - 1) // 4
     first = where(take(loader, span // SEQ))
     assert first[0].tolist() == [row * span for row in range(4)]
@@ -348,6 +356,23 @@ def test_data_must_hold_one_step_of_the_largest_stage(tmp_path: Path) -> None:
         assert rows[:, :, 0].tolist() == [list(range(0, most * SEQ, SEQ))] * 3
         with pytest.raises(t.UserError, match=f"{most * SEQ} training tokens.*{most * SEQ};"):
             loader_of(short, "contiguous", **extra)
+
+
+@MODES
+def test_next_batch_is_prepared_while_the_step_runs(mode: str, place_data: str) -> None:
+    """One batch ahead, and the right one: none is built twice."""
+    loader, built = loader_of(place_data, mode), list[t.Position]()
+    build = loader.build
+
+    def noted(at: t.Position, rows: int, seq: int) -> Any:
+        built.append(at)
+        return build(at, rows, seq)
+
+    loader.build = noted  # type: ignore[method-assign]
+    for step in range(5):
+        loader.next(4, SEQ)
+        loader.pool.submit(int).result()  # the one thread has done what it was given
+        assert len(built) == len(set(built)) == step + 2 and built[-1] == loader.position
 
 
 def test_bad_token_reaches_the_caller_through_the_prefetch(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -523,6 +524,14 @@ def test_tokenizer_sample_is_bounded_and_uniform(tmp_path: Path) -> None:
     assert sample == prepare.sample_texts(backward, recipe, 5000) and sample[0] != texts[0]
 
 
+def test_tokenizer_sample_leaves_out_what_the_hash_makes_validation(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "t.jsonl", make_texts(100))
+    folder = run_prepare(tmp_path, "--train", path, "--val-fraction", 0.3)
+    sources = prepare.make_sources(prepare.find_files([path]), "hash", "file")
+    sample = prepare.sample_texts(sources, prepare.Recipe("text", 0.3, False, "byte"), 10**6)
+    assert sorted(sample) == sorted(read_documents(folder, "train")) and len(sample) < len(make_texts(100))
+
+
 def test_prepare_takes_a_tokenizer_by_its_name(tmp_path: Path, model: Path) -> None:
     (tmp_path / "tokenizers").mkdir()
     shutil.copyfile(model, tmp_path / "tokenizers" / "known.model")
@@ -541,7 +550,13 @@ def test_hash_split_depends_on_the_text_alone(tmp_path: Path) -> None:
     for name, order in (("a", texts), ("b", texts[::-1])):
         path = write_jsonl(tmp_path / name / "in.jsonl", order)
         folder = run_prepare(tmp_path / name, "--train", path, "--val-fraction", 0.1)
-        sides.append({split: set(read_documents(folder, split)) for split in shards.SPLITS})
+        manifest, found = (
+            shards.read_manifest(folder),
+            {split: read_documents(folder, split) for split in shards.SPLITS},
+        )
+        assert manifest["fingerprint"] == fingerprint(found["train"] + found["val"]), "of a block that is shared, too"
+        assert all(manifest["splits"][split]["documents"] == len(found[split]) for split in shards.SPLITS)
+        sides.append({split: set(found[split]) for split in shards.SPLITS})
     assert sides[0] == sides[1] and not sides[0]["train"] & sides[0]["val"]
     assert sides[0]["train"] | sides[0]["val"] == set(texts) and 20 <= len(sides[0]["val"]) <= 60
 
@@ -654,6 +669,12 @@ def test_parts_on_two_machines_give_the_same_documents(tmp_path: Path, files: in
     assert contents(run_prepare(tmp_path / "merged", "--merge", "--dedup")) == contents(whole)
 
 
+def test_blocks_are_cut_by_their_bytes() -> None:
+    """What a kill loses, and what memory holds, is bounded whatever the size of the documents."""
+    blocks = prepare.cut_blocks([(number, b"x" * 10) for number in range(7)], 25)
+    assert [len(block) for block in blocks] == [3, 3, 1]
+
+
 def test_workers_do_not_change_the_bytes(tmp_path: Path, model: Path) -> None:
     texts = make_texts(300)
     path = write_jsonl(tmp_path / "t.jsonl", texts)
@@ -669,6 +690,9 @@ def test_same_command_again_verifies_and_returns(tmp_path: Path, capsys: Any) ->
     folder = run_prepare(tmp_path, "--train", path, "--val", path)
     run_prepare(tmp_path, "--train", path, "--val", path)
     assert "is complete, its shards are verified" in capsys.readouterr().out
+    for other in (["--dedup"], ["--shard-tokens", 500]):
+        with pytest.raises(shards.DataError, match="other inputs or settings"):
+            run_prepare(tmp_path, "--train", path, "--val", path, *other)
     shard = folder / "fineweb_train_000000.bin"
     shard.write_bytes(shard.read_bytes()[:-2] + b"AA")
     with pytest.raises(shards.DataError, match="is not the file that manifest.json names"):
@@ -685,7 +709,42 @@ def test_unfinished_work_of_another_job_is_not_mixed_in(tmp_path: Path) -> None:
     prepare.main(["--train", str(path), "--tokenizer", "byte", "--name", "x", "--out", str(tmp_path), "--part", "1/2"])
     with pytest.raises(shards.DataError, match="val_fraction: 0.01, now 0.5"):
         run_prepare(tmp_path, "--train", path, "--val-fraction", 0.5)
-    run_prepare(tmp_path, "--train", path, "--val-fraction", 0.5, "--overwrite")
+    folder = run_prepare(tmp_path, "--train", path, "--val-fraction", 0.5, "--overwrite")
+    fresh = run_prepare(tmp_path / "fresh", "--train", path, "--val-fraction", 0.5)
+    assert contents(folder) == contents(fresh), "blocks of the other job are gone"
+
+
+TRAINED = ["--vocab-size", 330, "--tokenizer-bytes"]
+OTHER_SETTINGS = [
+    (["--block-bytes", 3000], ["--block-bytes", 2000], "block_bytes: 3000, now 2000"),
+    (["--text-field", "text"], ["--text-field", "body"], 'text_field: "text", now "body"'),
+    (["--txt-split", "file"], ["--txt-split", "blank"], 'txt_split: "file", now "blank"'),
+    ([], ["--skip-bad"], "skip_bad: false, now true"),
+    ([*TRAINED, 9000], [*TRAINED, 8000], "tokenizer_source: "),
+]
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "message"), OTHER_SETTINGS, ids=[row[2].split(":")[0] for row in OTHER_SETTINGS]
+)
+def test_blocks_of_other_settings_are_not_mixed_in(
+    tmp_path: Path, first: list[Any], then: list[Any], message: str
+) -> None:
+    """Each setting that decides what is in a block is part of a job's identity."""
+    path = write_jsonl(tmp_path / "t.jsonl", make_texts(200))
+    run_part = ["--train", path, "--name", "x", "--out", tmp_path, "--part", "1/2", "--workers", 1]
+    tokenizer = [] if "--vocab-size" in first else ["--tokenizer", "byte"]
+    prepare.main([*map(str, [*run_part, *tokenizer, *first])])
+    with pytest.raises(shards.DataError, match=message):
+        run_prepare(tmp_path, "--train", path, *then)
+
+
+def test_changed_input_of_the_same_size_is_noticed(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "t.jsonl", ["one", "two"])
+    run_prepare(tmp_path, "--train", path, "--val", path)
+    write_jsonl(path, ["one", "six"])
+    with pytest.raises(shards.DataError, match="other inputs or settings"):
+        run_prepare(tmp_path, "--train", path, "--val", path)
 
 
 # ---- prepare: errors --------------------------------------------------------
@@ -713,6 +772,15 @@ def test_bad_line_is_named_and_may_be_skipped(tmp_path: Path, line: bytes, messa
     skipped = shards.read_manifest(folder)["source"]["skipped"]
     assert read_documents(folder, "train") == ["good", "also good"]
     assert skipped["documents"] == 2 and message in skipped["named"][0]
+
+
+def test_all_skipped_documents_are_counted_though_not_all_are_named(tmp_path: Path) -> None:
+    path = write_text(tmp_path / "t.jsonl", '{"text": "good"}\n' + "bad\n" * 150)
+    val = write_jsonl(tmp_path / "v.jsonl", ["fine"])
+    skipped = shards.read_manifest(run_prepare(tmp_path, "--train", path, "--val", val, "--skip-bad"))["source"][
+        "skipped"
+    ]
+    assert skipped["documents"] == 150 and len(skipped["named"]) == 100
 
 
 def test_bad_txt_file_is_named(tmp_path: Path) -> None:
@@ -787,6 +855,7 @@ def test_bad_parquet_is_named(tmp_path: Path) -> None:
         (["--train", "{in}", "--tokenizer", "byte", "--val-fraction", "1"], r"is not in \[0, 1\)"),
         (["--train", "{in}", "--val", "{in}", "--val-fraction", "0.1", "--tokenizer", "byte"], "choose one"),
         (["--train", "{in}", "--tokenizer", "byte", "--name", "a/b"], "--name 'a/b'"),
+        (["--train", "{in}", "--tokenizer", "byte", "--part", "1/2", "--merge"], "--part and --merge are both set"),
     ],
 )
 def test_wrong_arguments_are_refused(tmp_path: Path, model: Path, arguments: list[str], message: str) -> None:
@@ -835,12 +904,26 @@ def test_full_disk_is_said_and_survived(tmp_path: Path, monkeypatch: Any) -> Non
 
 
 def test_damaged_work_file_is_named(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "t.jsonl", make_texts(20))
+    path = write_jsonl(tmp_path / "t.jsonl", make_texts(200))
     prepare.main(["--train", str(path), "--tokenizer", "byte", "--name", "x", "--out", str(tmp_path), "--part", "1/1"])
     block = next((tmp_path / "work" / "x_byte256").glob("*.npz"))
     block.write_bytes(block.read_bytes()[:-50])
     with pytest.raises(shards.DataError, match=f"{block.name} is damaged .* delete it and run again"):
         run_prepare(tmp_path, "--merge")
+    block.unlink()
+    folder = run_prepare(tmp_path, "--train", path)
+    assert sorted(read_documents(folder, "train") + read_documents(folder, "val")) == sorted(make_texts(200))
+
+
+def test_blocks_of_another_tokenizer_are_not_merged(tmp_path: Path, model: Path) -> None:
+    """Two machines that each trained their own would give tokens of two meanings."""
+    path = write_jsonl(tmp_path / "t.jsonl", make_texts(20))
+    prepare.main(
+        ["--train", str(path), "--tokenizer", str(model), "--name", "x", "--out", str(tmp_path), "--part", "1/1"]
+    )
+    shards.train_sentencepiece(make_texts(300, seed=1), 320, tmp_path / "work" / "x_sp320" / "tokenizer" / model.name)
+    with pytest.raises(shards.DataError, match="made with another tokenizer"):
+        run_prepare(tmp_path, "--merge", "--tokenizer", model)
 
 
 def test_other_tokenizer_of_the_same_name_is_not_replaced(tmp_path: Path, model: Path) -> None:
@@ -951,7 +1034,13 @@ def hub(model: Path) -> Iterator[StandIn]:
     catalogue = {
         "version": "10B",
         "tokenizers": [
-            {"name": "sp_bpe_320", "model_path": "tokenizers/fineweb_320_bpe.model", "bos_id": 1, "vocab_size": 320},
+            {
+                "name": "sp_bpe_320",
+                "model_path": "tokenizers/fineweb_320_bpe.model",
+                "vocab_path": "tokenizers/fineweb_320_bpe.vocab",
+                "bos_id": 1,
+                "vocab_size": 320,
+            },
             {"name": "bytes", "path": "tokenizers/pure_byte_260.json", "bos_id": 1, "vocab_size": 260},
         ],
         "datasets": [
@@ -962,6 +1051,7 @@ def hub(model: Path) -> Iterator[StandIn]:
     files = {
         "datasets/manifest.json": json.dumps(catalogue).encode(),
         "datasets/tokenizers/fineweb_320_bpe.model": model.read_bytes(),
+        "datasets/tokenizers/fineweb_320_bpe.vocab": b"the\t-1\n",
         "datasets/tokenizers/pure_byte_260.json": b'{"tokenizer_type": "pure_byte"}\n',
     }
     for number in range(4):
@@ -990,10 +1080,28 @@ def test_download_fetches_a_variant_whole(tmp_path: Path, hub: StandIn) -> None:
         assert (folder / name).read_bytes() == hub.files[f"datasets/datasets/fineweb10B_sp320/{name}"]
     manifest = shards.read_manifest(folder)
     assert manifest["splits"]["train"]["tokens"] == 6000 and manifest["splits"]["train"]["documents"] == 60
+    assert manifest["splits"]["val"]["tokens"] == 3000
+    listing = "".join(f"{name} {hashlib.sha256((folder / name).read_bytes()).hexdigest()}\n" for name in names)
+    assert manifest["fingerprint"] == hashlib.sha256(listing.encode()).hexdigest()
+    assert len(list((tmp_path / "tokenizers").iterdir())) == 2
     assert manifest["tokenizer"]["file"] == "fineweb_320_bpe.model" and manifest["tokenizer"]["lossless"] is True
     assert json.loads((tmp_path / "manifest.json").read_text())["version"] == "10B"
     shards.verify_dataset(folder, manifest)
     assert "VOCAB_SIZE=320" in done.stdout and not list((tmp_path / "work").glob("*"))
+
+
+def test_hub_is_asked_for_many_files_in_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    download, asked = importlib.import_module("download"), list[int]()
+    hub = download.Hub("someone/some-data", "root", "main", tmp_path)
+
+    class Api:
+        def get_paths_info(self, repo: str, paths: list[str], **_: Any) -> list[Any]:
+            asked.append(len(paths))
+            return [SimpleNamespace(path=path, size=1, lfs=None, blob_id="") for path in paths]
+
+    monkeypatch.setattr(hub.library, "HfApi", Api)
+    targets = {f"datasets/x/{number}.bin": tmp_path / str(number) for number in range(250)}
+    assert [file.path for file in hub.describe(targets)] == list(targets) and asked == [100, 100, 50]
 
 
 def test_download_again_fetches_only_what_is_missing_or_damaged(tmp_path: Path, hub: StandIn) -> None:
@@ -1002,10 +1110,12 @@ def test_download_again_fetches_only_what_is_missing_or_damaged(tmp_path: Path, 
     cut, flipped = folder / "fineweb_train_000001.bin", folder / "fineweb_val_000000.bin"
     cut.write_bytes(cut.read_bytes()[:2000])
     flipped.write_bytes(flipped.read_bytes()[:-1] + b"\x7f")
+    small = tmp_path / "tokenizers" / "fineweb_320_bpe.model"  # has git's checksum, not a sha256
+    small.write_bytes(small.read_bytes()[:-1] + b"\x7f")
     hub.served.clear()
     done = fetch(hub, tmp_path, "--variant", "sp320", "--train-shards", 2)
     assert done.returncode == 0, done.stderr
-    assert {Path(path).name for path in hub.served} == {"manifest.json", cut.name, flipped.name}
+    assert {Path(path).name for path in hub.served} == {"manifest.json", cut.name, flipped.name, small.name}
     assert f"{cut} is fetched again: it has 2000 bytes" in done.stdout
     assert f"{flipped} is fetched again: its checksum" in done.stdout
     assert len(shards.read_manifest(folder)["splits"]["train"]["shards"]) == 3, "what was here stays"

@@ -532,7 +532,8 @@ def fitted(
     h: t.Hyperparameters, model: Any, holdout: np.ndarray, tokens: np.ndarray
 ) -> tuple[float, t.Score, Recorder]:
     """tau, score and what was predicted with the configuration's own adapters."""
-    tau = t.fit_temperature(h, t.start_runtime(h), model, holdout, lambda: False)
+    tau = t.fit_temperature(h, t.start_runtime(h), model, holdout, lambda: 0.0, 1.0)
+    assert tau is not None
     scorer, recorder = scorer_of(h, model), Recorder()
     scorer.calibration = {"temperature": tau}
     assert isinstance(scorer.adapters[0], t.TemperatureAdapter)
@@ -585,8 +586,7 @@ def test_temperature_sees_no_validation_token() -> None:
 
 def test_temperature_fit_stops_when_its_time_is_over() -> None:
     h, truth = config(TEMP_SCALING=1), torch.linspace(-3, 2, VOCAB)
-    tau = t.fit_temperature(h, t.start_runtime(h), Stub(truth), drawn(truth, 800), lambda: True)
-    assert tau == 1.0
+    assert t.fit_temperature(h, t.start_runtime(h), Stub(truth), drawn(truth, 800), lambda: 2.0, 1.0) is None
 
 
 # ---- bits per byte

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -321,6 +322,28 @@ def test_weights_without_a_gradient_rest() -> None:
                 assert torch.equal(now, then), f"{key} of {name} changed without a gradient"
 
 
+def test_weight_has_a_gradient_if_it_has_one_on_any_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reduction of one of two ranks, the other's part being made up: sums, and the same weights move on both."""
+    names = ("embed.weight", "blocks.0.mlp.up.weight", "blocks.1.attn.qkv.weight")
+    mine, other = Trainer(), Trainer()
+    grads = mine.gradients(0, without=(names[0], names[2])), other.gradients(1, without=(names[1], names[2]))
+    sent = [bank.gradient() for bank in other.weights.banks.values()]
+    received = iter([*(grad for grad, _ in sent), torch.cat([has.flatten() for _, has in sent]).to(torch.int32)])
+
+    def all_reduce(part: Tensor, op: object = t.dist.ReduceOp.SUM, async_op: bool = False) -> SimpleNamespace:
+        part.copy_(torch.maximum(part, next(received)) if op == t.dist.ReduceOp.MAX else part + next(received))
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr(t.dist, "all_reduce", all_reduce)
+    reduced = mine.optimizer.reduced([bank.gradient() for bank in mine.weights.banks.values()])
+    found = dict(zip(mine.weights.banks, reduced, strict=True))
+    for key, bank in mine.weights.banks.items():
+        for i, name in enumerate(bank.names):
+            parts = [rank[name] for rank in grads if name in rank]
+            assert bool(found[key][1].flatten()[i]) == bool(parts) == (name != names[2])
+            assert torch.equal(found[key][0][i], sum(parts, torch.zeros_like(bank.latent[i])))
+
+
 # ---- the law: parameters are decoded codes of their latents
 
 
@@ -348,6 +371,22 @@ def test_tuning_reaches_the_parameters() -> None:
     trainer.weights.materialize(1.0)
     for i, parameter in enumerate(bank.parameters):
         torch.testing.assert_close(parameter, plain[i] * (2.0 if i == index else 1.0), rtol=2**-7, atol=0)
+
+
+def test_large_bank_is_quantized_in_parts_that_keep_their_places() -> None:
+    """Beyond 2M weights a bank is coded part by part: each weight with its own tuning, under its own name."""
+    generator, names = torch.Generator().manual_seed(0), ["a", "b", "c"]
+    parameters = [torch.nn.Parameter(torch.randn(2, 2**19, generator=generator)) for _ in names]
+    codec, weights = t.CODECS["int8"](schedule(GROUP_SIZE=2**19)), Trainer().weights
+    bank = t.Bank(t.Role("int8", "matrix"), codec, names, parameters)
+    bank.tuning.multiplier[:, 0, 0] = torch.tensor([1.0, 2.0, 4.0])
+    weights.banks = {"large": bank}
+    weights.materialize(1.0)
+    assert [at for at, _ in bank.coded()] == [0, 2]
+    for i, (coded, parameter) in enumerate(zip(t.coded_tensors(weights), parameters, strict=True)):
+        alone = codec.fake_quantize(bank.latent[i], t.Tuning(torch.tensor(0.5), torch.tensor(2.0**i)))
+        assert coded.name == names[i] and torch.equal(parameter, alone)
+        assert (codec.decode_numpy(coded.codes, coded.scales) == alone.numpy()).all()
 
 
 def test_ternary_weights_are_float_until_their_start() -> None:

@@ -178,6 +178,22 @@ def test_reloaded_score_is_the_score_in_memory_with_options(
     check_roundtrip(run_job, {**tiny_env, **SHORT, **OPTIONS[name]}, read_metrics)
 
 
+def test_final_score_is_that_of_the_file(
+    monkeypatch: pytest.MonkeyPatch, tiny_env: dict[str, str], read_metrics: Callable
+) -> None:
+    """A file that does not give back the network must show: the last score comes from its bytes, not from memory."""
+    h, decode = t.load_config({**tiny_env, **SHORT}), t.decode_artifact
+
+    def without_embedding(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        header, weights = decode(data)
+        return header, {**weights, "embed.weight": np.zeros_like(weights["embed.weight"])}
+
+    monkeypatch.setattr(t, "decode_artifact", without_embedding)
+    assert t.train(h, t.start_runtime(h)) == 0
+    (final,) = read_metrics(artifact_of(tiny_env).parent, "final")
+    assert final["val_loss_nats"] == pytest.approx(math.log(256), abs=1e-4) != final["in_memory_val_loss_nats"]
+
+
 def test_final_score_is_of_the_averaged_weights(run_job: Run, tiny_env: dict[str, str], read_metrics: Callable) -> None:
     """The plain and the averaging run train alike; only what they score and export at the end differs."""
     losses = []
@@ -554,6 +570,23 @@ def test_resumed_run_keeps_its_limit_and_schedule(monkeypatch: pytest.MonkeyPatc
     middle = dataclasses.replace(saved, seconds=7.5)
     rates = simulated_run(monkeypatch, tiny_env, lambda step, tokens: 0.1, middle)
     assert rates[0] == pytest.approx(0.5) and 9.5 <= middle.seconds <= 10.0 and middle.step == steps + len(rates)
+
+
+def test_each_step_gets_its_own_point_of_the_schedules(
+    monkeypatch: pytest.MonkeyPatch, tiny_env: dict[str, str]
+) -> None:
+    """Rate and momentum of the step's start, averaging from its fraction on, the quantizer's progress one step on."""
+    bounds = {"ITERATIONS": "8", "MAX_WALLCLOCK_SECONDS": "0", "WARMDOWN_FRACTION": "0.5", "VAL_LOSS_EVERY": "0"}
+    momentum = {"MUON_MOMENTUM": "0.9", "MUON_MOMENTUM_WARMUP_START": "0.8", "MUON_MOMENTUM_WARMUP_STEPS": "4"}
+    h, steps = t.load_config({**tiny_env, **AVERAGE, **bounds, **momentum}), list[tuple]()
+    s = t.open_session(h, t.start_runtime(h), Path(h.out_dir), t.Log(None, False))
+    monkeypatch.setattr(s.optimizer, "step", lambda *told: steps.append(told))
+    t.train_loop(s, t.TrainState())
+    rates, momenta, averages, ahead = zip(*steps, strict=True)
+    assert rates == pytest.approx([1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    assert momenta == pytest.approx([0.8, 0.825, 0.85, 0.875, 0.9, 0.9, 0.9, 0.9])
+    assert averages == (False, False, True, True, True, True, True, True)
+    assert ahead == pytest.approx([step / 8 for step in range(1, 9)])
 
 
 def test_all_schedules_run_together(run_job: Run, tiny_env: dict[str, str], read_metrics: Callable) -> None:
