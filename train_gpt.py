@@ -901,7 +901,10 @@ def lock_folder(folder: Path) -> int:
     """
     import fcntl  # POSIX only
 
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"{folder / 'lock'} cannot be opened: {error.strerror}") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -921,6 +924,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file only by its complete successor: temporary file, fsync, rename. Raises UserError on a full disk."""
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(exist_ok=True)
         with open(temporary, "wb") as handle:
             handle.write(data)
             handle.flush()
@@ -2906,16 +2910,16 @@ def compress_best(kind: str, values: np.ndarray) -> tuple[str, str, int, bytes]:
     Stored is a sequence of chunks: length (4 bytes, little-endian) and what CHUNK_BYTES packed bytes became.
     """
     tools = [name for name in COMPRESSORS if name not in COMPRESSOR_PACKAGES or find_spec(COMPRESSOR_PACKAGES[name])]
+    packed = {name: PACKINGS[name][0](values) for name in packings_of(kind)}
     best: tuple[str, str, int, bytes] | None = None
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # compressors release the interpreter lock
-        for packing in packings_of(kind):
-            packed = PACKINGS[packing][0](values)
-            chunks = [packed[at : at + CHUNK_BYTES] for at in range(0, len(packed), CHUNK_BYTES)]
-            for tool in tools:
-                parts = pool.map(COMPRESSORS[tool][0], chunks, [kind] * len(chunks))
-                stored = b"".join(len(part).to_bytes(4, "little") + part for part in parts)
-                if best is None or len(stored) < len(best[3]):
-                    best = (packing, tool, len(packed), stored)
+        for packing, tool in [(packing, tool) for packing in packed for tool in tools]:
+            data = packed[packing]
+            chunks = [data[at : at + CHUNK_BYTES] for at in range(0, len(data), CHUNK_BYTES)]
+            parts = pool.map(COMPRESSORS[tool][0], chunks, [kind] * len(chunks))
+            stored = b"".join(len(part).to_bytes(4, "little") + part for part in parts)
+            if best is None or len(stored) < len(best[3]):
+                best = (packing, tool, len(data), stored)
     assert best is not None
     return best
 
@@ -3536,12 +3540,11 @@ def save_checkpoint(h: Hyperparameters, rt: Runtime, folder: Path, state: TrainS
     tree, name = pack_checkpoint(h, rt, state, weights), f"step_{state.step:07d}.pt"
 
     def write() -> None:
-        folder.mkdir(exist_ok=True)
         buffer = io.BytesIO()
         torch.save(tree, buffer)
         write_atomically(folder / name, buffer.getvalue())
         write_atomically(folder / "latest", name.encode())
-        for path in sorted(folder.glob("step_*.pt"))[: -h.keep_checkpoints]:
+        for path in sorted(folder.glob(f"step_{'[0-9]' * 7}.pt"))[: -h.keep_checkpoints]:
             if path.name != name and not (h.keep_every and int(path.stem[5:]) % h.keep_every == 0):
                 path.unlink()
 
@@ -3595,6 +3598,8 @@ def load_checkpoint(h: Hyperparameters, rt: Runtime, path: Path, model: GPT, wei
         raise UserError(f"{path} carries {carry[0].shape[0]} rows; TRAIN_BATCH_TOKENS={h.train_batch_tokens} does not")
     for key, bank in weights.banks.items():
         bank.latent, bank.state, bank.tuning = banks[key]["latent"], banks[key]["state"], banks[key]["tuning"]
+        if not h.ema_decay:
+            bank.state.pop("ema", None)  # nothing would keep it up to date
     torch.set_rng_state(rng)
     if rt.device.type == "cuda" and tree.get("cuda_rng") is not None:
         torch.cuda.set_rng_state(tree["cuda_rng"].cpu(), rt.device)

@@ -214,7 +214,9 @@ def test_existing_run_is_refused_on_all_ranks(run_ranks: Run, tiny_env: dict[str
     folder_of(tiny_env).mkdir(parents=True)
     (folder_of(tiny_env) / "metrics.jsonl").write_text('{"kind": "train"}\n')
     (folder_of(tiny_env) / "model.pgz").write_text("x")
-    check_all_end(run_ranks(tiny_env), "already holds a run")
+    results = run_ranks(tiny_env)
+    check_all_end(results, "already holds a run")
+    assert not error_lines(results[1]), "what all ranks know is told once"
 
 
 def test_locked_folder_is_refused_on_all_ranks(run_ranks: Run, tiny_env: dict[str, str]) -> None:

@@ -557,19 +557,20 @@ def test_temperature_undoes_wrong_confidence(sharpness: float) -> None:
     assert score.nats < plain.nats or sharpness == 1.0
 
 
-def test_temperature_is_the_best_on_the_held_out_tokens() -> None:
-    h = config(TEMP_SCALING=1, ATTN_WINDOW=2, NUM_LAYERS=1, LOGIT_SOFTCAP=5)
+@pytest.mark.parametrize("variables", [{}, HISTORY], ids=["window", "history"])
+def test_temperature_is_the_best_on_the_held_out_tokens(variables: dict[str, object]) -> None:
+    """Against a grid; each window is predicted with the tokens before it, as when it is scored."""
+    h = config(TEMP_SCALING=1, ATTN_WINDOW=2, NUM_LAYERS=1, LOGIT_SOFTCAP=5, **variables)
     model = scrambled(h)
-    text = list(t.generate(model, t.start_runtime(h), [BOS], 40 * (WINDOW + 1), 1.25, 1.0, 0))
+    text = list(t.generate(model, t.start_runtime(h), [BOS], 42 * WINDOW + 1, 1.25, 1.0, 0))
     holdout = np.array(text, np.int64)
     tau, _, _ = fitted(h, model, holdout, stream(30))
+    recorder = Recorder()
+    scorer_of(config(ATTN_WINDOW=2, NUM_LAYERS=1, LOGIT_SOFTCAP=5, **variables), model, [recorder]).score(holdout)
+    rows = torch.stack([recorder.predicted[index] for index in range(1, len(holdout))])
 
     def loss(value: float) -> float:
-        starts = range(0, len(holdout) - WINDOW, WINDOW)
-        rows = torch.from_numpy(np.stack([holdout[at : at + WINDOW + 1] for at in starts]))
-        with torch.no_grad():
-            logits, _ = model.logits(rows[:, :-1], t.Variant())
-        return F.cross_entropy(logits.flatten(0, 1) / value, rows[:, 1:].flatten()).item()
+        return F.cross_entropy(rows / value, torch.from_numpy(holdout[1:])).item()
 
     grid = [loss(0.5 * 4 ** (i / 60)) for i in range(61)]
     assert loss(tau) <= min(grid) + 1e-6
@@ -614,6 +615,11 @@ def test_bytes_of_validation_are_those_of_its_text(byte_data: Path) -> None:
     text = t.ByteTokenizer().decode(tokens[1:].tolist())
     assert score.bytes == pytest.approx(len(text.encode()), abs=6)  # a character may be cut at the end
     assert score.bpb == pytest.approx(8 * score.tokens / score.bytes)
+
+
+def test_validation_is_the_validation_split(byte_data: Path) -> None:
+    (shard,) = byte_data.glob("fineweb_val_*.bin")
+    assert t.read_validation(config(DATA_PATH=byte_data)).tolist() == np.fromfile(shard, "<u2")[512:].tolist()
 
 
 @pytest.mark.parametrize("limit", [1, 10, 1000, 10**9])

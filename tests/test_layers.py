@@ -365,6 +365,11 @@ def test_induction_finds_what_followed_the_last_times(orders: str, count: int, w
         found = induction.gain[index] * table[want[..., index].clamp(min=0)] + induction.found[index]
         total = total + found * (want[..., index] >= 0).unsqueeze(-1)
     torch.testing.assert_close(x, t.rms_norm(total), rtol=1e-9, atol=1e-9)
+    pull = torch.randn(x.shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(2))
+    learned = (table, induction.gain, induction.found)
+    got, exact = (torch.autograd.grad((y * pull).sum(), learned) for y in (x, t.rms_norm(total)))
+    for mine, grad in zip(got, exact, strict=True):
+        torch.testing.assert_close(mine, grad, rtol=1e-9, atol=1e-9)
 
 
 # ---- low-rank adapters and observers

@@ -25,7 +25,12 @@ OPTIONS: dict[str, dict[str, object]] = {
     "untied_later": {"UNTIE_AT_FRACTION": 0.5, "EMBED_DIM": 12},
     "window": {"ATTN_WINDOW": 5, "DOC_MASK": 1, "VALUE_RESIDUAL": 1, "NUM_LAYERS": 3},
     "no_cap": {"LOGIT_SOFTCAP": 0, "QK_NORM": 0, "RESID_MIX": 0, "RESIDUAL": "plain", "MLP_ACT": "leaky_relu2"},
-}
+    # n-grams reach further back than induction does
+    "history": {
+        "BIGRAM_HASH_BUCKETS": 50, "BIGRAM_HASH_ORDERS": "2,5", "BIGRAM_HASH_DIM": 8, "INDUCTION_ORDERS": "1,2",
+        "INDUCTION_WINDOW": 2, "TIE_EMBEDDINGS": 0,
+    },
+}  # fmt: skip
 
 
 def config(**variables: object) -> t.Hyperparameters:
@@ -90,8 +95,8 @@ def test_every_parameter_has_exactly_one_role(option: str) -> None:
             assert bank.parameters[i] is parameters[name] and bank.role == table[name]
             assert weights.where[name] == (bank, i)
     for name, role in table.items():
-        assert role.codec in t.CODECS and role.group in ("matrix", "embed", "head", "scalar")
-        wide = parameters[name].ndim == 2 and "residual" not in name
+        assert role.codec in t.CODECS and role.group in t.GROUPS
+        wide = parameters[name].ndim == 2 and not name.startswith(("residual", "embed.induction"))
         assert wide == (role.group != "scalar"), f"{name} is {role}"
         assert role.group != "scalar" or role.decay == 0, "gains must not decay"
     groups = {name: role.group for name, role in table.items() if name.count(".") == 1 and "residual" not in name}
@@ -163,6 +168,10 @@ def test_initial_values_have_their_sizes(option: str) -> None:
             assert value.count_nonzero() == 0, f"{name} must start at zero"
         elif name == "head.weight" and not h.tie_embeddings:
             assert value.count_nonzero() == 0, "logits start at zero"
+        elif name in ("embed.ngrams.weight", "embed.induction.found"):
+            assert value.count_nonzero() == 0, "n-grams add nothing at first"
+        elif name == "embed.induction.gain":
+            assert (value - 0.1).abs().max() < 1e-6
         elif name.endswith("q_gain"):
             assert (value == 1.25).all()
         elif name == "residual.mix":

@@ -388,8 +388,31 @@ def test_killed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("where", ["missing/file", "plain/file"])
+@pytest.mark.parametrize("where", ["missing/folder/file", "plain/file"])
 def test_write_where_no_folder_is_is_a_user_error(where: str, tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("a file, not a folder")
     with pytest.raises(t.UserError, match="could not be written"):
         t.write_atomically(tmp_path / where, b"data")
+
+
+def test_log_on_a_full_disk_costs_its_lines_only(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name in ("train.log", "metrics.jsonl"):
+        (tmp_path / name).symlink_to("/dev/full")
+    log = t.Log(tmp_path, True)
+    for number in range(3):
+        log.line(f"line {number}")
+        log.metric("train", step=number)
+    log.close()
+    told = capsys.readouterr()
+    assert told.out == "line 0\nline 1\nline 2\n"
+    assert told.err.count("No space left on device") == 2, "once for each file"
+
+
+@pytest.mark.parametrize("obstacle", ["folder", "full disk"])
+def test_lock_that_cannot_be_written_is_one_line(obstacle: str, tmp_path: Path) -> None:
+    if obstacle == "folder":
+        (tmp_path / "lock").mkdir()
+    else:
+        (tmp_path / "lock").symlink_to("/dev/full")
+    with pytest.raises(t.UserError, match="lock .*(cannot be opened|could not be written)"):
+        t.lock_folder(tmp_path)

@@ -124,6 +124,25 @@ def test_metrics_have_units_in_their_names(trained: dict[str, str], read_metrics
         assert not [n for n in found if n not in WITHOUT_UNIT and not n.endswith(UNITS)], found
 
 
+def test_log_and_metrics_tell_the_same_times(run_job: Run, tiny_env: dict[str, str], read_metrics: Callable) -> None:
+    """Milliseconds in the one, seconds in the other; a step's time and tokens/s are those since the report before."""
+    done = run_job({**tiny_env, "MAX_VAL_TOKENS": "300", "SAMPLE_TOKENS": "0"})
+    lines = re.findall(
+        r"^step:(\d+)/20 train_loss.*train_time:(\d+)ms step_avg:(\S+)ms tok/s:(\d+)", done.out, re.MULTILINE
+    )
+    step, seconds = 0, 0.0
+    for line, found in zip(lines, read_metrics(artifact_of(tiny_env).parent, "train"), strict=True):
+        told, time_ms, average_ms, speed = map(float, line)
+        steps, passed = found["step"] - step, found["train_time_s"] - seconds
+        step, seconds = found["step"], found["train_time_s"]
+        assert told == step and time_ms == pytest.approx(seconds * 1e3, abs=0.6)
+        assert average_ms == pytest.approx(seconds * 1e3 / step, abs=0.06)
+        assert found["step_time_s"] == pytest.approx(passed / steps, abs=2e-4)
+        assert found["tokens_per_s"] == pytest.approx(256 / found["step_time_s"], rel=1e-2)
+        assert speed == pytest.approx(found["tokens_per_s"], abs=0.6)
+    assert step == 20 and steps == 5
+
+
 def test_progress_bar_with_remaining_time_on_a_terminal(tiny_env: dict[str, str], tmp_path: Path) -> None:
     terminal, side = pty.openpty()
     env = {**os.environ, **tiny_env, **SHORT, "ITERATIONS": "60", "OMP_NUM_THREADS": "1"}
@@ -204,6 +223,17 @@ def test_final_score_is_of_the_averaged_weights(run_job: Run, tiny_env: dict[str
         losses.append((train, read_metrics(artifact_of(env).parent, "final")[0]["val_loss_nats"]))
     assert losses[0][0] == losses[1][0]
     assert abs(losses[0][1] - losses[1][1]) > 1e-3
+
+
+def test_validation_before_the_switch_is_of_the_tied_head(
+    run_job: Run, tiny_env: dict[str, str], read_metrics: Callable
+) -> None:
+    losses = []
+    for run, extra in (("tied", {}), ("late", LATE_HEAD)):
+        env = {**tiny_env, **SHORT, **extra, "RUN_ID": run, "VAL_LOSS_EVERY": "3"}
+        assert run_job(env).code == 0
+        losses.append([found["val_loss_nats"] for found in read_metrics(artifact_of(env).parent, "val")])
+    assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]  # steps 3 and 6, the switch at 4
 
 
 def test_average_of_a_late_head_starts_at_the_embedding(run_job: Run, tiny_env: dict[str, str]) -> None:
@@ -370,6 +400,11 @@ def test_preflight_checks_and_leaves_nothing(run_job: Run, tiny_env: dict[str, s
         assert failed.code == 2 and next(iter(broken)) in error_line(failed.err) or "TOKENIZER" in failed.err
 
 
+def test_preflight_refuses_a_disk_without_room_for_the_checkpoints(run_job: Run, tiny_env: dict[str, str]) -> None:
+    done = run_job({**tiny_env, "KEEP_CHECKPOINTS": "1000000000"}, ["preflight"])
+    assert done.code == 2 and "MiB free, checkpoints need" in error_line(done.err)
+
+
 def test_bench_prints_one_object(run_job: Run, tiny_env: dict[str, str]) -> None:
     done = run_job(tiny_env, ["bench", "--steps", "3"])
     assert done.code == 0, done.err
@@ -521,6 +556,7 @@ def simulated_run(
 
     def stepping(rate: float, *_: object) -> None:
         rates.append(rate)
+        assert len(rates) < 1000, "the limit is never reached"
         clock.now += cost(state.step, tokens[0])
 
     def passing(*_: object) -> None:  # validation and checkpoints, out of the clock
@@ -557,6 +593,16 @@ def test_limit_holds_across_a_batch_stage(monkeypatch: pytest.MonkeyPatch, tiny_
     state, env = t.TrainState(), {**tiny_env, "BATCH_STAGES": "0:64,0.97:256"}
     simulated_run(monkeypatch, env, lambda step, tokens: 0.1 * tokens / 64, state)
     assert 9.4 <= state.seconds <= 10.0
+
+
+def test_rank_with_a_fast_clock_goes_by_the_agreed_one(
+    monkeypatch: pytest.MonkeyPatch, tiny_env: dict[str, str]
+) -> None:
+    """Its rates must be rank 0's, or its weights would be others: at rank 0's 5 of 10 seconds the fall begins."""
+    monkeypatch.setattr(t, "agree", lambda rt, seconds, *rest: (seconds / 2, *(0.4 for _ in rest[:1]), *rest[1:]))
+    rates = simulated_run(monkeypatch, tiny_env, lambda step, tokens: 0.4, t.TrainState())
+    assert 46 <= len(rates) <= 50
+    assert rates[:25] == [1.0] * 25 and 0.4 < rates[37] < 0.6 and 0 < rates[-1] < 0.2
 
 
 def test_resumed_run_keeps_its_limit_and_schedule(monkeypatch: pytest.MonkeyPatch, tiny_env: dict[str, str]) -> None:
@@ -649,6 +695,30 @@ def test_training_learns(
     unigram = -np.log(counts / counts.sum())[val.read(0, val.tokens)].mean()
     assert final["val_loss_nats"] < unigram - 0.8
     assert final["val_bpb"] == pytest.approx(final["val_loss_nats"] / math.log(2), rel=0.02)
+
+
+def test_a_step_sees_the_tokens_before_its_rows(tiny_env: dict[str, str], tmp_path: Path) -> None:
+    """Each pass over some rows of a batch gets the history of those rows."""
+    variables = {
+        "INDUCTION_ORDERS": "1,2",
+        "BIGRAM_HASH_BUCKETS": "64",
+        "MICRO_BATCH_TOKENS": "96",
+        "PRECISION": "fp64",
+    }
+    h = t.load_config({**tiny_env, **variables})
+    s = t.open_session(h, t.start_runtime(h), tmp_path, t.Log(None, False))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in s.model.parameters():
+        parameter.detach().normal_(0.0, 0.2, generator=generator)
+    s.loader.next(8, 32)  # its first row has nothing before it
+    batch = s.loader.next(8, 32)
+    total, _ = t.make_step(s)(batch, t.TrainState(), 0.0)
+    losses = [
+        s.model.loss(batch.tokens, batch.targets, t.Variant(), state).total.item()
+        for state in (s.model.start_state(batch.history), None)
+    ]
+    assert total.item() == pytest.approx(losses[0], rel=1e-12)
+    assert abs(losses[0] - losses[1]) > 1e-3
 
 
 def test_seed_decides_the_run(run_job: Run, tiny_env: dict[str, str], read_metrics: Callable) -> None:
