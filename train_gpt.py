@@ -148,7 +148,7 @@ class Hyperparameters:
     value_residual: bool = var(False, "model", "attention layers mix in the first attention layer's values")
     attn_window: int = var(0, "model", "keys a query may see, itself included; 0: all", "tokens", low=0)
     doc_mask: bool = var(False, "model", "attention stays inside its document")
-    attn_impl: str = var("auto", "model", "attention backend", choices=("auto", "fa3", "fa2", "sdpa"))
+    attn_impl: str = var("auto", "model", "attention backend", choices=("auto", "fa3", "fa2", "blocks", "sdpa"))
     grad_checkpoint: int = var(0, "model", "recompute activations of every k sites in backward; 0: off", "sites", low=0)
 
     # Weights
@@ -319,7 +319,7 @@ class Hyperparameters:
             "SITE_KINDS": tuple(dict.fromkeys((*self.mixers, "mlp"))),
             "RESIDUALS": (self.residual,),
             "BATCH_MODES": (self.batch_mode,),
-            "ATTENTION": ("fa3", "fa2", "sdpa") if self.attn_impl == "auto" else (self.attn_impl, "sdpa"),
+            "ATTENTION": ("fa3", "fa2", "blocks", "sdpa") if self.attn_impl == "auto" else (self.attn_impl, "sdpa"),
             "ADAPTERS": ("temperature",) if self.temp_scaling else (),
         }
 
@@ -2056,26 +2056,77 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> 
     return y.transpose(1, 2)
 
 
+class BlockAttentionFunction(torch.autograd.Function):
+    """Causal softmax attention by matrix products: BLOCK queries at a time against the keys up to the last of them.
+
+    q (B, T, H, Dh), k and v (B, T, Hkv, Dh). For bf16 on a CPU and a few hundred tokens: torch's fused kernel takes twice
+    as long there. The probabilities P are kept: dP = dO V^T, dS = P (dP - rowsum(dO O)), dQ = dS K, dK = dS^T Q.
+    """
+
+    BLOCK: ClassVar[int] = 128
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.scale, shape = q.shape[-1] ** -0.5, (k.shape[2], -1)
+        # (B, Hkv, H / Hkv, T, Dh), and (B, Hkv, 1, T, Dh)
+        q, k, v = (x.unflatten(2, shape).permute(0, 2, 3, 1, 4).contiguous() for x in (q * ctx.scale, k, v))
+        y, kept = torch.empty_like(q), []
+        for start in range(0, q.shape[-2], BlockAttentionFunction.BLOCK):
+            block = q[..., start : start + BlockAttentionFunction.BLOCK, :]
+            stop = start + block.shape[-2]
+            scores = block @ k[..., :stop, :].mT
+            scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+            scores[..., start:] += torch.full_like(scores[0, 0, 0, :, start:], -math.inf).triu_(1)
+            kept.append(scores.softmax(-1).to(v.dtype))
+            y[..., start:stop, :] = kept[-1] @ v[..., :stop, :]
+        ctx.save_for_backward(q, k, v, y, *kept)
+        return y.flatten(1, 2).transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, y, *kept = ctx.saved_tensors
+        dy = grad.unflatten(2, q.shape[1:3]).permute(0, 2, 3, 1, 4).contiguous()
+        along = torch.linalg.vecdot(dy, y).unsqueeze(-1)
+        dq, dk, dv, start = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v), 0
+        for p in kept:
+            stop = start + p.shape[-2]
+            part = dy[..., start:stop, :]
+            ds = (part @ v[..., :stop, :].mT).sub_(along[..., start:stop, :]).mul_(p)
+            dq[..., start:stop, :] = ds @ k[..., :stop, :]
+            dk[..., :stop, :] += (ds.mT @ q[..., start:stop, :]).sum(2, keepdim=True)
+            dv[..., :stop, :] += (p.mT @ part).sum(2, keepdim=True)
+            start = stop
+        dq, dk, dv = (x.flatten(1, 2).transpose(1, 2) for x in (dq * ctx.scale, dk, dv))
+        return dq, dk, dv
+
+
 # Causal attention of (B, T, H, Dh) tensors within a window (0: all), without document mask or cache.
 ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
     "fa3": flash3,
     "fa2": flash2,
+    "blocks": lambda q, k, v, window: BlockAttentionFunction.apply(q, k, v),
     "sdpa": lambda q, k, v, window: sdpa(q, k, v, None, True),  # a window takes the masked path instead
 }
 ATTENTION_PACKAGES = {"fa3": "flash_attn_interface", "fa2": "flash_attn"}
 
 
 def choose_attention(h: Hyperparameters, rt: Runtime) -> tuple[str, str]:
-    """The attention backend of a run and why: FlashAttention 3, then 2, then SDPA. Raises UserError.
+    """The attention backend of a run and why: FlashAttention 3, then 2, then SDPA; blocks on a CPU. Raises UserError.
 
-    FlashAttention needs bf16 on CUDA, and here serves full and windowed causal attention without document mask.
+    FlashAttention needs bf16 on CUDA, and here serves full and windowed causal attention without document mask; blocks
+    serve full attention over at most 1,024 tokens, since they keep a number for each pair.
     """
     on_gpu = rt.autocast and rt.device.type == "cuda"
+    short = not h.attn_window and not h.doc_mask and max(h.train_seq_len, h.eval_window) <= 1024
+    if h.attn_impl == "blocks" and not short:
+        raise UserError("ATTN_IMPL=blocks is for ATTN_WINDOW=0, DOC_MASK=0, at most 1024 tokens; try ATTN_IMPL=auto")
     if h.attn_impl != "auto":
         package = ATTENTION_PACKAGES.get(h.attn_impl)
         if package and (find_spec(package) is None or not on_gpu):
             raise UserError(f"ATTN_IMPL={h.attn_impl} needs the package {package} and bf16 on CUDA; try ATTN_IMPL=auto")
         return h.attn_impl, "requested"
+    if rt.autocast and rt.device.type == "cpu" and short:
+        return "blocks", "bf16 and short windows on a CPU"
     if not on_gpu:
         return "sdpa", "no bf16 on CUDA"
     if h.doc_mask:
@@ -2194,7 +2245,7 @@ class PlainResidual(Module):
         self.scale = nn.Parameter(torch.empty(h.num_layers, 2, h.model_dim))
         self.mix = nn.Parameter(torch.empty(h.num_layers, 2, h.model_dim)) if h.resid_mix else None
 
-    def open(self, x0: Tensor, e2: Tensor | None) -> tuple:
+    def open(self, x0: Tensor, e2: Tensor | None, moment: Moment | None) -> tuple:
         return (x0, x0, ())
 
     def read(self, r: tuple, site: Site) -> tuple[Tensor, tuple, None]:
@@ -2211,8 +2262,8 @@ class PlainResidual(Module):
         scale = self.scale[site.layer, site.sub].to(x.dtype)
         return (torch.addcmul(x, y.to(x.dtype), scale), x0, stored)
 
-    def close(self, r: tuple) -> Tensor:
-        return r[0]
+    def close(self, r: tuple) -> tuple[Tensor, dict[str, Tensor]]:
+        return r[0], {}
 
 
 class UNetResidual(PlainResidual):
@@ -2227,7 +2278,7 @@ class UNetResidual(PlainResidual):
         self.depth = h.num_layers // 2
         self.skip = nn.Parameter(torch.empty(self.depth, h.model_dim)) if self.depth else None
 
-    def open(self, x0: Tensor, e2: Tensor | None) -> tuple:
+    def open(self, x0: Tensor, e2: Tensor | None, moment: Moment | None) -> tuple:
         return (x0, x0, (x0,) * self.depth)
 
     def read(self, r: tuple, site: Site) -> tuple[Tensor, tuple, None]:
@@ -2376,7 +2427,7 @@ class GPT(Module):
 
     def hidden(self, ctx: Ctx, state: tuple | None) -> tuple[Tensor, tuple | None, Trace]:
         """(B, T, D) before the head, the next state (None if none was given), and what the sites left."""
-        r: tuple = self.residual.open(*self.embed(ctx))
+        r: tuple = self.residual.open(*self.embed(ctx), ctx.moment)
         trace, sites = Trace({}, {}, {}), plan_sites(self.h, ctx.variant)
         every = self.h.grad_checkpoint if torch.is_grad_enabled() else 0
         for at in range(0, len(sites), every or len(sites)):
@@ -2385,7 +2436,10 @@ class GPT(Module):
                 r, ctx, trace = recompute(self.run_sites, part, r, ctx, state, trace, use_reentrant=False)
             else:
                 r, ctx, trace = self.run_sites(part, r, ctx, state, trace)
-        x = rms_norm(self.residual.close(r))
+        x, measured = self.residual.close(r)
+        x = rms_norm(x)
+        named = {f"residual.{name}": value for name, value in measured.items()}
+        trace = trace._replace(metrics={**trace.metrics, **named})
         if state is None:
             return x, None, trace
         recent = torch.cat((ctx.history, ctx.tokens), 1)[:, ctx.tokens.shape[1] :]
@@ -3729,20 +3783,28 @@ def role_lines(s: Session) -> Iterator[str]:
     )
 
 
-def make_step(s: Session) -> Callable[[Batch, TrainState, float], tuple[Tensor, Any]]:
-    """The forward and backward pass of one global batch: gradients are left in the parameters.
+class StepOut(NamedTuple):
+    """What a forward and backward pass of one global batch leaves beside the gradients."""
 
-    Returns a function (batch, run state, progress) -> (summed loss of this rank in nats, carry).
+    nats: Tensor  # summed over this rank's rows
+    carry: Any  # mixer states of this rank's rows, or None
+    metrics: dict[str, Tensor]  # diagnostics of sites and residual, of the last micro-batch
+
+
+def make_step(s: Session) -> Callable[[Batch, TrainState, float], StepOut]:
+    """The forward and backward pass of one global batch, (batch, run state, progress) -> StepOut.
+
+    Gradients are left in the parameters.
     """
     h, rt = s.h, s.rt
     loss_of = torch.compile(s.model.loss, mode=h.compile_mode, dynamic=False) if rt.compile else s.model.loss
 
-    def step(batch: Batch, state: TrainState, progress: float) -> tuple[Tensor, Any]:
+    def step(batch: Batch, state: TrainState, progress: float) -> StepOut:
         rows, seq = batch.tokens.shape
         micro = max(1, h.micro_batch_tokens // seq)
         done = torch.tensor(progress, dtype=torch.float32, device=rt.device)
         count = torch.tensor(state.step, device=rt.device)
-        total, carries = torch.zeros((), device=rt.device, dtype=rt.dtype), []
+        total, carries, metrics = torch.zeros((), device=rt.device, dtype=rt.dtype), [], dict[str, Tensor]()
         for at in range(0, rows, micro):
             part = slice(at, min(at + micro, rows))
             carry = take_rows(state.carry, part) if h.carry_train else s.model.start_state(batch.history[part])
@@ -3755,7 +3817,8 @@ def make_step(s: Session) -> Callable[[Batch, TrainState, float], tuple[Tensor, 
             loss.backward()
             total += out.total.detach()
             carries.append(map_state(out.state, Tensor.detach))
-        return total, join_states(carries) if h.carry_train else None
+            metrics = {name: value.detach() for name, value in out.metrics.items()}
+        return StepOut(total, join_states(carries) if h.carry_train else None, metrics)
 
     return step
 
@@ -3785,7 +3848,7 @@ def compile_warmup(s: Session, step: Callable, state: TrainState) -> None:
         batch = s.loader.next(tokens // h.train_seq_len, h.train_seq_len)
         if h.carry_train and count % fill == 0:
             carry = s.model.init_state(batch.tokens.shape[0])
-        _, carry = step(batch, TrainState(variant=variant, carry=carry), 0.0)
+        carry = step(batch, TrainState(variant=variant, carry=carry), 0.0).carry
         s.optimizer.step(0.0, 0.0, False, 0.0)
         s.weights.clear_gradients()
     for key, bank in s.weights.banks.items():
@@ -3854,7 +3917,7 @@ def train_loop(s: Session, state: TrainState) -> None:
         batch = s.loader.next(tokens // h.train_seq_len, h.train_seq_len)
         if state.carry is not None and s.loader.position.epoch > state.position.epoch:
             state.carry = s.model.init_state(len(batch.tokens))  # rows begin anew: nothing comes before them
-        loss, state.carry = step(batch, state, progress)
+        nats, state.carry, metrics = step(batch, state, progress)
         average = h.ema_decay > 0 and progress >= h.ema_start_fraction
         ahead = progress_of(h, state.step + 1, now)  # a resumed run quantizes its weights for the next step, too
         s.optimizer.step(rate_scale(h, state.step, now), muon_momentum(h, state.step), average, ahead)
@@ -3862,7 +3925,7 @@ def train_loop(s: Session, state: TrainState) -> None:
         state.step, state.tokens, state.position = state.step + 1, state.tokens + tokens, s.loader.position
         pace.mark(clock.seconds() - now, tokens)
         state.token_seconds = max(pace.recent)
-        window.add(loss, tokens)
+        window.add(nats, tokens, metrics)
         state.seconds = clock.seconds()
         log.progress(progress, f"step {state.step} eta {eta_text(h, state)}")
         if state.step % h.train_log_every == 0 or state.step <= 5:
@@ -3894,10 +3957,12 @@ class LossWindow:
 
     def __init__(self, state: TrainState) -> None:
         self.losses: list[Tensor] = []
+        self.metrics: dict[str, Tensor] = {}
         self.tokens, self.step, self.seconds = 0, state.step, state.seconds
 
-    def add(self, loss: Tensor, tokens: int) -> None:
-        self.losses.append(loss)
+    def add(self, nats: Tensor, tokens: int, metrics: dict[str, Tensor]) -> None:
+        self.losses.append(nats)
+        self.metrics = metrics
         self.tokens += tokens
 
     def mean(self, rt: Runtime, state: TrainState) -> float:
@@ -3945,6 +4010,7 @@ def report_training(s: Session, state: TrainState, window: LossWindow) -> None:
         tokens_per_s=round(speed, 1),
         rate_scale=round(rate_scale(h, state.step, state.seconds), 6),
         peak_memory_mib=round(peak_memory_bytes(s.rt) / MIB, 1),
+        **{name: float(value) for name, value in window.metrics.items()},
     )
 
 

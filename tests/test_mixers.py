@@ -29,8 +29,15 @@ OPTIONS: dict[str, dict[str, object]] = {
     "induction": {"INDUCTION_ORDERS": "1,2", "INDUCTION_WINDOW": 4, "BIGRAM_HASH_BUCKETS": 9, "EMBED_DIM": 12},
     "induction_documents": {"INDUCTION_ORDERS": "1,3", "DOC_MASK": 1, "ATTN_WINDOW": 5},
     "factored": {"EMBED_DIM": 12, "YARN_FACTOR": 4, "YARN_ORIGINAL": 8, "LOGIT_SOFTCAP": 0},
+    "blocks": {"ATTN_IMPL": "blocks"},
 }
 cases = pytest.mark.parametrize(("kind", "option"), [(kind, option) for kind in MIXERS for option in OPTIONS])
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks of queries in the short sequences of these tests."""
+    monkeypatch.setattr(t.BlockAttentionFunction, "BLOCK", 4)
 
 
 def config(kind: str, variables: dict[str, object]) -> t.Hyperparameters:
@@ -359,3 +366,31 @@ def test_value_residual_takes_the_first_attention_layers_values() -> None:
     torch.testing.assert_close(logits(model, tokens), before, rtol=1e-12, atol=1e-12)
     first.qkv.weight[-1] += 1.0
     assert (logits(model, tokens) - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 8, 11])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+def test_blocks_are_attention_with_its_gradients(length: int, heads: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(length)
+    shapes = [(2, length, heads[0], 6), (2, length, heads[1], 6), (2, length, heads[1], 6)]
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    grad, found = torch.randn(shapes[0], generator=generator, dtype=torch.float64), []
+    for backend in ("blocks", "sdpa"):
+        y = t.ATTENTION[backend](*inputs, 0)
+        found.append([y, *torch.autograd.grad(y, inputs, grad)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_blocks_are_chosen_for_short_bf16_windows_on_a_cpu() -> None:
+    base = {"PRESET": "tiny", "VOCAB_SIZE": "256", "DEVICE": "cpu", "COMPILE": "0", "PRECISION": "bf16"}
+    cases = {"blocks": {}, "sdpa": {"PRECISION": "fp32"}}
+    for extra in ({"ATTN_WINDOW": "8"}, {"DOC_MASK": "1"}, {"EVAL_SEQ_LEN": "2048"}):
+        with pytest.raises(t.UserError, match="ATTN_IMPL=auto"):
+            h = t.load_config({**base, **extra, "ATTN_IMPL": "blocks"})
+            t.choose_attention(h, t.start_runtime(h))
+        h = t.load_config({**base, **extra})
+        assert t.choose_attention(h, t.start_runtime(h))[0] == "sdpa"
+    for backend, extra in cases.items():
+        h = t.load_config({**base, **extra})
+        assert t.choose_attention(h, t.start_runtime(h))[0] == backend

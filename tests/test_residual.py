@@ -72,7 +72,7 @@ def naive(residual: t.Module, layers: int, x0: Tensor, mix: bool, unet: bool) ->
 @pytest.mark.parametrize("name", ["plain", "unet"])
 def test_topology_is_its_equation(name: str, mix: bool, layers: int) -> None:
     _, sites, residual = build(name, layers, mix)
-    got = residual.close(walk(residual, sites, residual.open(start(), None)))
+    got = residual.close(walk(residual, sites, residual.open(start(), None, None)))[0]
     torch.testing.assert_close(got, naive(residual, layers, start(), mix, name == "unet"), rtol=1e-12, atol=1e-12)
 
 
@@ -85,7 +85,7 @@ def test_every_parameter_acts_and_is_stored_once(name: str, mix: bool, layers: i
     assert all(value in t.ROLE_KINDS for value in residual.kinds.values())
     assert {path.split(".")[-1] for path in names} <= set(residual.kinds)
     assert not [path for path in names if "mix" in path] or mix, "RESID_MIX=0 must leave no mixing parameters"
-    residual.close(walk(residual, sites, residual.open(start(), None))).square().sum().backward()
+    residual.close(walk(residual, sites, residual.open(start(), None, None)))[0].square().sum().backward()
     for path, parameter in names.items():
         assert parameter.grad is not None, f"{path} is unused"
         assert (parameter.grad != 0).all(), f"a part of {path} is unused"
@@ -102,11 +102,11 @@ def test_the_residual_state_may_be_entered_again(name: str, layers: int) -> None
     """A saved R gives the same result when the rest runs twice: feedback passes and recomputation rely on it."""
     _, sites, residual = build(name, layers)
     for saved_at in range(len(sites) + 1):
-        saved = walk(residual, sites[:saved_at], residual.open(start(), None))
+        saved = walk(residual, sites[:saved_at], residual.open(start(), None, None))
         copies = [part.clone() for part in t.flatten_state(saved)]
         versions = [part._version for part in t.flatten_state(saved)]
-        first = residual.close(walk(residual, sites[saved_at:], saved))
-        second = residual.close(walk(residual, sites[saved_at:], saved))
+        first = residual.close(walk(residual, sites[saved_at:], saved))[0]
+        second = residual.close(walk(residual, sites[saved_at:], saved))[0]
         assert torch.equal(first, second)
         assert isinstance(saved, tuple)
         assert all(map(torch.equal, copies, t.flatten_state(saved))), "R was changed in place"
@@ -182,7 +182,7 @@ def test_skips_survive_repeated_layers(walk: list[tuple[int, int, int]]) -> None
         for parameter in residual.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     x0 = torch.randn(2, 3, DIM, generator=generator, dtype=torch.float64)
-    r, x, kept = residual.open(x0, None), x0, {}
+    r, x, kept = residual.open(x0, None, None), x0, {}
     for site in sites:
         h, r, link = residual.read(r, site)
         r = residual.write(r, site, branch(site, h), link)
@@ -193,4 +193,4 @@ def test_skips_survive_repeated_layers(walk: list[tuple[int, int, int]]) -> None
         x = x + residual.scale[site.layer, site.sub] * branch(site, x)
         if site.sub == 1:
             kept[site.layer] = x
-    torch.testing.assert_close(residual.close(r), x, rtol=0, atol=1e-12)
+    torch.testing.assert_close(residual.close(r)[0], x, rtol=0, atol=1e-12)

@@ -528,6 +528,29 @@ def test_temperature_is_fitted_within_a_small_reserve(run_job: Run, tiny_env: di
         assert (tau is None) == (each > 0.1) and last[0] <= 9.0 + 2 * each
 
 
+def test_metrics_of_parts_reach_the_metrics_file(
+    monkeypatch: pytest.MonkeyPatch, tiny_env: dict[str, str], read_metrics: Callable
+) -> None:
+    """What a mixer and a residual topology measure is written beside the loss, and auxiliary losses are trained on."""
+
+    class Measuring(t.Attention):
+        def forward(self, x: torch.Tensor, ctx: t.Ctx, state: Any) -> t.Out:
+            out = super().forward(x, ctx, state)
+            return out._replace(metrics={"size": out.y.detach().norm()}, losses={"small": self.q_gain.square().sum()})
+
+    class Watched(t.PlainResidual):
+        def close(self, r: tuple) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            return r[0], {"width": torch.tensor(float(r[0].shape[-1]))}
+
+    monkeypatch.setitem(t.SITE_KINDS, "attn", Measuring)
+    monkeypatch.setitem(t.RESIDUALS, "plain", Watched)
+    h = t.load_config({**tiny_env, **SHORT, "RESIDUAL": "plain"})
+    assert t.train(h, t.start_runtime(h)) == 0
+    for found in read_metrics(artifact_of(tiny_env).parent, "train"):
+        assert found["residual.width"] == 32 and {"attn.0.size", "attn.2.size"} <= found.keys()
+    assert found["attn.0.size"] > 0, "after eight steps the branch is no longer zero"
+
+
 class FakeTime:
     """A clock that only steps move, so that tests of the time limit depend on no machine."""
 
@@ -712,7 +735,7 @@ def test_a_step_sees_the_tokens_before_its_rows(tiny_env: dict[str, str], tmp_pa
         parameter.detach().normal_(0.0, 0.2, generator=generator)
     s.loader.next(8, 32)  # its first row has nothing before it
     batch = s.loader.next(8, 32)
-    total, _ = t.make_step(s)(batch, t.TrainState(), 0.0)
+    total = t.make_step(s)(batch, t.TrainState(), 0.0).nats
     losses = [
         s.model.loss(batch.tokens, batch.targets, t.Variant(), state).total.item()
         for state in (s.model.start_state(batch.history), None)
