@@ -2059,8 +2059,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> 
 class BlockAttentionFunction(torch.autograd.Function):
     """Causal softmax attention by matrix products: BLOCK queries at a time against the keys up to the last of them.
 
-    q (B, T, H, Dh), k and v (B, T, Hkv, Dh). For bf16 on a CPU and a few hundred tokens: torch's fused kernel takes twice
-    as long there. The probabilities P are kept: dP = dO V^T, dS = P (dP - rowsum(dO O)), dQ = dS K, dK = dS^T Q.
+    q (B, T, H, Dh), k and v (B, T, Hkv, Dh). For bf16 on a CPU and a few hundred tokens: torch's fused kernel takes
+    twice as long there. The probabilities P are kept: dP = dO V^T, dS = P (dP - rowsum(dO O)), dQ = dS K, dK = dS^T Q.
     """
 
     BLOCK: ClassVar[int] = 128
