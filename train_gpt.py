@@ -358,6 +358,7 @@ LOCAL_FLOAT = {
     "bigram_hash_buckets": 65536,
     "bigram_hash_orders": "2,3",
     "induction_orders": "1,2,3",
+    "iterations": 500000,  # an hour has 36,000 steps: the clock ends the run
     "matrix_lr": 0.025,
     "tied_embed_lr": 0.025,
     "muon_backend_steps": 3,
@@ -4192,7 +4193,7 @@ def train(h: Hyperparameters, rt: Runtime) -> int:
 
 
 def preflight(h: Hyperparameters, rt: Runtime) -> int:
-    """Check configuration, data, tokenizer, disk and attention; print one line each. Raises UserError on a failure."""
+    """Check configuration, every token, tokenizer, disk and attention; one line each. Raises UserError on a failure."""
     log = Log(None, rt.main)
     s = open_session(h, rt, Path(h.out_dir), log)
     describe(s)
@@ -4204,6 +4205,10 @@ def preflight(h: Hyperparameters, rt: Runtime) -> int:
     log.line(f"disk: {free / MIB:.0f} MiB free, checkpoints need about {need / MIB:.0f} MiB")
     if free < need:
         raise UserError(f"OUT_DIR={h.out_dir} has {free / MIB:.0f} MiB free, checkpoints need {need / MIB:.0f} MiB")
+    for stream in (s.loader.stream, TokenStream(h.data_path, "val", h.vocab_size)):
+        for start in range(0, stream.tokens, 2**22):
+            stream.read(start, min(2**22, stream.tokens - start))  # checks every token's range
+    log.line(f"tokens: all below VOCAB_SIZE={h.vocab_size}")
     log.line("preflight: ok")
     return 0
 

@@ -400,6 +400,20 @@ def test_preflight_checks_and_leaves_nothing(run_job: Run, tiny_env: dict[str, s
         assert failed.code == 2 and next(iter(broken)) in error_line(failed.err) or "TOKENIZER" in failed.err
 
 
+def test_preflight_looks_at_every_token(
+    run_job: Run, tiny_env: dict[str, str], byte_data: Path, tmp_path: Path
+) -> None:
+    """A damaged token that training would meet only after hours, or never."""
+    folder = shutil.copytree(byte_data, tmp_path / "damaged")
+    for split in ("train", "val"):
+        path = sorted(folder.glob(f"fineweb_{split}_*.bin"))[-1]
+        data = path.read_bytes()
+        path.write_bytes(data[:-3] + b"\x07" + data[-2:])  # the high byte of the last token but one
+        done = run_job({**tiny_env, "DATA_PATH": str(folder)}, ["preflight"])
+        assert done.code == 2 and "VOCAB_SIZE=256" in error_line(done.err)
+        path.write_bytes(data)
+
+
 def test_preflight_refuses_a_disk_without_room_for_the_checkpoints(run_job: Run, tiny_env: dict[str, str]) -> None:
     done = run_job({**tiny_env, "KEEP_CHECKPOINTS": "1000000000"}, ["preflight"])
     assert done.code == 2 and "MiB free, checkpoints need" in error_line(done.err)
