@@ -743,6 +743,7 @@ def start_runtime(h: Hyperparameters) -> Runtime:
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         control = dist.new_group(backend="gloo")
+        dist.barrier(group=control)  # a rank with nothing to do must not leave before all are connected
     dtype = torch.float64 if h.precision == "fp64" else torch.float32
     compiled = h.compile == "1" or (h.compile == "auto" and device.type == "cuda")
     return Runtime(device, rank, world, dtype, bf16, compiled, control)
