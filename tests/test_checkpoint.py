@@ -358,6 +358,20 @@ def test_truncated_checkpoint_is_one_line(share: float, run_job: Run, saved: dic
     assert done.code == 2 and checkpoint_of(saved).name in error_line(done.err)
 
 
+def test_resume_on_other_data_or_tokenizer_is_told(
+    run_job: Run, saved: dict[str, str], byte_data: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(byte_data, tmp_path / "other")
+    (folder / "fineweb_train_000000.bin").write_bytes((folder / "fineweb_train_000001.bin").read_bytes())
+    done = run_job({**saved, "RESUME": "auto", "DATA_PATH": str(folder)})
+    assert done.code == 0 and "was trained on other data than DATA_PATH" in done.out, done.err
+    tree = torch.load(checkpoint_of(saved), weights_only=True)
+    tree["prints"]["tokenizer"] = "0" * 64
+    torch.save(tree, checkpoint_of(saved))
+    done = run_job({**saved, "RESUME": str(checkpoint_of(saved))})
+    assert done.code == 2 and "another tokenizer" in error_line(done.err)
+
+
 class Evil:
     """Pickled, this creates a file when it is loaded."""
 
