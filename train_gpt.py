@@ -563,6 +563,11 @@ def validate(h: Hyperparameters) -> None:
     for wrong, message in problems:
         if wrong:
             raise UserError(message)
+    check_memory(h)
+
+
+def check_memory(h: Hyperparameters) -> None:
+    """Raise UserError for a network whose weights alone are beyond this machine's memory."""
     need, have = 4 * least_weights(h), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if need > have:
         raise UserError(
@@ -4044,7 +4049,9 @@ def settle(s: Session, state: TrainState) -> tuple[bool, dict[str, float]]:
     (state.seconds,) = agree(s.rt, clock.banked)
     if 0 < h.max_wallclock_seconds < state.seconds:
         late = state.seconds - h.max_wallclock_seconds
-        s.log.line(f"warning: training ended {late:.3f} s after MAX_WALLCLOCK_SECONDS, which is too short for one step")
+        s.log.line(
+            f"warning: training ended {late:.3f} s after MAX_WALLCLOCK_SECONDS: a step took longer than foreseen"
+        )
     return averaged, calibration
 
 
