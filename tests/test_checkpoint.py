@@ -593,3 +593,14 @@ def test_checkpoint_is_plain_data(saved: dict[str, str]) -> None:
     tree = torch.load(checkpoint_of(saved), weights_only=True)
     check(tree)
     assert json.loads(tree["structure"])["model_dim"] == 32
+
+
+def test_carried_state_begins_anew_with_the_epoch(tiny_env: dict[str, str], tmp_path: Path) -> None:
+    """Rows that jump back to their beginning must not see what the end of the data left."""
+    streams = {"BATCH_MODE": "streams", "ATTN_WINDOW": "8", "CARRY_TRAIN": "1", "ITERATIONS": "5"}
+    h = t.load_config({**tiny_env, **streams})
+    s, state = t.open_session(h, t.start_runtime(h), tmp_path, t.Log(None, False)), t.TrainState()
+    s.loader.usable = 8 * 64 + 1  # two steps of 32 tokens an epoch
+    t.train_loop(s, state)
+    assert state.position == t.Position(32, 2)
+    assert state.carry[0].position.tolist() == [32] * 8
