@@ -51,8 +51,9 @@ has_shards() { # has_shards train|val
 }
 
 check_data() {
-    local remedy
-    remedy="run: python data/download.py --variant sp$vocabulary --train-shards 80"
+    local remedy variant=sp$vocabulary
+    case $vocabulary in 256 | 260) variant=byte260 ;; esac
+    remedy="run: python data/download.py --variant ${variant} --train-shards 80"
     if [ -n "${DATA_PATH:-}" ] && ! { has_shards train && has_shards val; }; then
         problem "found no fineweb_train_*.bin or no fineweb_val_*.bin in DATA_PATH=$DATA_PATH; $remedy"
     fi
@@ -134,9 +135,9 @@ vocabulary=${VOCAB_SIZE:-8192}
 SETTINGS="PRESET=ternary MAX_WALLCLOCK_SECONDS=600 TRAIN_BATCH_TOKENS=524288 TRAIN_SEQ_LEN=1024 VOCAB_SIZE=$vocabulary
 DATA_PATH=./data/datasets/fineweb10B_sp$vocabulary TOKENIZER_PATH=./data/tokenizers/fineweb_${vocabulary}_bpe.model
 PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:256,expandable_segments:True NCCL_P2P_DISABLE=0"
-if [ "$vocabulary" = 256 ]; then
-    # The byte tokenizer has no file.
-    SETTINGS=$(printf '%s' "$SETTINGS" | sed 's/_sp256/_byte256/; s/TOKENIZER_PATH=[^ ]*//')
+if [ "$vocabulary" = 256 ] || [ "$vocabulary" = 260 ]; then
+    # The byte tokenizers need no file.
+    SETTINGS=$(printf '%s' "$SETTINGS" | sed "s/_sp$vocabulary/_byte$vocabulary/; s/TOKENIZER_PATH=[^ ]*//")
 fi
 named_preset=${PRESET:-}
 for setting in $SETTINGS; do

@@ -35,6 +35,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TextIO
@@ -68,6 +69,7 @@ def var(
     return dataclasses.field(default=default, metadata={**metadata, "choices": choices, "when": when})
 
 
+BYTE_VOCABULARIES = (256, 260)  # sizes at which tokens are bytes, without a tokenizer file
 CODEC_NAMES = ("ternary", "int4", "int5", "int6", "int7", "int8", "fp8", "bf16", "fp16", "exact")
 
 
@@ -98,8 +100,9 @@ class Hyperparameters:
     # Data
     data_path: str = var("./data/datasets/builtin_sp1024", "data", "folder of token shards")
     tokenizer_path: str = var("./data/tokenizers/builtin_1024_bpe.model", "data", "sentencepiece model",
-        when=lambda h: h.vocab_size != 256)
-    vocab_size: int = var(1024, "data", "tokens in the vocabulary; 256: the byte tokenizer", low=2, high=65535)
+        when=lambda h: h.vocab_size not in BYTE_VOCABULARIES)
+    vocab_size: int = var(1024, "data", "tokens in the vocabulary; 256 or 260 (published shards): bytes", low=2,
+        high=65535)
     train_batch_tokens: int = var(524288, "data", "tokens of one optimizer step over all ranks", "tokens", low=1,
         when=lambda h: not h.batch_stages)
     micro_batch_tokens: int = var(65536, "data", "most tokens of one forward pass on one rank", "tokens", low=1)
@@ -370,7 +373,6 @@ LOCAL_FLOAT = {
     "train_log_every": 25,
     "save_every": 500,
     "max_wallclock_seconds": 300.0,
-    "warmup_steps": 0,
     "muon_momentum_warmup_steps": 100,
 }
 PRESETS: dict[str, dict[str, Any]] = {
@@ -702,6 +704,11 @@ class Runtime(NamedTuple):
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def arithmetic(self) -> str:
+        """The value of PRECISION that asks for this run's arithmetic."""
+        return "bf16" if self.autocast else "fp64" if self.dtype == torch.float64 else "fp32"
 
     def precision(self) -> Any:
         """Context of every forward pass."""
@@ -1181,20 +1188,25 @@ class ByteTable:
 
 
 class ByteTokenizer:
-    """Tokens are UTF-8 bytes; BYTE_BOS starts a document. Works everywhere, without a model file."""
+    """Tokens are UTF-8 bytes. Works everywhere, without a model file.
 
-    bos = BYTE_BOS
-    fingerprint = "byte"
+    Of 256 tokens BYTE_BOS starts a document; of 260, the published layout, 0 to 3 are padding, BOS, end and unknown.
+    """
+
+    def __init__(self, vocab_size: int = 256) -> None:
+        self.size, self.first = vocab_size, vocab_size - 256
+        self.bos = 1 if self.first else BYTE_BOS
+        self.fingerprint = f"byte{vocab_size}" if self.first else "byte"
 
     def encode(self, text: str) -> list[int]:
-        return list(text.encode("utf-8"))
+        return [self.first + byte for byte in text.encode("utf-8")]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return bytes(t for t in tokens if t != BYTE_BOS).decode("utf-8", errors="replace")
+        return bytes(t - self.first for t in tokens if t >= self.first and t != self.bos).decode("utf-8", "replace")
 
     def byte_table(self) -> ByteTable:
-        marker = np.arange(256) == BYTE_BOS
-        return ByteTable(np.where(marker, 0, 1), np.zeros(256, bool), marker)
+        marker = (np.arange(self.size) < self.first) | (np.arange(self.size) == self.bos)
+        return ByteTable(np.where(marker, 0, 1), np.zeros(self.size, bool), marker)
 
 
 class SentencePieceTokenizer:
@@ -1286,12 +1298,15 @@ def check_text(h: Hyperparameters, tokenizer: SentencePieceTokenizer) -> None:
 def load_tokenizer(h: Hyperparameters) -> Tokenizer:
     """The run's tokenizer, checked against the data's manifest. Raises UserError on a mismatch."""
     manifest = read_manifest(h.data_path).get("tokenizer", {})
-    tokenizer = ByteTokenizer() if h.vocab_size == 256 else SentencePieceTokenizer(h.tokenizer_path, h.vocab_size)
+    byte = h.vocab_size in BYTE_VOCABULARIES
+    tokenizer = ByteTokenizer(h.vocab_size) if byte else SentencePieceTokenizer(h.tokenizer_path, h.vocab_size)
     if not manifest and isinstance(tokenizer, SentencePieceTokenizer):
         check_text(h, tokenizer)
-    made_with = (manifest.get("sha256") or manifest.get("kind")) if manifest else tokenizer.fingerprint
+    made_with = manifest.get("sha256") if manifest else tokenizer.fingerprint
+    if manifest.get("kind") == "byte":
+        made_with = ByteTokenizer(manifest.get("vocab_size", 256)).fingerprint
     if made_with != tokenizer.fingerprint:
-        name, mine = manifest.get("file") or manifest.get("kind"), "bytes" if h.vocab_size == 256 else h.tokenizer_path
+        name, mine = manifest.get("file") or manifest.get("kind"), "bytes" if byte else h.tokenizer_path
         raise UserError(f"DATA_PATH={h.data_path} was made with another tokenizer ({name}) than this run's ({mine})")
     return tokenizer
 
@@ -1904,7 +1919,9 @@ class Induction(Module):
         starts = torch.arange(0, none, self.vocab_size, device=rows.device)
         table = F.pad(tables.flatten(0, 1), (0, 0, 0, 1))  # the last row stands for no follower
         rows = torch.where(rows < 0, none, rows + starts)
-        return F.embedding_bag(rows, table, mode="sum", padding_idx=none).view(*ctx.tokens.shape, -1)
+        if rows.device.type == "cpu":  # elsewhere it gains nothing, and MPS has it only since torch 2.10
+            return F.embedding_bag(rows, table, mode="sum", padding_idx=none).view(*ctx.tokens.shape, -1)
+        return F.embedding(rows, table, none).sum(-2).view(*ctx.tokens.shape, -1)
 
 
 class Embedding(Module):
@@ -2117,6 +2134,15 @@ ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
 ATTENTION_PACKAGES = {"fa3": "flash_attn_interface", "fa2": "flash_attn"}
 
 
+def import_problem(package: str) -> str:
+    """Why a package cannot be imported (one that was built for another torch is there and yet fails), or nothing."""
+    try:
+        import_module(package)
+    except (ImportError, OSError) as error:
+        return str(error).partition("\n")[0] or type(error).__name__
+    return ""
+
+
 def choose_attention(h: Hyperparameters, rt: Runtime) -> tuple[str, str]:
     """The attention backend of a run and why: FlashAttention 3, then 2, then SDPA; blocks on a CPU. Raises UserError.
 
@@ -2129,8 +2155,11 @@ def choose_attention(h: Hyperparameters, rt: Runtime) -> tuple[str, str]:
         raise UserError("ATTN_IMPL=blocks is for ATTN_WINDOW=0, DOC_MASK=0, at most 1024 tokens; try ATTN_IMPL=auto")
     if h.attn_impl != "auto":
         package = ATTENTION_PACKAGES.get(h.attn_impl)
-        if package and (find_spec(package) is None or not on_gpu):
-            raise UserError(f"ATTN_IMPL={h.attn_impl} needs the package {package} and bf16 on CUDA; try ATTN_IMPL=auto")
+        problem = import_problem(package) or ("" if on_gpu else "no bf16 on CUDA here") if package else ""
+        if problem:
+            raise UserError(
+                f"ATTN_IMPL={h.attn_impl} needs the package {package} and bf16 on CUDA ({problem}); try ATTN_IMPL=auto"
+            )
         return h.attn_impl, "requested"
     if rt.autocast and rt.device.type == "cpu" and short:
         return "blocks", "bf16 and short windows on a CPU"
@@ -2138,11 +2167,13 @@ def choose_attention(h: Hyperparameters, rt: Runtime) -> tuple[str, str]:
         return "sdpa", "no bf16 on CUDA"
     if h.doc_mask:
         return "sdpa", "document mask"
-    hopper = torch.cuda.get_device_capability(rt.device)[0] == 9
+    hopper, problems = torch.cuda.get_device_capability(rt.device)[0] == 9, list[str]()
     for name, package in ATTENTION_PACKAGES.items():
-        if find_spec(package) is not None and (name != "fa3" or hopper):
+        problem = import_problem(package) if name != "fa3" or hopper else "for compute capability 9 only"
+        if not problem:
             return name, f"{package} is installed"
-    return "sdpa", "flash-attn is not installed"
+        problems.append(f"{package}: {problem}")
+    return "sdpa", "; ".join(problems)
 
 
 class Attention(Module):
@@ -3761,9 +3792,10 @@ def describe(s: Session) -> None:
     h, log, rt = s.h, s.log, s.rt
     log.line(f"python {sys.version.split()[0]} torch {torch.__version__} numpy {np.__version__}")
     name = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else rt.device.type
-    precision = "bf16" if rt.autocast else str(rt.dtype).removeprefix("torch.")
     name += f" threads:{torch.get_num_threads()}" if rt.device.type == "cpu" else ""
-    log.line(f"device:{name} ranks:{rt.world} precision:{precision} compile:{int(rt.compile)} attention:{s.attention}")
+    log.line(
+        f"device:{name} ranks:{rt.world} precision:{rt.arithmetic} compile:{int(rt.compile)} attention:{s.attention}"
+    )
     log.line(f"train_tokens:{s.loader.usable} val_tokens:{len(s.validation)} data:{h.data_path}")
     log.line(f"data_fingerprint:{s.prints['data']} tokenizer:{s.prints['tokenizer']}")
     for line in role_lines(s):
@@ -4173,7 +4205,8 @@ def train(h: Hyperparameters, rt: Runtime) -> int:
     log = Log(folder, rt.main)
     try:
         s: Session = on_all(rt, lambda: open_session(h, rt, folder, log))
-        on_main(rt, lambda: write_atomically(folder / "config.env", config_env(h).encode()))
+        settled = dataclasses.replace(h, precision=rt.arithmetic)  # the next machine might choose another
+        on_main(rt, lambda: write_atomically(folder / "config.env", config_env(settled).encode()))
         on_main(rt, lambda: write_atomically(folder / "train_gpt.py", Path(__file__).read_bytes()))
         log.line(f"run:{folder}")
         describe(s)
@@ -4184,7 +4217,7 @@ def train(h: Hyperparameters, rt: Runtime) -> int:
             log.line(f"resumed {path} at step:{state.step} train_time:{state.seconds * 1e3:.0f}ms")
             log.metric("resume", step=state.step, train_time_s=state.seconds)
             if state.prints.get("tokenizer", s.prints["tokenizer"]) != s.prints["tokenizer"]:
-                raise UserError(f"{path} was trained with another tokenizer than TOKENIZER_PATH={h.tokenizer_path}")
+                raise AgreedError(f"{path} was trained with another tokenizer than TOKENIZER_PATH={h.tokenizer_path}")
             if state.prints.get("data", s.prints["data"]) != s.prints["data"]:
                 log.line(f"warning: {path} was trained on other data than DATA_PATH={h.data_path}")
         state.prints = s.prints

@@ -460,7 +460,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], t.Senten
 def byte_value(tokenizer: t.Tokenizer, token: int) -> int | None:
     """The byte that a token stands for, if it stands for one byte of a character."""
     if isinstance(tokenizer, t.ByteTokenizer):
-        return token if token != t.BYTE_BOS else None
+        return token - tokenizer.first if token != tokenizer.bos else None
     return int(tokenizer.model.id_to_piece(token)[1:-1], 16) if tokenizer.model.is_byte(token) else None
 
 
@@ -557,9 +557,12 @@ def test_counted_bytes_are_decoded_bytes_for_any_tokens(name: str, data: st.Data
 
 
 @settings(max_examples=150, deadline=None)
-@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), min_size=1, max_size=4))
-def test_byte_tokenizer_counts_the_true_bytes(texts: list[str]) -> None:
-    tokenizer = t.ByteTokenizer()
+@given(
+    size=st.sampled_from(t.BYTE_VOCABULARIES),
+    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), min_size=1, max_size=4),
+)
+def test_byte_tokenizer_counts_the_true_bytes(size: int, texts: list[str]) -> None:
+    tokenizer = t.ByteTokenizer(size)
     documents = [tokenizer.encode(text) for text in texts]
     assert [tokenizer.decode(tokens) for tokens in documents] == texts
     assert all(token != tokenizer.bos for tokens in documents for token in tokens)
@@ -569,6 +572,7 @@ def test_byte_tokenizer_counts_the_true_bytes(texts: list[str]) -> None:
 def test_byte_tokenizer_decodes_what_a_model_may_write() -> None:
     tokens = np.array([255, 72, 105, 255, 0xC3, 255])
     assert t.ByteTokenizer().decode(tokens.tolist()) == "Hi\ufffd"
+    assert t.ByteTokenizer(260).decode([1, 76, 0, 109, 2, 3, 1]) == "Hi"  # padding, end and unknown say nothing
 
 
 def test_tokens_without_a_surface_form_count_nothing(models: Callable) -> None:
@@ -643,6 +647,12 @@ def test_tokenizer_of_the_manifest_is_accepted(model_path: tuple[str, int], tmp_
     folder_of(tmp_path / "bare", words, split="val")
     assert t.load_tokenizer(t.load_config({**env, **bare})).fingerprint == digest
     assert t.load_tokenizer(t.load_config({**bare, "VOCAB_SIZE": "256"})).fingerprint == "byte"
+    made = {"kind": "byte", "file": "pure_byte_260.json", "sha256": "0" * 64, "vocab_size": 260}  # as downloaded
+    published = {"DATA_PATH": data_with(tmp_path / "published", made)}
+    assert t.load_tokenizer(t.load_config({**published, "VOCAB_SIZE": "260"})).bos == 1
+    for other in ({**published, "VOCAB_SIZE": "256"}, {"DATA_PATH": byte, "VOCAB_SIZE": "260"}):
+        with pytest.raises(t.UserError, match="another tokenizer"):
+            t.load_tokenizer(t.load_config(other))
 
 
 @pytest.mark.parametrize("kind", ["other model", "byte data", "model data"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -394,3 +395,19 @@ def test_blocks_are_chosen_for_short_bf16_windows_on_a_cpu() -> None:
     for backend, extra in cases.items():
         h = t.load_config({**base, **extra})
         assert t.choose_attention(h, t.start_runtime(h))[0] == backend
+
+
+def test_a_package_that_cannot_be_imported_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash attention that was built for another torch is there and yet fails when it is imported."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    rt = t.Runtime(torch.device("cuda", 0), 0, 1, torch.float32, True, True, None)
+    (tmp_path / "flash_attn_interface.py").write_text("raise ImportError('undefined symbol: x')")
+    name, why = t.choose_attention(t.load_config({"PRESET": "attn"}), rt)
+    assert name == "sdpa" and "flash_attn_interface: undefined symbol: x; flash_attn: No module named" in why
+    with pytest.raises(t.UserError, match="undefined symbol.*ATTN_IMPL=auto"):
+        t.choose_attention(t.load_config({"PRESET": "attn", "ATTN_IMPL": "fa3"}), rt)
+    (tmp_path / "flash_attn.py").write_text("")
+    assert t.choose_attention(t.load_config({"PRESET": "attn"}), rt)[0] == "fa2"
+    with pytest.raises(t.UserError, match="no bf16 on CUDA"):
+        t.choose_attention(t.load_config({"PRESET": "attn", "ATTN_IMPL": "fa2"}), rt._replace(autocast=False))

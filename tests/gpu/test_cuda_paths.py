@@ -70,7 +70,7 @@ def test_rotary_angles_are_exact_at_64k() -> None:
         assert np.abs(found[0, :, 0].cpu().double().numpy() - expected).max() < 1e-6
 
 
-@pytest.mark.parametrize("preset", ["attn", "ternary"])
+@pytest.mark.parametrize("preset", ["attn", "ternary", "local"])
 def test_compiled_loss_and_gradients_agree_with_eager(preset: str) -> None:
     h, rt, model = build(preset)
     tokens = torch.randint(2, h.vocab_size, (4, 129), generator=torch.Generator().manual_seed(1)).cuda()
