@@ -12,7 +12,7 @@ variables alone (`--help` lists them), and reads from top to bottom: each sectio
     python train_gpt.py --help                      every variable with type, default, unit and meaning
 
 Sections: 1 CONFIG, 2 RUNTIME, 3 DATA, 4 CODECS, 5 LAYERS, 6 MIXERS, 7 RESIDUAL, 8 MEMORY, 9 MODEL,
-10 OPTIMIZERS, 11 ARTIFACT, 12 EVALUATION, 13 CHECKPOINT, 14 TRAINING, 15 MAIN. At most 4,500 lines for the whole zoo.
+10 OPTIMIZERS, 11 ARTIFACT, 12 EVALUATION, 13 CHECKPOINT, 14 TRAINING, 15 MAIN. At most 6,000 lines.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import lzma
 import math
 import os
 import pickle
+import re
 import shlex
 import sys
 import time
@@ -70,6 +71,8 @@ def var(
 
 
 BYTE_VOCABULARIES = (256, 260)  # sizes at which tokens are bytes, without a tokenizer file
+MIXER_LETTERS = {"A": "attn", "K": "koopman", "S": "skc", "P": "parallel"}
+PATTERNS = {"attn": "A", "skc": "S", "hybrid": "KA", "skc_competition": "PPPA"}  # layer patterns, repeated
 CODEC_NAMES = ("ternary", "int4", "int5", "int6", "int7", "int8", "fp8", "bf16", "fp16", "exact")
 
 
@@ -110,6 +113,7 @@ class Hyperparameters:
     batch_mode: str = var("contiguous", "data",
         "contiguous: rows follow one another; streams: each row continues its own; documents: rows start at one",
         choices=("contiguous", "streams", "documents"))
+    curriculum_stages: str = var("", "data", "windows as progress:divisor,... of TRAIN_SEQ_LEN, e.g. 0:4,0.15:2,0.4:1")
     batch_stages: str = var("", "data", "batch-size stages as progress:tokens,..., e.g. 0:131072,0.3:262144")
     carry_train: bool = var(False, "data", "carry mixer states from window to window (BATCH_MODE=streams)")
     holdout_tokens: int = var(65536, "data", "training tokens set aside for calibration and model selection", "tokens",
@@ -122,13 +126,25 @@ class Hyperparameters:
     num_kv_heads: int = var(4, "model", "key and value heads", low=1)
     mlp_mult: float = var(2.0, "model", "MLP hidden width as a multiple of MODEL_DIM", low=0.01)
     mlp_act: str = var("relu2", "model", "MLP nonlinearity", choices=("relu2", "leaky_relu2", "swiglu"))
-    layer_pattern: str = var("attn", "model", "mixer of each layer: a name, or a comma-separated cycle of names")
+    layer_pattern: str = var("attn", "model", "mixers of the layers: attn, skc, hybrid, skc_competition, or letters "
+        "that repeat: A attention, K Koopman, S SKC, P SKC beside its MLP")
+    shared_blocks: int = var(0, "model", "blocks that the layers share in turn; 0: each layer its own", low=0)
+    recurrence_layers: str = var("", "model", "layers that run again, as first-last, e.g. 3-5; empty: none")
+    recurrence_depth: int = var(2, "model", "times that they run", low=1, when=lambda h: bool(h.looped))
+    recurrence_start_fraction: float = var(0.35, "optimizer", "progress from which on they do", "fraction", low=0,
+        high=1, when=lambda h: bool(h.looped))
+    stochastic_depth: float = var(0.0, "optimizer", "chance that a row skips a sublayer of the last layer; less below",
+        low=0, high=0.9)
     residual: str = var("unet", "model", "residual topology", choices=("plain", "unet"))
     resid_mix: bool = var(True, "model", "each block mixes the embedding back in, per channel")
     embed_dim: int = var(0, "model", "width of factored embeddings; 0: MODEL_DIM", low=0)
     bigram_hash_buckets: int = var(0, "model", "rows of each hashed n-gram table; 0: no such tables", low=0)
     bigram_hash_dim: int = var(64, "model", "width of a token's hashed n-grams, over all orders", "channels", low=1,
         when=lambda h: h.bigram_hash_buckets > 0)
+    bigram_hash_heads: int = var(1, "model", "tables of each order, hashed apart", low=1,
+        when=lambda h: h.bigram_hash_buckets > 0)
+    engram_inject_layer: int = var(-1, "model", "layer before which hashed n-grams enter through a gate (engram); "
+        "-1: they are added to the embedding", low=-1, when=lambda h: h.bigram_hash_buckets > 0)
     bigram_hash_orders: str = var("2", "model", "lengths of hashed n-grams, comma-separated, e.g. 2,3", "tokens",
         when=lambda h: h.bigram_hash_buckets > 0)
     induction_orders: str = var("0", "model", "n-grams whose last followers are looked up, as 1,2,3; 0: none")
@@ -149,10 +165,61 @@ class Hyperparameters:
     qk_gain_init: float = var(1.5, "model", "initial learned gain of each query head", low=0)
     logit_softcap: float = var(30.0, "model", "logits are cap * tanh(z / cap); 0: no cap", low=0, high=1000)
     value_residual: bool = var(False, "model", "attention layers mix in the first attention layer's values")
+    xsa_layers: int = var(0, "model", "last attention layers whose heads drop their part along the token's own value",
+        low=0, when=lambda h: "attn" in h.mixers)
+    attn_gate: int = var(0, "model", "channels from which each head's output gate is made; 0: no gates", "channels",
+        low=0, when=lambda h: "attn" in h.mixers)
+    smear_gate: int = var(0, "model", "channels from which a gate for the previous token's embedding is made; 0: none",
+        "channels", low=0)
+    ln_scale: bool = var(False, "model", "normed inputs of layer l are divided by sqrt(l + 1)")
     attn_window: int = var(0, "model", "keys a query may see, itself included; 0: all", "tokens", low=0)
     doc_mask: bool = var(False, "model", "attention stays inside its document")
     attn_impl: str = var("auto", "model", "attention backend", choices=("auto", "fa3", "fa2", "blocks", "sdpa"))
     grad_checkpoint: int = var(0, "model", "recompute activations of every k sites in backward; 0: off", "sites", low=0)
+
+    # SKC stack
+    skc_block_size: int = var(64, "skc", "positions of a block, a power of two", "tokens", low=1,
+        when=lambda h: h.has_blocks)
+    skc_conv: int = var(4, "skc", "taps of the causal convolutions", "tokens", low=1, when=lambda h: h.has_scans)
+    skc_local: str = var("run", "skc", "local path: its scan runs on, or begins anew with each block",
+        choices=("run", "block", "off"), when=lambda h: h.has_skc)
+    skc_spectral: bool = var(True, "skc", "spectral path over earlier blocks", when=lambda h: h.has_skc)
+    skc_spectral_entropy: float = var(0.01, "optimizer", "weight of the spectral entropy loss", low=0,
+        when=lambda h: h.has_skc)
+    skc_parallel_residual: bool = var(False, "skc", "SKC and MLP of a layer read the same input",
+        when=lambda h: h.has_skc)
+    eng_to_skc_mode: str = var("off", "skc", "how the engram's memory also enters SKC layers",
+        choices=("off", "bias", "gate"), when=lambda h: h.has_skc and h.has_engram)
+    capsule_dim: int = var(128, "skc", "width of Koopman mixer, SKC and capsules, a power of two", "channels", low=1,
+        when=lambda h: h.has_scans or h.capsule_bank)
+    capsule_num: int = var(32, "skc", "capsules of an SKC layer and of the bank; 0: SKC without capsules", low=0,
+        when=lambda h: h.has_skc or h.capsule_bank)
+    koopman_rank: int = var(4, "skc", "rank of Koopman couplings", low=1,
+        when=lambda h: "koopman" in h.mixers or (h.capsule_bank and h.feedback_passes > 0))
+    capsule_bank: bool = var(False, "skc", "capsules with Koopman dynamics between encoder and decoder layers")
+    capsule_carry_decay: float = var(0.8, "skc", "what is left of the bank's capsules after TRAIN_SEQ_LEN tokens",
+        low=0, high=1, when=lambda h: h.capsule_bank)
+    capsule_consistency: float = var(0.005, "optimizer", "weight of the loss of predicted capsules", low=0,
+        when=lambda h: h.capsule_bank and h.feedback_passes > 0)
+    capsule_speculator: float = var(0.01, "optimizer", "weight of the loss of the last pass foreseen", low=0,
+        when=lambda h: h.capsule_bank and h.feedback_passes > 0)
+    capsule_speculate: bool = var(False, "evaluation", "capsules foreseen by the bank replace the feedback passes",
+        when=lambda h: h.capsule_bank and h.feedback_passes > 0)
+    feedback_passes: int = var(0, "skc", "times that the decoder layers run again, with feedback", low=0)
+    feedback_every: int = var(1, "skc", "every so many decoder layers read the feedback", "layers", low=1,
+        when=lambda h: h.feedback_passes > 0)
+    feedback_dim: int = var(64, "skc", "width of feedback", "channels", low=1, when=lambda h: h.feedback_passes > 0)
+    feedback_sketch_tokens: int = var(4, "skc", "sketch tokens of a block", low=1, when=lambda h: h.feedback_passes > 0)
+    feedback_halt: float = var(0.05, "evaluation", "a block stops when a pass changes its capsules by less; 0: never",
+        low=0, when=lambda h: h.capsule_bank and h.feedback_passes > 0)
+    moe_experts: int = var(0, "skc", "experts in place of the MLP of the upper layers; 0: none", low=0)
+    moe_top_k: int = var(1, "skc", "experts of a token", low=1, when=lambda h: h.moe_experts > 0)
+    moe_layer_frac: float = var(0.34, "skc", "share of the layers, from the last down, that have experts", low=0,
+        high=1, when=lambda h: h.moe_experts > 0)
+    moe_start_fraction: float = var(0.0, "optimizer", "progress from which on there is more than one", "fraction",
+        low=0, high=1, when=lambda h: h.moe_experts > 0)
+    moe_balance: float = var(0.001, "optimizer", "weight of the load-balance loss", low=0,
+        when=lambda h: h.moe_experts > 0)
 
     # Weights
     matrix_codec: str = var("bf16", "weights", "codec of the big matrices", choices=CODEC_NAMES)
@@ -165,6 +232,11 @@ class Hyperparameters:
         when=lambda h: "ternary" in h.codecs)
     ternary_start_fraction: float = var(0.0, "weights", "train in float until this progress", "fraction", low=0,
         high=1, when=lambda h: "ternary" in h.codecs)
+
+    ternary_noise_scale: float = var(0.0, "weights", "noise on matrices early on, in standard deviations of theirs",
+        low=0)
+    ternary_noise_fraction: float = var(0.3, "weights", "progress at which that noise has faded", "fraction", low=0,
+        high=1, when=lambda h: h.ternary_noise_scale > 0)
 
     # Optimizer
     iterations: int = var(20000, "optimizer", "steps of the schedule", "steps", low=0)
@@ -180,6 +252,10 @@ class Hyperparameters:
         when=lambda h: h.tie_embeddings)
     bigram_hash_lr: float = var(0.07, "optimizer", "Adagrad rate of hashed n-gram tables", low=0,
         when=lambda h: h.bigram_hash_buckets > 0)
+    engram_taper_start: float = var(1.0, "optimizer", "progress from which on n-gram tables learn ever less",
+        "fraction", low=0, high=1, when=lambda h: h.bigram_hash_buckets > 0)
+    koopman_lr: float = var(0.01, "optimizer", "AdamW rate of the bank's dynamics", low=0,
+        when=lambda h: h.capsule_bank and h.feedback_passes > 0)
     muon_momentum: float = var(0.95, "optimizer", "Muon momentum", low=0, high=0.9999)
     muon_momentum_warmup_start: float = var(0.85, "optimizer", "Muon momentum at step 0", low=0, high=0.9999,
         when=lambda h: h.muon_momentum_warmup_steps > 0)
@@ -209,6 +285,8 @@ class Hyperparameters:
     val_batch_size: int = var(524288, "evaluation", "validation tokens of one forward pass on one rank", "tokens",
         low=1)
     val_loss_every: int = var(1000, "evaluation", "validate every so many steps; 0: only at the end", "steps", low=0)
+    diag_every: int = var(0, "evaluation", "measure gates, norms and weights every so many steps; 0: never", "steps",
+        low=0)
     train_log_every: int = var(200, "evaluation", "log the training loss every so many steps", "steps", low=1)
     max_val_tokens: int = var(0, "evaluation", "validation tokens to score; 0: all", "tokens", low=0)
     eval_seq_len: int = var(0, "evaluation", "evaluation window; 0: TRAIN_SEQ_LEN", "tokens", low=0)
@@ -284,7 +362,7 @@ class Hyperparameters:
     def history(self) -> int:
         """Tokens before a window that its embeddings look at."""
         matched = self.induction_window + self.matched_orders[-1] - 1 if self.matched_orders else 0
-        return max(matched, max(self.ngram_orders, default=1) - 1)
+        return max(matched, max(self.ngram_orders, default=1) - 1, int(self.smear_gate > 0))
 
     @property
     def eval_window(self) -> int:
@@ -292,34 +370,82 @@ class Hyperparameters:
 
     @property
     def mixers(self) -> tuple[str, ...]:
-        """Mixer kind of each layer, from LAYER_PATTERN."""
-        cycle = [name.strip() for name in self.layer_pattern.split(",")]
-        return tuple(cycle[i % len(cycle)] for i in range(self.num_layers))
+        """Site kind of each layer's mixer, from LAYER_PATTERN; "parallel" is an SKC beside its MLP."""
+        cycle = PATTERNS.get(self.layer_pattern, self.layer_pattern)
+        if not cycle or set(cycle) - set(MIXER_LETTERS):
+            known = f"{', '.join(PATTERNS)}, or letters of {''.join(MIXER_LETTERS)}"
+            raise UserError(f"LAYER_PATTERN={self.layer_pattern} is unknown; known: {known}")
+        cycle = cycle.replace("S", "P") if self.skc_parallel_residual else cycle
+        return tuple(MIXER_LETTERS[cycle[i % len(cycle)]] for i in range(self.num_layers))
+
+    @property
+    def has_skc(self) -> bool:
+        """Whether some layer's mixer is SKC."""
+        return not {"skc", "parallel"}.isdisjoint(self.mixers)
+
+    @property
+    def has_scans(self) -> bool:
+        """Whether some layer's mixer is a recurrence with a convolution."""
+        return self.has_skc or "koopman" in self.mixers
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether some part works block by block."""
+        return self.has_skc or self.capsule_bank or self.feedback_passes > 0
+
+    @property
+    def has_engram(self) -> bool:
+        """Whether hashed n-grams enter through a gate at a layer."""
+        return self.bigram_hash_buckets > 0 and self.engram_inject_layer >= 0
+
+    @property
+    def feeds(self) -> tuple[str, ...]:
+        """Site kind of each layer's second sublayer: mlp, or moe in the upper layers."""
+        experts = round(self.moe_layer_frac * self.num_layers) if self.moe_experts else 0
+        return ("mlp",) * (self.num_layers - experts) + ("moe",) * experts
+
+    @property
+    def looped(self) -> tuple[int, ...]:
+        """Layers of RECURRENCE_LAYERS."""
+        try:
+            ends = [int(end) for end in self.recurrence_layers.split("-")] if self.recurrence_layers else [1, 0]
+            first, last = ends if len(ends) == 2 else ends * 2
+        except ValueError:
+            raise UserError(f"RECURRENCE_LAYERS={self.recurrence_layers} is not first-last, like 3-5") from None
+        return tuple(range(first, last + 1))
 
     @property
     def stages(self) -> tuple[tuple[float, int], ...]:
         """(progress, tokens a step) pairs of BATCH_STAGES, or the one batch size."""
-        if not self.batch_stages:
-            return ((0.0, self.train_batch_tokens),)
-        try:
-            pairs = [pair.split(":") for pair in self.batch_stages.split(",")]
-            return tuple((float(at), int(tokens)) for at, tokens in pairs)
-        except ValueError:
-            raise UserError(
-                f"BATCH_STAGES={self.batch_stages} is not progress:tokens,...; try 0:131072,0.3:262144"
-            ) from None
+        return stages_of("BATCH_STAGES", self.batch_stages) or ((0.0, self.train_batch_tokens),)
+
+    @property
+    def lengths(self) -> tuple[tuple[float, int], ...]:
+        """(progress, window) pairs of CURRICULUM_STAGES, or the one window."""
+        stages = stages_of("CURRICULUM_STAGES", self.curriculum_stages) or ((0.0, 1),)
+        return tuple((at, self.train_seq_len // max(1, divisor)) for at, divisor in stages)
+
+    @property
+    def site_kinds(self) -> tuple[str, ...]:
+        """Kinds of sites of this configuration, each once."""
+        beside = [feed for mixer, feed in zip(self.mixers, self.feeds, strict=True) if mixer != "parallel"]
+        more = {"engram": self.has_engram, "bank": self.capsule_bank}
+        more |= dict.fromkeys(("sketch", "feedback"), self.feedback_passes > 0)
+        return tuple(dict.fromkeys((*self.mixers, *beside, *(kind for kind, there in more.items() if there))))
 
     def used(self) -> dict[str, tuple[str, ...]]:
         """Which entries of each registry this configuration reaches; the extractor keeps only those."""
         kinds = {"matrix": True, "embed": True, "head": self.has_head, "table": bool(self.ngram_orders), "scalar": True}
+        kinds |= {"koopman": self.capsule_bank and self.feedback_passes > 0}
         groups = tuple(name for name, there in kinds.items() if there)
+        more = {"koopman_diagonal": kinds["koopman"], "expert": "moe" in self.feeds}
         return {
-            "ROLE_KINDS": groups,
+            "ROLE_KINDS": (*groups, *(name for name, there in more.items() if there)),
             "GROUPS": groups,
             "RULES": ("muon", "adamw", "adagrad") if self.ngram_orders else ("muon", "adamw"),
             "CODECS": tuple(dict.fromkeys((*self.codecs, "exact"))),
             "ACTIVATIONS": (self.mlp_act,),
-            "SITE_KINDS": tuple(dict.fromkeys((*self.mixers, "mlp"))),
+            "SITE_KINDS": self.site_kinds,
             "RESIDUALS": (self.residual,),
             "BATCH_MODES": (self.batch_mode,),
             "ATTENTION": ("fa3", "fa2", "blocks", "sdpa") if self.attn_impl == "auto" else (self.attn_impl, "sdpa"),
@@ -341,6 +467,19 @@ def rising_orders(name: str, text: str) -> tuple[int, ...]:
     return orders
 
 
+def stages_of(name: str, text: str) -> tuple[tuple[float, int], ...]:
+    """(progress, number) pairs of progress:number,...; they begin at 0 and rise to less than 1. Raises UserError."""
+    try:
+        pairs = [pair.split(":") for pair in text.split(",")] if text else []
+        stages = tuple((float(at), int(number)) for at, number in pairs)
+    except ValueError:
+        raise UserError(f"{name}={text} is not progress:tokens,...; try 0:256,0.3:512") from None
+    times = [at for at, _ in stages]
+    if stages and (times[0] != 0.0 or times != sorted({at for at in times if 0 <= at < 1})):
+        raise UserError(f"{name}={text} must start at progress 0 and rise to less than 1")
+    return stages
+
+
 FIELDS = {f.name.upper(): f for f in dataclasses.fields(Hyperparameters)}
 # Variables of these families are ours alone, so an unknown one is a mistake even when it resembles none of ours.
 FAMILIES = "TTT_ NGRAM_ EVAL_ENGRAM_ CURRICULUM_ EMA_ MOE_ MUON_ ADAM_ ROPE_ YARN_ SLIDING_ WARMDOWN_ TERNARY_ SKC_ "
@@ -349,70 +488,68 @@ FAMILY_PREFIXES = tuple(
     (FAMILIES + "INDUCTION_ MHC_ HC_ RMT_ NSA_ ENGRAM_ BIGRAM_ CAPSULE_ FEEDBACK_ CALIB_ GPTQ_").split()
 )
 
-LOCAL_FLOAT = {
-    "num_layers": 4,
-    "model_dim": 128,
-    "num_heads": 2,
-    "num_kv_heads": 2,
-    "mlp_mult": 4.0,
-    "mlp_act": "leaky_relu2",
-    "residual": "plain",
-    "resid_mix": False,
-    "bigram_hash_buckets": 65536,
-    "bigram_hash_orders": "2,3",
-    "induction_orders": "1,2,3",
+# fmt: off
+LOCAL_FLOAT: dict[str, Any] = {
+    "num_layers": 4, "model_dim": 128, "num_heads": 2, "num_kv_heads": 2, "mlp_mult": 4.0, "mlp_act": "leaky_relu2",
+    "residual": "plain", "resid_mix": False, "bigram_hash_buckets": 65536, "bigram_hash_orders": "2,3",
+    "induction_orders": "1,2,3", "matrix_lr": 0.025, "tied_embed_lr": 0.025, "muon_backend_steps": 3,
     "iterations": 500000,  # an hour has 36,000 steps: the clock ends the run
-    "matrix_lr": 0.025,
-    "tied_embed_lr": 0.025,
-    "muon_backend_steps": 3,
-    "train_seq_len": 256,
-    "train_batch_tokens": 2048,
-    "micro_batch_tokens": 2048,
-    "val_batch_size": 16384,
-    "val_loss_every": 500,
-    "train_log_every": 25,
-    "save_every": 500,
-    "max_wallclock_seconds": 300.0,
+    "train_seq_len": 256, "train_batch_tokens": 2048, "micro_batch_tokens": 2048, "val_batch_size": 16384,
+    "val_loss_every": 500, "train_log_every": 25, "save_every": 500, "max_wallclock_seconds": 300.0,
     "muon_momentum_warmup_steps": 100,
+}
+SP8192: dict[str, Any] = {
+    "vocab_size": 8192, "embed_dim": 256, "data_path": "./data/datasets/fineweb10B_sp8192",
+    "tokenizer_path": "./data/tokenizers/fineweb_8192_bpe.model", "fp_storage": "fp8", "matrix_codec": "ternary",
+}
+ENGRAM: dict[str, Any] = {
+    "bigram_hash_buckets": 4096, "bigram_hash_dim": 336, "bigram_hash_orders": "2,3,4", "engram_inject_layer": 1,
+}
+SKC_STACK: dict[str, Any] = {
+    **SP8192, **ENGRAM, "layer_pattern": "skc_competition", "partial_rope_dims": 32, "capsule_bank": True,
+    "feedback_passes": 1, "mlp_mult": 3.0, "matrix_lr": 0.025, "curriculum_stages": "0:4,0.15:2,0.4:1",
+    "warmdown_fraction": 0.35,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "local_float": LOCAL_FLOAT,
     "local": {**LOCAL_FLOAT, "matrix_codec": "ternary", "group_size": 32},
+    "local_hour": {
+        **LOCAL_FLOAT, "matrix_codec": "ternary", "group_size": 32, "num_layers": 6, "model_dim": 384, "num_heads": 6,
+        "num_kv_heads": 6, "train_batch_tokens": 4096, "micro_batch_tokens": 4096, "val_loss_every": 250,
+        "max_wallclock_seconds": 3600.0,
+    },
     "attn": {},
     "ternary": {
-        "num_layers": 10,
-        "model_dim": 768,
-        "num_heads": 12,
-        "num_kv_heads": 6,
-        "mlp_mult": 4.0,
-        "embed_dim": 256,
-        "vocab_size": 8192,
-        "data_path": "./data/datasets/fineweb10B_sp8192",
-        "tokenizer_path": "./data/tokenizers/fineweb_8192_bpe.model",
-        "matrix_codec": "ternary",
-        "fp_storage": "fp8",
+        **SP8192, "num_layers": 10, "model_dim": 768, "num_heads": 12, "num_kv_heads": 6, "mlp_mult": 4.0,
         "matrix_lr": 0.03,
+    },
+    "skc": {**SKC_STACK, "num_layers": 12, "model_dim": 768, "num_heads": 12, "num_kv_heads": 6},
+    "skc_proxy": {
+        **SKC_STACK, "num_layers": 8, "model_dim": 640, "num_heads": 10, "num_kv_heads": 5,
+        "train_batch_tokens": 131072,
+    },
+    "skc_small": {
+        **LOCAL_FLOAT, "matrix_codec": "ternary", "group_size": 32, "layer_pattern": "skc", "capsule_dim": 64,
+        "capsule_num": 16,
+    },
+    "hybrid": {
+        **SP8192, **ENGRAM, "layer_pattern": "hybrid", "num_layers": 12, "model_dim": 768, "num_heads": 12,
+        "num_kv_heads": 6, "mlp_mult": 3.0, "partial_rope_dims": 32, "matrix_lr": 0.025,
+    },
+    "hybrid_mac": {
+        **LOCAL_FLOAT, "matrix_codec": "ternary", "group_size": 32, "layer_pattern": "hybrid", "num_layers": 8,
+        "model_dim": 192, "num_heads": 3, "num_kv_heads": 3, "shared_blocks": 2, "moe_experts": 3,
+        "moe_layer_frac": 1.0, "capsule_bank": True, "matrix_lr": 0.035,
     },
     "tiny": {
         "precision": "fp32",  # the same numbers on every machine
-        "num_layers": 2,
-        "model_dim": 32,
-        "num_heads": 2,
-        "num_kv_heads": 1,
-        "train_seq_len": 32,
-        "train_batch_tokens": 256,
-        "micro_batch_tokens": 256,
-        "val_batch_size": 512,
-        "holdout_tokens": 256,
-        "group_size": 16,
-        "matrix_codec": "ternary",
-        "iterations": 20,
-        "max_wallclock_seconds": 0.0,
-        "train_log_every": 5,
-        "sample_tokens": 8,
-        "eval_streams": 4,
+        "num_layers": 2, "model_dim": 32, "num_heads": 2, "num_kv_heads": 1, "train_seq_len": 32,
+        "train_batch_tokens": 256, "micro_batch_tokens": 256, "val_batch_size": 512, "holdout_tokens": 256,
+        "group_size": 16, "matrix_codec": "ternary", "iterations": 20, "max_wallclock_seconds": 0.0,
+        "train_log_every": 5, "sample_tokens": 8, "eval_streams": 4,
     },
 }
+# fmt: on
 
 
 BOOLEANS = {"0": False, "1": True, "false": False, "true": True}
@@ -497,71 +634,74 @@ def validate(h: Hyperparameters) -> None:
     """Raise UserError for values that contradict one another."""
     rows = h.train_batch_tokens // h.train_seq_len
     head, kv, stage_tokens = h.head_dim, h.num_kv_heads, [tokens for _, tokens in h.stages]
-    kinds = ("attn",)
+    windows = [length for _, length in h.lengths]
+    # fmt: off
     problems = (
         (h.model_dim % h.num_heads, f"MODEL_DIM={h.model_dim} must be a multiple of NUM_HEADS={h.num_heads}"),
         (h.num_heads % kv, f"NUM_HEADS={h.num_heads} must be a multiple of NUM_KV_HEADS={kv}"),
         (head % 2, f"MODEL_DIM/NUM_HEADS={head} must be even for rotary positions"),
         (h.rope_dims % 2 or h.rope_dims > head, f"PARTIAL_ROPE_DIMS={h.rope_dims} must be even and at most {head}"),
-        (
-            any(tokens % h.train_seq_len or tokens < h.train_seq_len for tokens in stage_tokens),
+        (any(tokens % h.train_seq_len or tokens < h.train_seq_len for tokens in stage_tokens),
             f"TRAIN_BATCH_TOKENS={stage_tokens} must be a multiple of TRAIN_SEQ_LEN={h.train_seq_len}; "
-            f"try {max(1, rows) * h.train_seq_len}",
-        ),
-        (
-            h.stages[0][0] != 0.0 or [at for at, _ in h.stages] != sorted({at for at, _ in h.stages if 0 <= at < 1}),
-            f"BATCH_STAGES={h.batch_stages} must start at progress 0 and rise to less than 1",
-        ),
+            f"try {max(1, rows) * h.train_seq_len}"),
+        (windows[-1] != h.train_seq_len or any(length < 1 or h.train_seq_len % length for length in windows),
+            f"CURRICULUM_STAGES={h.curriculum_stages} must divide TRAIN_SEQ_LEN={h.train_seq_len} and end with 1"),
+        (h.curriculum_stages and h.batch_mode == "streams",
+            "CURRICULUM_STAGES changes the number of rows: not BATCH_MODE=streams"),
         (1 in h.ngram_orders, "BIGRAM_HASH_ORDERS must begin with at least 2: single tokens have the embedding"),
-        (
-            max(h.matched_orders, default=0) * math.log2(h.vocab_size + 1) > 62,
-            f"INDUCTION_ORDERS={h.induction_orders} are too long for VOCAB_SIZE={h.vocab_size}: a key has 62 bits",
-        ),
-        (
-            h.ngram_orders and h.bigram_hash_buckets * h.bigram_hash_dim > MAX_TABLE_WEIGHTS,
+        (max(h.matched_orders, default=0) * math.log2(h.vocab_size + 1) > 62,
+            f"INDUCTION_ORDERS={h.induction_orders} are too long for VOCAB_SIZE={h.vocab_size}: a key has 62 bits"),
+        (h.ngram_orders and h.bigram_hash_buckets * h.bigram_hash_dim > MAX_TABLE_WEIGHTS,
             f"BIGRAM_HASH_BUCKETS={h.bigram_hash_buckets} rows are too many; at most "
-            f"{MAX_TABLE_WEIGHTS // h.bigram_hash_dim} of BIGRAM_HASH_DIM={h.bigram_hash_dim}",
-        ),
-        (
-            h.ngram_orders and h.bigram_hash_dim % len(h.ngram_orders),
-            f"BIGRAM_HASH_DIM={h.bigram_hash_dim} must be a multiple of the {len(h.ngram_orders)} BIGRAM_HASH_ORDERS",
-        ),
+            f"{MAX_TABLE_WEIGHTS // h.bigram_hash_dim} of BIGRAM_HASH_DIM={h.bigram_hash_dim}"),
+        (h.ngram_orders and h.bigram_hash_dim % (len(h.ngram_orders) * h.bigram_hash_heads),
+            f"BIGRAM_HASH_DIM={h.bigram_hash_dim} must be a multiple of the {len(h.ngram_orders)} BIGRAM_HASH_ORDERS "
+            f"times {h.bigram_hash_heads} BIGRAM_HASH_HEADS"),
         (round(h.mlp_mult * h.model_dim) < 1, f"MLP_MULT={h.mlp_mult} leaves an MLP of width 0"),
-        (
-            h.batch_stages and h.batch_mode == "streams",
-            "BATCH_STAGES needs a fixed number of rows: not BATCH_MODE=streams",
-        ),
+        (h.batch_stages and h.batch_mode == "streams",
+            "BATCH_STAGES needs a fixed number of rows: not BATCH_MODE=streams"),
         (h.carry_train and h.batch_mode != "streams", "CARRY_TRAIN=1 needs BATCH_MODE=streams, so that rows continue"),
-        (
-            (h.carry_train or h.carry_eval) and "attn" in h.mixers and not h.attn_window,
-            "CARRY_TRAIN/CARRY_EVAL with attention needs ATTN_WINDOW, or its cache grows without end",
-        ),
+        ((h.carry_train or h.carry_eval) and "attn" in h.mixers and not h.attn_window,
+            "CARRY_TRAIN/CARRY_EVAL with attention needs ATTN_WINDOW, or its cache grows without end"),
         (h.carry_eval and h.sliding_eval, "CARRY_EVAL=1 and SLIDING_EVAL=1 exclude each other"),
-        (
-            h.sliding_eval and h.sliding_eval_stride > h.eval_window,
-            f"SLIDING_EVAL_STRIDE={h.sliding_eval_stride} must be at most the window {h.eval_window}",
-        ),
-        (
-            h.micro_batch_tokens < h.train_seq_len,
-            f"MICRO_BATCH_TOKENS={h.micro_batch_tokens} must hold a window of TRAIN_SEQ_LEN={h.train_seq_len}",
-        ),
+        (h.sliding_eval and h.sliding_eval_stride > h.eval_window,
+            f"SLIDING_EVAL_STRIDE={h.sliding_eval_stride} must be at most the window {h.eval_window}"),
+        (h.micro_batch_tokens < h.train_seq_len,
+            f"MICRO_BATCH_TOKENS={h.micro_batch_tokens} must hold a window of TRAIN_SEQ_LEN={h.train_seq_len}"),
         (h.untie_at_fraction and not h.tie_embeddings, "UNTIE_AT_FRACTION needs TIE_EMBEDDINGS=1 to start from"),
-        (
-            set(h.mixers) - set(kinds),
-            f"LAYER_PATTERN={h.layer_pattern} names an unknown mixer; known: {', '.join(kinds)}",
-        ),
+        (h.looped and (h.looped[0] < 0 or h.looped[-1] >= h.num_layers),
+            f"RECURRENCE_LAYERS={h.recurrence_layers} must lie within the layers 0-{h.num_layers - 1}"),
+        (h.recurrence_layers and not h.looped,
+            f"RECURRENCE_LAYERS={h.recurrence_layers} must rise, like 3-5"),
+        (h.engram_inject_layer >= h.num_layers,
+            f"ENGRAM_INJECT_LAYER={h.engram_inject_layer} must be less than NUM_LAYERS={h.num_layers}"),
+        ((h.has_scans or h.capsule_bank) and h.capsule_dim & (h.capsule_dim - 1),
+            f"CAPSULE_DIM={h.capsule_dim} must be a power of two; try {2 ** round(math.log2(h.capsule_dim))}"),
+        (h.skc_block_size & (h.skc_block_size - 1),
+            f"SKC_BLOCK_SIZE={h.skc_block_size} must be a power of two; try {2 ** round(math.log2(h.skc_block_size))}"),
+        (h.capsule_bank and not h.capsule_num, "CAPSULE_BANK=1 needs CAPSULE_NUM of at least 1"),
+        (h.has_skc and h.skc_local == "off" and not h.skc_spectral and not h.capsule_num,
+            "an SKC layer needs one of SKC_LOCAL, SKC_SPECTRAL=1 and CAPSULE_NUM"),
+        (h.feedback_passes and h.skc_block_size % h.feedback_sketch_tokens,
+            f"FEEDBACK_SKETCH_TOKENS={h.feedback_sketch_tokens} must divide SKC_BLOCK_SIZE={h.skc_block_size}"),
+        (h.moe_experts and h.moe_top_k > h.moe_experts,
+            f"MOE_TOP_K={h.moe_top_k} must be at most MOE_EXPERTS={h.moe_experts}"),
+        (h.shared_blocks and 0 < h.xsa_layers < h.mixers.count("attn"),
+            "XSA_LAYERS must be 0 or all attention layers where SHARED_BLOCKS are shared"),
+        (h.shared_blocks and len(set(h.feeds)) > 1, "MOE_LAYER_FRAC must be 1 where SHARED_BLOCKS are shared"),
+        (h.moe_experts and "moe" not in h.feeds, f"MOE_LAYER_FRAC={h.moe_layer_frac} leaves no layer with experts"),
+        (h.eng_to_skc_mode != "off" and not h.has_engram, "ENG_TO_SKC_MODE needs an engram: ENGRAM_INJECT_LAYER"),
+        (max(h.attn_gate, h.smear_gate) > h.model_dim,
+            f"ATTN_GATE and SMEAR_GATE read at most MODEL_DIM={h.model_dim} channels"),
         (h.resume == "auto" and not h.run_id, "RESUME=auto needs the RUN_ID of the run to continue"),
-        (
-            not h.iterations and not h.max_wallclock_seconds,
-            "ITERATIONS=0 needs MAX_WALLCLOCK_SECONDS, or nothing bounds the run",
-        ),
-        (
-            h.temp_scaling and h.max_wallclock_seconds and not 0 < h.calib_max_seconds < h.max_wallclock_seconds,
+        (not h.iterations and not h.max_wallclock_seconds,
+            "ITERATIONS=0 needs MAX_WALLCLOCK_SECONDS, or nothing bounds the run"),
+        (h.temp_scaling and h.max_wallclock_seconds and not 0 < h.calib_max_seconds < h.max_wallclock_seconds,
             f"CALIB_MAX_SECONDS={h.calib_max_seconds} must be more than 0 and less than MAX_WALLCLOCK_SECONDS="
-            f"{h.max_wallclock_seconds}",
-        ),
+            f"{h.max_wallclock_seconds}"),
         (h.temp_scaling and not h.holdout_tokens, "TEMP_SCALING=1 needs HOLDOUT_TOKENS to fit the temperature on"),
     )
+    # fmt: on
     for wrong, message in problems:
         if wrong:
             raise UserError(message)
@@ -1615,6 +1755,10 @@ class Variant(NamedTuple):
     """Structural switches that change during a run; each combination is compiled before the clock starts."""
 
     untied: bool = False
+    experts: bool = False  # more than the first expert runs
+    looped: bool = False  # RECURRENCE_LAYERS run again
+    speculates: bool = False  # no feedback passes: the bank foresees their capsules
+    measures: bool = False  # sites return diagnostics
 
 
 class Moment(NamedTuple):
@@ -1625,17 +1769,91 @@ class Moment(NamedTuple):
     rows: Tensor  # (B,) int64, index of each row in the global batch
 
 
-class Ctx(NamedTuple):
-    """What a layer may know besides its input; the same for all layers of one forward pass, but for v0."""
+class Blocks(NamedTuple):
+    """How the tokens of a segment lie in blocks of W positions of the stream, and which documents run through them.
 
+    The segment touches n blocks; a state brings what it had of the first one, and takes away what it has of the last.
+    Masks are bool, with a last dimension of 1.
+    """
+
+    place: Tensor | None  # (B, n W) the token at each place; None: token i is at place i, the rest empty
+    spot: Tensor | None  # (B, T) the place of each token
+    first: Tensor  # (B, 1) number of the first block in the stream
+    inside: Tensor  # (B, n, W, 1) tokens of the document that ends the block: a summary is made of them
+    visible: Tensor  # (B, n, W, 1) tokens of the document that ended the block before: they see older summaries
+    keep: Tensor  # (B, n, 1) no document starts in the block, so that older summaries stay
+    join: Tensor  # (B, 1) what the state has of the first block belongs to the document that ends it
+    done: Tensor  # (B,) blocks that the segment completes
+    document: Tensor  # (B,) document that ended the last complete block
+
+    def lay(self, x: Tensor) -> Tensor:
+        """(B, T, C) into blocks (B, n, W, C), zeros where there is no token."""
+        shape, count = self.inside.shape[1:3], self.inside[0, :, :, 0].numel()
+        if self.place is None:
+            return (x if x.shape[1] == count else F.pad(x, (0, 0, 0, count - x.shape[1]))).unflatten(1, shape)
+        found = x.gather(1, self.place.clamp(0, x.shape[1] - 1).unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        there = (self.place >= 0) & (self.place < x.shape[1])
+        return (found * there.unsqueeze(-1)).unflatten(1, shape)
+
+    def pick(self, y: Tensor, length: int) -> Tensor:
+        """The inverse: (B, n, W, C) at the tokens, (B, T, C)."""
+        flat = y.flatten(1, 2)
+        if self.spot is None:
+            return flat[:, :length]
+        return flat.gather(1, self.spot.unsqueeze(-1).expand(-1, -1, y.shape[-1]))
+
+    def joined(self, summary: Tensor, before: Tensor) -> Tensor:
+        """Sums over blocks (B, n, ...) with what the state (B, ...) has of the first one."""
+        if self.place is None:
+            return summary
+        extra = before * self.join.view(-1, *[1] * (before.ndim - 1))
+        return torch.cat((summary[:, :1] + extra.unsqueeze(1), summary[:, 1:]), 1)
+
+    def after(self, values: Tensor) -> Tensor:
+        """Of (B, n + 1, ...) that of the first block which the segment does not complete, (B, ...)."""
+        return values[torch.arange(len(values), device=values.device), self.done]
+
+
+def lay_blocks(width: int, positions: Tensor, documents: Tensor, stream: Any) -> Blocks:
+    """Blocks of `width` positions for tokens at positions and documents (B, T), after a StreamState or None."""
+    rows, length = documents.shape
+    aligned, zero = stream is None, documents.new_zeros((rows, 1))
+    phase = zero if aligned else positions[:, :1] % width
+    count = -(-length // width) if aligned else (length + 2 * width - 2) // width
+    place = torch.arange(count * width, device=documents.device) - phase
+    there = (place >= 0) & (place < length)
+    laid = torch.where(there, documents.gather(1, place.clamp(0, length - 1)), -1).unflatten(1, (count, width))
+    last, end = (zero, zero) if aligned else (stream.document.unsqueeze(1), stream.block_document.unsqueeze(1))
+    ends = torch.cat((end, laid.amax(-1)), 1)  # documents only rise
+    before, end = ends[:, :-1], ends[:, 1:]
+    done = (phase[:, 0] + length) // width
+    return Blocks(
+        None if aligned else place,
+        None if aligned else torch.arange(length, device=documents.device) + phase,
+        positions[:, :1] // width,
+        ((laid == end.unsqueeze(-1)) & (laid >= 0)).unsqueeze(-1),
+        (laid == before.unsqueeze(-1)).unsqueeze(-1),
+        (end == before).unsqueeze(-1),
+        end[:, :1] == last,
+        done,
+        ends.gather(1, done.unsqueeze(1)).squeeze(1),
+    )
+
+
+class Ctx(NamedTuple):
+    """What a layer may know besides its input; the same for all layers of one forward pass, but for v0 and memory."""
+
+    bos: int  # the token that starts a document
     tokens: Tensor  # (B, T) int64
     history: Tensor  # (B, h.history) int64, the tokens before those; -1 where there are none
     positions: Tensor  # (B, T) int64, counted from the start of the stream
     documents: Tensor  # (B, T) int64, rises by one at each document start
+    age: Tensor | None  # (B, T) int64, tokens before it in its document, of this stream; where a recurrence needs it
+    blocks: Blocks | None  # how the tokens lie in blocks, for parts that need it
     rotary: tuple[Tensor, Tensor]  # cosine and sine, each (B, T, 1, rope_dims / 2)
     is_memory: Tensor | None  # (B, T) bool: positions that are no text, or None where there are none
     v0: Tensor | None  # (B, T, Hkv, Dh) values of the first attention layer
-    memory: Any  # what a pass over the sites leaves for the next one (sketches, capsules); None in the first
+    memory: dict[str, Any]  # what sites and passes leave for later ones: engram, capsules, sketch, top
     moment: Moment | None  # where in training this batch stands; None in evaluation
     variant: Variant  # structural switches, static
     observe: Callable[[str, Tensor], None] | None  # called with (parameter name, input); eager only
@@ -1645,24 +1863,31 @@ class Ctx(NamedTuple):
 
 
 class Out(NamedTuple):
-    """What a site returns: its output, its next state, values for later layers, auxiliary losses, diagnostics."""
+    """What a site returns: its output (if any), its next state, what later sites may read, losses, diagnostics.
 
-    y: Tensor
+    Losses are summed over sequences and weighted; diagnostics are made when ctx.variant.measures.
+    """
+
+    y: Tensor | None
     state: Any = None
     v0: Tensor | None = None
-    memory: Any = None
+    memory: dict[str, Any] = {}
     losses: dict[str, Tensor] = {}  # never mutated, like the next
     metrics: dict[str, Tensor] = {}
 
 
 class Role(NamedTuple):
-    """How a parameter is stored and trained: codec, optimizer group, factors on its rate and decay, bound on |w|."""
+    """How a parameter is stored and trained: codec, optimizer group, factors on its rate and decay, bound on |w|.
+
+    idle: a gradient of zeros means that no token came by, and leaves the weight alone like no gradient.
+    """
 
     codec: str
     group: str  # key of GROUPS
     lr_mult: float = 1.0
     decay: float = 1.0
     bound: float = math.inf
+    idle: bool = False
 
 
 class Module(nn.Module):
@@ -1677,7 +1902,35 @@ ROLE_KINDS: dict[str, Callable[[Hyperparameters], Role]] = {
     "head": lambda h: Role(h.fp_storage, "head"),
     "table": lambda h: Role(h.fp_storage, "table"),
     "scalar": lambda h: Role(h.scalar_codec, "scalar", decay=0.0),
+    "expert": lambda h: Role(h.matrix_codec, "matrix", idle=True),
+    "koopman": lambda h: Role(h.scalar_codec, "koopman", decay=0.0),
+    "koopman_diagonal": lambda h: Role(h.scalar_codec, "koopman", decay=0.0, bound=0.989),
 }
+
+
+def keyed_uniform(seed: int, *keys: Tensor) -> Tensor:
+    """Numbers in [0, 1), float32, that depend on nothing but the int64 keys, which broadcast (splitmix64).
+
+    The same whatever the number of ranks, the device, and what was drawn before.
+    """
+    x = torch.full((), seed, dtype=torch.int64, device=keys[0].device)
+    for key in keys:
+        x = (x ^ key) * -0x61C8864680B583EB
+        x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+        x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+        x = x ^ (x >> 31 & 0x1FFFFFFFF)
+    return (x >> 40 & 0xFFFFFF).float() / 2**24
+
+
+def watched(ctx: Ctx, **parts: Tensor | None) -> dict[str, Tensor]:
+    """Diagnostics, if they are wanted: of a gate its mean and the share that is shut or wide open, else the rms."""
+    found: dict[str, Tensor] = {}
+    for name, part in parts.items() if ctx.variant.measures else ():
+        if part is not None and "gate" in name:
+            found |= {f"{name}_mean": part.mean(), f"{name}_saturated": ((part < 0.05) | (part > 0.95)).float().mean()}
+        elif part is not None:
+            found[f"{name}_rms"] = part.square().mean().sqrt()
+    return found
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -1827,44 +2080,79 @@ class QKVFunction(torch.autograd.Function):
 
 
 class HashedNgrams(Module):
-    """What the last tokens of a document add to an embedding: one row per n-gram order, joined and projected.
+    """What the last tokens of a document say: one row per n-gram order and head, joined, (B, T, BIGRAM_HASH_DIM).
 
     An n-gram of tokens x_0 (the current one), x_1, ... has the key ((x_0 + 1) M_1 + x_1 + 1) M_2 + ... mod the prime
-    2^31 - 1 with M_j = 16807^(j + 1), and with it the row key mod BIGRAM_HASH_BUCKETS of its order's table (Carter &
-    Wegman 1979); distinct n-grams may share a row. One that would reach past its document's start gives zeros.
+    2^31 - 1 with M_j = 16807^(j + 1), other multipliers for each head, and with it the row key mod BIGRAM_HASH_BUCKETS
+    of its table (Carter & Wegman 1979); distinct n-grams may share a row. One that would reach past its document's
+    start gives zeros.
     """
 
     PRIME: ClassVar[int] = 2**31 - 1
     kinds: ClassVar[dict[str, str]] = {"weight": "table"}
 
-    def __init__(self, h: Hyperparameters, bos: int) -> None:
+    def __init__(self, h: Hyperparameters) -> None:
         super().__init__()
-        self.orders, self.buckets, self.bos = h.ngram_orders, h.bigram_hash_buckets, bos
-        self.weight = nn.Parameter(torch.empty(len(self.orders) * self.buckets, h.bigram_hash_dim // len(self.orders)))
-        self.up = Linear("embed.ngrams.up", h.bigram_hash_dim, h.model_dim)
+        self.orders, self.heads, self.buckets = h.ngram_orders, h.bigram_hash_heads, h.bigram_hash_buckets
+        tables = len(self.orders) * self.heads
+        self.weight = nn.Parameter(torch.empty(tables * self.buckets, h.bigram_hash_dim // tables))
 
-    def rows(self, tokens: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of the stacked tables, and whether each n-gram is whole, both (B, T, orders)."""
+    def rows(self, tokens: Tensor, history: Tensor, bos: int) -> tuple[Tensor, Tensor]:
+        """Rows of the stacked tables, and whether each n-gram is whole, both (B, T, orders * heads)."""
         length, reach = tokens.shape[1], self.orders[-1] - 1
         stream = torch.cat((history[:, history.shape[1] - reach :], tokens), 1)
-        key, whole = tokens + 1, torch.ones_like(tokens, dtype=torch.bool)
+        keys, whole = [tokens + 1] * self.heads, torch.ones_like(tokens, dtype=torch.bool)
         rows: list[Tensor] = []
         wholes: list[Tensor] = []
         for back in range(1, reach + 1):
             before, after = stream[:, reach - back :][:, :length], stream[:, reach - back + 1 :][:, :length]
-            whole = whole & (before >= 0) & (after != self.bos)
-            key = (key * pow(16807, back + 1, self.PRIME) + before + 1) % self.PRIME
-            if back + 1 in self.orders:
-                rows.append(key % self.buckets + len(rows) * self.buckets)
-                wholes.append(whole)
+            whole = whole & (before >= 0) & (after != bos)
+            for head in range(self.heads):
+                multiplier = pow(16807, back + 1 + 64 * head, self.PRIME)
+                keys[head] = (keys[head] * multiplier + before + 1) % self.PRIME
+                if back + 1 in self.orders:
+                    rows.append(keys[head] % self.buckets + len(rows) * self.buckets)
+                    wholes.append(whole)
         return torch.stack(rows, -1), torch.stack(wholes, -1)
 
     def forward(self, ctx: Ctx) -> Tensor:
-        rows, whole = self.rows(ctx.tokens, ctx.history)
+        rows, whole = self.rows(ctx.tokens, ctx.history, ctx.bos)
         # Few rows of a large table are met in one step; a compiler and a GPU are better off with whole gradients.
         sparse = rows.device.type == "cpu" and not torch.compiler.is_compiling()
-        x = F.embedding(rows, self.weight, sparse=sparse)  # (B, T, orders, BIGRAM_HASH_DIM / orders)
-        return self.up((x * whole.unsqueeze(-1)).flatten(-2), ctx)
+        x = F.embedding(rows, self.weight, sparse=sparse)  # (B, T, orders * heads, BIGRAM_HASH_DIM / their number)
+        return (x * whole.unsqueeze(-1)).flatten(-2)
+
+
+class NgramEmbedding(HashedNgrams):
+    """Hashed n-grams as a part of the embedding, (B, T, MODEL_DIM)."""
+
+    def __init__(self, h: Hyperparameters) -> None:
+        super().__init__(h)
+        self.up = Linear("embed.ngrams.up", h.bigram_hash_dim, h.model_dim)
+
+    def forward(self, ctx: Ctx) -> Tensor:
+        return self.up(super().forward(ctx), ctx)
+
+
+class Smear(Module):
+    """x_t + gate * x_{t-1}, gate = amount * sigmoid(W x_t[:SMEAR_GATE]), nothing from another document (SmearGate).
+
+    Of token embeddings, so that the token before a window is enough to continue it.
+    """
+
+    kinds: ClassVar[dict[str, str]] = {"amount": "scalar"}
+
+    def __init__(self, h: Hyperparameters) -> None:
+        super().__init__()
+        self.width = h.smear_gate
+        self.gate = Linear("embed.smear.gate", min(h.smear_gate, h.embed_width), 1, "scalar")
+        self.amount = nn.Parameter(torch.empty(1))
+
+    def forward(self, x: Tensor, weight: Tensor, ctx: Ctx) -> Tensor:
+        before = ctx.history[:, -1:]
+        first = F.embedding(before.clamp(min=0), weight) * (before >= 0).unsqueeze(-1)
+        gate = self.amount * torch.sigmoid(self.gate(x[..., : self.width], ctx)) * (ctx.tokens != ctx.bos).unsqueeze(-1)
+        return x + gate.to(x.dtype) * torch.cat((first.to(x.dtype), x[:, :-1]), 1)
 
 
 def last_equal(key: Tensor) -> Tensor:
@@ -1935,12 +2223,15 @@ class Embedding(Module):
         self.kinds = {"weight": "embed"}  # type: ignore[misc]
         self.weight = nn.Parameter(torch.empty(h.vocab_size, h.embed_width))
         self.up = Linear("embed.up", h.embed_width, h.model_dim) if h.embed_dim else None
-        self.ngrams = HashedNgrams(h, bos) if h.ngram_orders else None
+        self.smear = Smear(h) if h.smear_gate else None
+        self.ngrams = NgramEmbedding(h) if h.ngram_orders and not h.has_engram else None
         self.induction = Induction(h, bos) if h.matched_orders else None
 
     def forward(self, ctx: Ctx) -> tuple[Tensor, Tensor | None]:
         """The first residual stream x0, and the part e2 of it that comes from n-grams (None without tables)."""
         x = F.embedding(ctx.tokens, self.weight)
+        if self.smear is not None:
+            x = self.smear(x, self.weight, ctx)
         if self.induction is not None:
             x = x + self.induction(ctx, self.weight)
         if torch.is_autocast_enabled(x.device.type):
@@ -1974,18 +2265,126 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class MLP(Module):
     """down(act(up(x))); hidden width MLP_MULT * MODEL_DIM (SwiGLU's up makes gate and value: twice as many rows)."""
 
-    def __init__(self, h: Hyperparameters, layer: int, name: str) -> None:
+    def __init__(self, h: Hyperparameters, layer: int, name: str, kind: str = "matrix") -> None:
         super().__init__()
         hidden = round(h.mlp_mult * h.model_dim)
         self.act = ACTIVATIONS[h.mlp_act]
-        self.up = Linear(name + ".up", h.model_dim, hidden * (2 if h.mlp_act == "swiglu" else 1))
-        self.down = Linear(name + ".down", hidden, h.model_dim)
+        self.up = Linear(name + ".up", h.model_dim, hidden * (2 if h.mlp_act == "swiglu" else 1), kind)
+        self.down = Linear(name + ".down", hidden, h.model_dim, kind)
 
     def init_state(self, batch: int, dtype: torch.dtype) -> None:
         return None
 
     def forward(self, x: Tensor, ctx: Ctx, state: None) -> Out:
         return Out(self.down(self.act(self.up(x, ctx)), ctx))
+
+
+def has_grouped(x: Tensor) -> bool:
+    """Whether torch multiplies groups of rows without asking the GPU for their sizes (new in torch 2.10)."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")
+
+
+@torch.library.custom_op("golf::grouped", mutates_args=())
+def grouped(x: Tensor, weight: Tensor, counts: Tensor, back: bool) -> Tensor:
+    """Rows x (n, a) in order of their expert, each times its expert's weight (E, b, a), or (E, a, b) with back: (n, b).
+
+    counts (E,): rows of each. An operator of its own, since a compiler cannot follow sizes that depend on data.
+    """
+    if has_grouped(x):
+        return F.grouped_mm(x, weight if back else weight.mT, offs=counts.cumsum(0).to(torch.int32))
+    y, sizes = x.new_empty((x.shape[0], weight.shape[2 if back else 1])), counts.tolist()
+    for w, rows, out in zip(weight, x.split(sizes), y.split(sizes), strict=True):
+        torch.mm(rows, w if back else w.T, out=out)
+    return y
+
+
+@torch.library.custom_op("golf::grouped_gradient", mutates_args=())
+def grouped_gradient(grad: Tensor, x: Tensor, counts: Tensor) -> Tensor:
+    """Gradient of grouped's weight (E, b, a) from that of its output (n, b) and its rows (n, a)."""
+    if has_grouped(x):
+        return F.grouped_mm(grad.T, x, offs=counts.cumsum(0).to(torch.int32))
+    dw, sizes = grad.new_empty((len(counts), grad.shape[1], x.shape[1])), counts.tolist()
+    for out, g, rows in zip(dw, grad.split(sizes), x.split(sizes), strict=True):
+        torch.mm(g.T, rows, out=out)
+    return dw
+
+
+grouped.register_fake(lambda x, weight, counts, back: x.new_empty((x.shape[0], weight.shape[2 if back else 1])))
+grouped_gradient.register_fake(lambda grad, x, counts: x.new_empty((counts.shape[0], grad.shape[1], x.shape[1])))
+
+
+def grouped_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    """Gradients of grouped's rows and weights (of the form that is not back)."""
+    (x, weight, counts), grad = ctx.saved_tensors, grad.contiguous()
+    return grouped(grad, weight, counts, True), grouped_gradient(grad, x, counts), None, None
+
+
+grouped.register_autograd(
+    grouped_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3])
+)
+
+
+class PermutationFunction(torch.autograd.Function):
+    """x[order] for a permutation of rows, whose gradient is one, too; autograd would scatter and add."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x[order]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad[ctx.saved_tensors[0]], None, None
+
+
+class MoE(Module):
+    """MOE_EXPERTS MLPs of which each token takes MOE_TOP_K (Shazeer et al. 2017; one: Fedus et al. 2021).
+
+    For one expert the weight is the router's probability itself, since renormalizing would leave it no gradient; for
+    more they are renormalized. Tokens are sorted by expert and none is dropped. Before MOE_START_FRACTION the first
+    expert runs alone. The load-balance loss E sum_e mean probability_e * share_e is made per sequence.
+    """
+
+    def __init__(self, h: Hyperparameters, layer: int, name: str) -> None:
+        super().__init__()
+        self.top_k, self.balance = h.moe_top_k, h.moe_balance
+        self.act = ACTIVATIONS[h.mlp_act]
+        self.experts = nn.ModuleList(MLP(h, layer, f"{name}.experts.{e}", "expert") for e in range(h.moe_experts))
+        self.router = Linear(name + ".router", h.model_dim, h.moe_experts, "scalar")
+
+    def init_state(self, batch: int, dtype: torch.dtype) -> None:
+        return None
+
+    def stacked(self, part: str, dtype: torch.dtype) -> Tensor:
+        """The experts' weights `up` or `down`, (E, out, in)."""
+        return torch.stack([(e.up if part == "up" else e.down).weight for e in self.experts]).to(dtype)  # type: ignore
+
+    def forward(self, x: Tensor, ctx: Ctx, state: None) -> Out:
+        if not ctx.variant.experts:
+            return self.experts[0](x, ctx, state)
+        p = self.router(x, ctx).to(torch.promote_types(x.dtype, torch.float32)).softmax(-1)
+        weight, chosen = p.topk(self.top_k, -1)  # (B, T, k)
+        weight = weight / weight.sum(-1, keepdim=True) if self.top_k > 1 else weight
+        share = F.one_hot(chosen, len(self.experts)).to(p.dtype).sum(2)  # (B, T, E)
+        order = chosen.flatten().argsort(stable=True)
+        inverse = order.argsort()
+        counts = share.sum((0, 1)).to(torch.int64)
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        rows = x.to(dtype).flatten(0, 1)
+        rows = rows.repeat_interleave(self.top_k, 0) if self.top_k > 1 else rows
+        rows = PermutationFunction.apply(rows, order, inverse)
+        hidden = self.act(grouped(rows, self.stacked("up", dtype), counts, False))
+        found = grouped(hidden, self.stacked("down", dtype), counts, False)
+        found = PermutationFunction.apply(found, inverse, order)
+        y = (found.view(*weight.shape, -1) * weight.unsqueeze(-1).to(dtype)).sum(2)
+        losses, metrics = {}, {}
+        if self.balance and ctx.moment is not None:
+            balance = len(self.experts) * (p.mean(1) * share.mean(1) / self.top_k).sum()
+            losses = {"moe_balance": self.balance * balance}
+        if ctx.variant.measures:
+            load = share.mean((0, 1)) / self.top_k
+            metrics = {"router_entropy_nats": -(p * p.clamp(min=1e-9).log()).sum(-1).mean(), "largest_load": load.max()}
+        return Out(y, losses=losses, metrics=metrics)
 
 
 class SoftcapCrossEntropy(torch.autograd.Function):
@@ -2050,6 +2449,205 @@ def softcap(z: Tensor, cap: float) -> Tensor:
 # ==== 6. MIXERS ==============================================================
 # Gives: sequence mixers behind one interface: `mixer(h, ctx, state) -> Out`, `init_state(batch, dtype)`.
 # Needs: LAYERS. Knows nothing of residual wiring.
+
+
+def scan_in_place(a: Tensor, b: Tensor, reverse: bool, chunk: int = 32) -> Tensor:
+    """h_t = a_t h_{t-1} + b_t along dim 1 from h = 0 (from the end with reverse); uses a and b (B, T, S) up.
+
+    By doubling within chunks: after k rounds b_t is the sum over the last 2^k steps and a_t their product (Hillis &
+    Steele 1986). Then the same over the chunks' ends, whose result enters each chunk once. No logarithm: a may be 0.
+    """
+    length, step = b.shape[1], 1
+    if length > chunk:
+        pad = (0, 0, -length % chunk, 0) if reverse else (0, 0, 0, -length % chunk)
+        a, b = (F.pad(x, pad).unflatten(1, (-1, chunk)) for x in (a, b))  # (B, chunks, chunk, S)
+    while step < b.shape[-2]:
+        here, there = (slice(None, -step), slice(step, None)) if reverse else (slice(step, None), slice(None, -step))
+        b[..., here, :] += a[..., here, :] * b[..., there, :]
+        a[..., here, :] = a[..., here, :] * a[..., there, :]
+        step *= 2
+    if length <= chunk:
+        return b
+    edge = 0 if reverse else -1
+    ends = scan_in_place(a[:, :, edge].clone(), b[:, :, edge].clone(), reverse, chunk)
+    before = F.pad(ends, (0, 0, 0, 1))[:, 1:] if reverse else F.pad(ends, (0, 0, 1, 0))[:, :-1]
+    b = torch.addcmul(b, a, before.unsqueeze(2)).flatten(1, 2)
+    return b[:, -length:] if reverse else b[:, :length]
+
+
+# Triton kernels of linear_scan and of its gradient: a program walks one row and some channels tile by tile. Within a
+# tile the scan is associative: (a1, b1) then (a2, b2) is (a1 a2, a2 b1 + b2). Every number is read and written once, so
+# memory bandwidth is the bound.
+if find_spec("triton") is not None:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def joined_steps(a1, b1, a2, b2):
+        return a1 * a2, a2 * b1 + b2
+
+    @triton.jit
+    def scan_kernel(a, b, h0, h, length, width, TIME: tl.constexpr, SIZE: tl.constexpr):
+        row, channel = tl.program_id(0).to(tl.int64), tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+        carry = tl.load(h0 + row * width + channel, mask=channel < width, other=0.0)
+        for start in range(0, length, TIME):
+            step = start + tl.arange(0, TIME)
+            there = (step < length)[:, None] & (channel < width)[None, :]
+            place = (row * length + step)[:, None] * width + channel[None, :]
+            factor = tl.load(a + place, mask=there, other=1.0)
+            product, total = tl.associative_scan((factor, tl.load(b + place, mask=there, other=0.0)), 0, joined_steps)
+            found = product * carry[None, :] + total
+            tl.store(h + place, found, mask=there)
+            carry = tl.sum(tl.where((tl.arange(0, TIME) == TIME - 1)[:, None], found, 0.0), 0)
+
+    @triton.jit
+    def scan_gradient_kernel(a, h, h0, grad, da, db, length, width, TIME: tl.constexpr, SIZE: tl.constexpr):
+        row, channel = tl.program_id(0).to(tl.int64), tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+        carry = tl.zeros((SIZE,), tl.float32)
+        first = tl.load(h0 + row * width + channel, mask=channel < width, other=0.0)
+        for start in range(0, length, TIME):
+            step = length - 1 - start - tl.arange(0, TIME)  # from the end
+            there = (step >= 0)[:, None] & (channel < width)[None, :]
+            place = (row * length + step)[:, None] * width + channel[None, :]
+            factor = tl.load(a + place + width, mask=there & (step < length - 1)[:, None], other=0.0)
+            factor = tl.where((step < 0)[:, None], 1.0, factor)
+            product, total = tl.associative_scan(
+                (factor, tl.load(grad + place, mask=there, other=0.0)), 0, joined_steps
+            )
+            g = product * carry[None, :] + total
+            before = tl.load(h + place - width, mask=there & (step > 0)[:, None], other=0.0)
+            before = tl.where((step == 0)[:, None], first[None, :], before)
+            tl.store(db + place, g, mask=there)
+            tl.store(da + place, g * before, mask=there)
+            carry = tl.sum(tl.where((tl.arange(0, TIME) == TIME - 1)[:, None], g, 0.0), 0)
+
+
+SCAN_TILE = (64, 32)  # steps and channels of one tile
+
+
+@torch.library.custom_op("golf::scan", mutates_args=())
+def fused_scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
+    """linear_scan's h by one kernel, of contiguous float32 tensors."""
+    h, (rows, length, width), (time_tile, size) = torch.empty_like(b), b.shape, SCAN_TILE
+    scan_kernel[rows, -(-width // size)](a, b, h0, h, length, width, time_tile, size)
+    return h
+
+
+@torch.library.custom_op("golf::scan_gradient", mutates_args=())
+def fused_scan_gradient(a: Tensor, h: Tensor, h0: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of a and b from that of h."""
+    da, db, (rows, length, width), (time_tile, size) = torch.empty_like(h), torch.empty_like(h), h.shape, SCAN_TILE
+    scan_gradient_kernel[rows, -(-width // size)](a, h, h0, grad, da, db, length, width, time_tile, size)
+    return da, db
+
+
+fused_scan.register_fake(lambda a, b, h0: torch.empty_like(b))
+fused_scan_gradient.register_fake(lambda a, h, h0, grad: (torch.empty_like(h), torch.empty_like(h)))
+
+
+class ScanFunction(torch.autograd.Function):
+    """linear_scan on a, b (B, T, S) and h0 (B, S). With g the gradient of h, the scan g_t += a_{t+1} g_{t+1} from the
+    end gives the gradient of b; a_t's is g_t h_{t-1}, h0's a_0 g_0."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, h0: Tensor, fused: bool) -> Tensor:
+        if fused:
+            h = fused_scan(a.contiguous(), b.contiguous(), h0.contiguous())
+        else:
+            first = torch.addcmul(b[:, 0], a[:, 0], h0)
+            h = scan_in_place(a.clone(), torch.cat((first.unsqueeze(1), b[:, 1:]), 1), False)
+        ctx.save_for_backward(a, h, h0)
+        ctx.fused = fused
+        return h
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        a, h, h0 = ctx.saved_tensors
+        if ctx.fused:
+            da, g = fused_scan_gradient(a.contiguous(), h, h0.contiguous(), grad.contiguous())
+        else:
+            g = scan_in_place(F.pad(a, (0, 0, 0, 1))[:, 1:].clone(), grad.clone(), True)
+            da = g * torch.cat((h0.unsqueeze(1), h[:, :-1]), 1)
+        return da, g, a[:, 0] * g[:, 0], None
+
+
+def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """First-order diagonal recurrence h_t = a_t * h_{t-1} + b_t.
+
+    a: (B, T, S) or what broadcasts to it, in [0, 1]; b: (B, T, S); h0: (B, S) or None for zeros. Returns h (B, T, S)
+    and the last state (B, S), both in at least float32. O(B T S) work, O(log T) sequential steps. Raises ValueError on
+    a shape mismatch.
+    """
+    wide = torch.promote_types(b.dtype, torch.float32)
+    h0 = b.new_zeros((b.shape[0], b.shape[2]), dtype=wide) if h0 is None else h0.to(wide)
+    if h0.shape != (b.shape[0], b.shape[2]) or a.shape[-1] not in (1, b.shape[2]):
+        raise ValueError(f"linear_scan of a {tuple(a.shape)}, b {tuple(b.shape)}, h0 {tuple(h0.shape)}")
+    fused = b.is_cuda and wide == torch.float32 and find_spec("triton") is not None
+    h = ScanFunction.apply(a.to(wide).expand(b.shape), b.to(wide), h0, fused)
+    return h, h[:, -1]
+
+
+class BlockState(NamedTuple):
+    """A memory made of blocks: what is summed up of the open block, and what that block sees of earlier ones."""
+
+    open: Tensor  # (B, ...)
+    seen: Tensor  # (B, ...)
+
+
+def remember(
+    sums: Tensor, hold: Tensor, old: BlockState, blocks: Blocks, write: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, BlockState]:
+    """s_{j+1} = hold_j s_j + write(sums_j, hold_j), hold_j = hold where no document starts in block j, else 0.
+
+    sums: (B, n, ...) over the tokens of each block here; hold broadcasts to what is seen. Returns what each block sees,
+    s_0 .. s_{n-1} (B, n, ...) in at least float32, and the next state (the old one if nothing is carried).
+    """
+    sums = blocks.joined(sums.to(old.open.dtype), old.open)
+    kept = hold.to(old.seen.dtype) * blocks.keep.view(*blocks.keep.shape[:2], *[1] * (old.seen.ndim - 1))
+    written = write(sums, kept)
+    h, _ = linear_scan(kept.expand(written.shape).flatten(2), written.flatten(2), old.seen.flatten(1))
+    states = torch.cat((old.seen.unsqueeze(1), h.view(written.shape)), 1)
+    if blocks.place is None:
+        return states[:, :-1], old
+    started = torch.cat((sums, torch.zeros_like(sums[:, :1])), 1)
+    return states[:, :-1], BlockState(blocks.after(started), blocks.after(states))
+
+
+def capsule_mean(sums: Tensor) -> Tensor:
+    """Weighted means (..., N, S) from sums of weighted values and weights (..., N, S + 1); no weight gives zeros."""
+    return sums[..., :-1] / (sums[..., -1:] + 1e-6)
+
+
+def route_sums(routes: Tensor, values: Tensor, blocks: Blocks) -> Tensor:
+    """Sums over blocks of routes (B, n, W, N) times values (B, n, W, S), and of routes: (B, n, N, S + 1)."""
+    return (routes * blocks.inside).mT @ F.pad(values, (0, 1), value=1.0)
+
+
+def hadamard(n: int) -> Tensor:
+    """The orthonormal n x n Hadamard matrix, its own inverse (Sylvester's construction); n a power of two."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < n:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix / math.sqrt(n)
+
+
+class CausalConv(Module):
+    """y_t = sum_k w_k x_{t-k} per channel, within the document; the state is the last SKC_CONV - 1 inputs."""
+
+    kinds: ClassVar[dict[str, str]] = {"taps": "scalar"}
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.taps = nn.Parameter(torch.empty(count, width))
+
+    def forward(self, x: Tensor, ctx: Ctx, tail: Tensor) -> tuple[Tensor, Tensor]:
+        assert ctx.age is not None
+        whole, taps, past = torch.cat((tail.to(x.dtype), x), 1), self.taps.to(x.dtype), len(self.taps) - 1
+        y = x * taps[0]
+        for k in range(1, past + 1):
+            seen = (ctx.age >= k).unsqueeze(-1).to(x.dtype) * taps[k]
+            y = torch.addcmul(y, whole[:, past - k :][:, : x.shape[1]], seen)
+        return y, whole[:, x.shape[1] :]
 
 
 class AttentionState(NamedTuple):
@@ -2176,6 +2774,13 @@ def choose_attention(h: Hyperparameters, rt: Runtime) -> tuple[str, str]:
     return "sdpa", "; ".join(problems)
 
 
+def without_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """y (B, T, H, Dh) less its part along the token's own value v (B, T, Hkv, Dh), per head (XSA); of v = 0 none."""
+    heads = y.unflatten(2, (v.shape[2], -1))  # (B, T, Hkv, H / Hkv, Dh)
+    own = F.normalize(v, dim=-1, eps=1e-6).unsqueeze(3)
+    return (heads - (heads * own).sum(-1, keepdim=True) * own).flatten(2, 3)
+
+
 class Attention(Module):
     """Causal grouped-query attention with partial rotary positions (Ainslie et al. 2023; Su et al. 2021).
 
@@ -2193,8 +2798,11 @@ class Attention(Module):
         self.qkv = Linear(name + ".qkv", h.model_dim, (h.num_heads + 2 * h.num_kv_heads) * h.head_dim)
         self.proj = Linear(name + ".proj", h.num_heads * h.head_dim, h.model_dim)
         self.q_gain = nn.Parameter(torch.empty(h.num_heads))
-        mixes = h.value_residual and layer > h.mixers.index("attn")
-        self.v_mix = nn.Parameter(torch.empty(1)) if mixes else None
+        places = [i for i, kind in enumerate(h.mixers) if kind == "attn"]
+        later = h.num_layers - 1 if h.shared_blocks else layer
+        self.v_mix = nn.Parameter(torch.empty(1)) if h.value_residual and later > places[0] else None
+        self.xsa = layer in places[len(places) - min(h.xsa_layers, len(places)) :]
+        self.gate = Linear(name + ".gate", h.attn_gate, h.num_heads, "scalar") if h.attn_gate else None
 
     def init_state(self, batch: int, dtype: torch.dtype) -> AttentionState:
         empty = self.q_gain.new_zeros((batch, 0, self.kv_heads, self.head_dim), dtype=dtype)
@@ -2204,11 +2812,16 @@ class Attention(Module):
         qkv = self.qkv(x, ctx).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 Hkv, Dh)
         q, k, v = QKVFunction.apply(qkv, self.q_gain, *ctx.rotary, self.qk_norm)
         v0 = v if ctx.v0 is None else ctx.v0
-        if self.v_mix is not None:
+        if self.v_mix is not None and ctx.v0 is not None:
             share = torch.sigmoid(self.v_mix).to(v.dtype)
             v = share * v + (1 - share) * v0
         y, state = self.attend(q, k, v, ctx.documents, state)
-        return Out(self.proj(y.flatten(-2), ctx), state, v0)
+        y = without_own_value(y, v) if self.xsa else y
+        gate = None
+        if self.gate is not None:
+            gate = torch.sigmoid(self.gate(x[..., : self.gate.weight.shape[1]], ctx))
+            y = y * (2 * gate).unsqueeze(-1).to(y.dtype)
+        return Out(self.proj(y.flatten(-2), ctx), state, v0, metrics=watched(ctx, gate=gate))
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Tensor, state: AttentionState | None
@@ -2240,8 +2853,241 @@ class Attention(Module):
         return seen.unsqueeze(-3) if seen.ndim == 3 else seen[None, None]
 
 
-# A site is what the residual stream passes: a mixer or an MLP, built by (h, layer, parameter name prefix).
-SITE_KINDS: dict[str, Any] = {"attn": Attention, "mlp": MLP}
+class KoopmanState(NamedTuple):
+    """What a Koopman mixer keeps of the past."""
+
+    tail: Tensor  # (B, SKC_CONV - 1, S) last inputs of the convolution
+    h: Tensor  # (B, S)
+
+
+class Koopman(Module):
+    """A diagonal recurrence in the basis rotated by H: h_t = a_t h_{t-1} + (1 - a_t) g_t (H u_t), u = conv(W_in x).
+
+    g = sigmoid(W_g x), a = exp(-softplus(W_dt x)) = sigmoid(-W_dt x), 0 at a document's start. Then the low-rank
+    coupling h + (h V) U^T, back by H, and a normed output projection.
+    """
+
+    kinds: ClassVar[dict[str, str]] = {"u": "scalar", "v": "scalar", "norm_gain": "scalar"}
+
+    def __init__(self, h: Hyperparameters, layer: int, name: str) -> None:
+        super().__init__()
+        self.width, self.taps = h.capsule_dim, h.skc_conv
+        self.inputs = Linear(name + ".inputs", h.model_dim, 3 * h.capsule_dim)
+        self.conv = CausalConv(h.capsule_dim, h.skc_conv)
+        self.u = nn.Parameter(torch.empty(h.capsule_dim, h.koopman_rank))
+        self.v = nn.Parameter(torch.empty(h.capsule_dim, h.koopman_rank))
+        self.norm_gain = nn.Parameter(torch.empty(h.capsule_dim))
+        self.proj = Linear(name + ".proj", h.capsule_dim, h.model_dim)
+        self.register_buffer("rotation", hadamard(h.capsule_dim), persistent=False)
+
+    rotation: Tensor
+
+    def init_state(self, batch: int, dtype: torch.dtype) -> KoopmanState:
+        tail = self.u.new_zeros((batch, self.taps - 1, self.width), dtype=dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        return KoopmanState(tail, self.u.new_zeros((batch, self.width), dtype=wide))
+
+    def forward(self, x: Tensor, ctx: Ctx, state: KoopmanState | None) -> Out:
+        assert ctx.age is not None
+        given = self.init_state(x.shape[0], x.dtype) if state is None else state
+        u, gate, pace = self.inputs(x, ctx).chunk(3, -1)  # (B, T, S) each
+        u, tail = self.conv(u, ctx, given.tail)
+        keep = torch.sigmoid(-pace.to(given.h.dtype))
+        seen = keep * (ctx.age > 0).unsqueeze(-1)
+        h, last = linear_scan(seen, (1 - seen) * torch.sigmoid(gate) * (u @ self.rotation.to(u.dtype)), given.h)
+        mixed = (h + h @ self.v @ self.u.mT) @ self.rotation
+        y = self.proj(rms_norm(mixed).to(x.dtype) * self.norm_gain, ctx)
+        metrics = watched(ctx, gate=torch.sigmoid(gate), keep_gate=keep)
+        return Out(y, None if state is None else KoopmanState(tail, last), metrics=metrics)
+
+
+class SKCState(NamedTuple):
+    """What an SKC layer keeps of the past; parts that are off are empty."""
+
+    tail: Tensor  # (B, SKC_CONV - 1, S) last inputs of the convolution
+    local: Tensor  # (B, S) the local scan
+    spectrum: BlockState  # (B, W, S) each
+    capsules: BlockState  # (B, N, S + 1) and (B, N, S)
+
+
+class SKC(Module):
+    """Spectral Koopman capsules, block-causal: a local path, spectra and capsules of earlier blocks, summed.
+
+    v = g s with s = W_s n, g = sigmoid(W_g n), n the normed input.
+    Local: conv(s) and the scan of (1 - a) v with a learned decay a per channel.
+    Spectral: U_j = H V_j of block j, Z_{j+1} = L Z_j + (1 - L) U_j, block b reads H (G Z_b), L and G per frequency.
+    Capsules: r_t = softmax_n(-((p_t - c_n) / w_n)^2 / 2 + sigmoid(l) W_r norm(v_t)), p_t the place in the block;
+    C_{j+1} = lambda C_j + (1 - lambda) P_j with P_j = sum r v / sum r; block b reads sum_n r_tn F(C_b)_n with
+    F(C) = (1 - gamma)(C + M C) + gamma tanh(C + M C), M = U V^T / max(1, |U| |V|) over capsules.
+    Output: W_o (gain norm(local + spectral + capsules)). ENG_TO_SKC_MODE adds the engram's memory to s or g's logits.
+    """
+
+    # fmt: off
+    kinds: ClassVar[dict[str, str]] = dict.fromkeys((
+        "norm_gain", "local_decay", "decay", "gain", "z0", "centre", "breadth", "route_logit", "hold", "u", "v", "bend",
+    ), "scalar")
+    # fmt: on
+
+    def __init__(self, h: Hyperparameters, layer: int, name: str) -> None:
+        super().__init__()
+        width, block, count = h.capsule_dim, h.skc_block_size, h.capsule_num
+        self.h, self.shape = h, (block, width, count)
+        self.inputs = Linear(name + ".inputs", h.model_dim, 2 * width)
+        reached = h.shared_blocks or layer >= h.engram_inject_layer
+        informed = h.eng_to_skc_mode != "off" and reached
+        self.engram = Linear(name + ".engram", h.bigram_hash_dim, width) if informed else None
+        self.proj = Linear(name + ".proj", width, h.model_dim)
+        self.norm_gain = nn.Parameter(torch.empty(width))
+        if h.skc_local != "off":
+            self.conv, self.local_decay = CausalConv(width, h.skc_conv), nn.Parameter(torch.empty(width))
+        if h.skc_spectral:
+            self.decay, self.gain, self.z0 = (nn.Parameter(torch.empty(block, width)) for _ in range(3))
+            self.register_buffer("transform", hadamard(block), persistent=False)
+        if count:
+            self.router = Linear(name + ".router", width, count)
+            self.centre, self.breadth = nn.Parameter(torch.empty(count)), nn.Parameter(torch.empty(count))
+            self.route_logit, self.bend = nn.Parameter(torch.empty(1)), nn.Parameter(torch.empty(1))
+            self.hold = nn.Parameter(torch.empty(count, width))
+            self.u, self.v = (nn.Parameter(torch.empty(count, SKC.RANK)) for _ in range(2))
+
+    RANK: ClassVar[int] = 8
+    transform: Tensor
+
+    def init_state(self, batch: int, dtype: torch.dtype) -> SKCState:
+        (block, width, count), wide = self.shape, torch.promote_types(dtype, torch.float32)
+        local, spectral, zeros = self.h.skc_local != "off", self.h.skc_spectral, self.norm_gain.new_zeros
+        open_spectrum = zeros((batch, block if spectral else 0, width), dtype=wide)
+        return SKCState(
+            zeros((batch, self.h.skc_conv - 1 if local else 0, width), dtype=dtype),
+            zeros((batch, width if local else 0), dtype=wide),
+            BlockState(open_spectrum, self.z0.to(wide).expand(batch, -1, -1) if spectral else open_spectrum),
+            BlockState(zeros((batch, count, width + 1), dtype=wide), zeros((batch, count, width), dtype=wide)),
+        )
+
+    def forward(self, x: Tensor, ctx: Ctx, state: SKCState | None) -> Out:
+        assert ctx.blocks is not None
+        old = self.init_state(x.shape[0], x.dtype) if state is None else state
+        s, v = self.gated(x, ctx)  # (B, T, S) each
+        grid = ctx.blocks.lay(v)  # (B, n, W, S)
+        near, new = self.local(s, v, ctx, old)
+        paths: list[Tensor] = [near] if near is not None else []
+        far: list[Tensor] = []
+        if self.h.skc_spectral:
+            read, new = self.spectral(grid, ctx.blocks, new)
+            far.append(read)
+        if self.shape[2]:
+            read, new = self.capsules(grid, ctx, new)
+            far.append(read)
+        for read in far:
+            paths.append(ctx.blocks.pick(read * ctx.blocks.visible, x.shape[1]))
+        mixed = rms_norm(torch.stack(paths).sum(0).to(x.dtype))
+        wanted = self.h.skc_spectral_entropy > 0 and ctx.moment is not None
+        losses = {"spectral_entropy": self.entropy_loss(grid, ctx.blocks)} if wanted else {}
+        metrics = watched(ctx, near=near, far=paths[-1] if far else None, capsules=new.capsules.seen)
+        y = self.proj(mixed * self.norm_gain.to(x.dtype), ctx)
+        return Out(y, None if state is None else new, losses=losses, metrics=metrics)
+
+    def gated(self, x: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor]:
+        """s and v = sigmoid(W_g x) s."""
+        s, gate = self.inputs(x, ctx).chunk(2, -1)
+        if self.engram is not None and "engram" in ctx.memory:  # layers that share a block may lie before it
+            extra = self.engram(ctx.memory["engram"], ctx)
+            s, gate = (s + extra, gate) if self.h.eng_to_skc_mode == "bias" else (s, gate + extra)
+        return s, torch.sigmoid(gate) * s
+
+    def local(self, s: Tensor, v: Tensor, ctx: Ctx, old: SKCState) -> tuple[Tensor | None, SKCState]:
+        """The path over nearby tokens."""
+        if self.h.skc_local == "off":
+            return None, old
+        assert ctx.age is not None
+        y, tail = self.conv(s, ctx, old.tail)
+        goes_on = ctx.age > 0
+        if self.h.skc_local == "block":
+            goes_on = goes_on & (ctx.positions % self.shape[0] > 0)
+        a = torch.sigmoid(self.local_decay).to(old.local.dtype)
+        h, last = linear_scan(a * goes_on.unsqueeze(-1), (1 - a) * v, old.local)
+        return y + h, old._replace(tail=tail, local=last)
+
+    def spectral(self, grid: Tensor, blocks: Blocks, old: SKCState) -> tuple[Tensor, SKCState]:
+        """What each block sees of earlier blocks' spectra, (B, n, W, S)."""
+        transform, hold = self.transform.to(grid.dtype), torch.sigmoid(self.decay)
+        sums = transform @ (grid * blocks.inside)
+        z, new = remember(sums, hold, old.spectrum, blocks, lambda spectra, _: (1 - hold) * spectra)
+        return transform @ (self.gain * z).to(grid.dtype), old._replace(spectrum=new)
+
+    def capsules(self, grid: Tensor, ctx: Ctx, old: SKCState) -> tuple[Tensor, SKCState]:
+        """What each block sees of earlier blocks' capsules, (B, n, W, S)."""
+        blocks = ctx.blocks
+        assert blocks is not None
+        routes = self.routes(grid, ctx)  # (B, n, W, N)
+        sums, hold = route_sums(routes, grid, blocks), torch.sigmoid(self.hold)
+        c, new = remember(sums, hold, old.capsules, blocks, lambda sums, kept: (1 - kept) * capsule_mean(sums))
+        size = (self.u.norm() * self.v.norm()).clamp(min=1.0)
+        moved, bend = c + (self.u @ (self.v.mT @ c)) / size, torch.sigmoid(self.bend)
+        seen = (1 - bend) * moved + bend * moved.tanh()
+        return routes @ seen.to(routes.dtype), old._replace(capsules=new)
+
+    def routes(self, grid: Tensor, ctx: Ctx) -> Tensor:
+        """Each token's shares in the capsules, (B, n, W, N)."""
+        block, _, count = self.shape
+        place = torch.arange(block, device=grid.device, dtype=grid.dtype) / max(1, block - 1)
+        breadth = F.softplus(self.breadth) + 1 / (2 * count)
+        near = -0.5 * ((place.unsqueeze(1) - self.centre) / breadth).square()  # (W, N)
+        content = self.router(rms_norm(grid.flatten(1, 2)), ctx).view(*grid.shape[:-1], count)
+        return (near + torch.sigmoid(self.route_logit) * content).softmax(-1).to(grid.dtype)
+
+    def entropy_loss(self, grid: Tensor, blocks: Blocks) -> Tensor:
+        """Weighted relu(0.8 ln S - H(p)), p the channels' shares of the spectra's energy, summed over sequences.
+
+        H is orthonormal, so the spectra have the energy of the values.
+        """
+        energy = (grid * blocks.inside).square().sum((1, 2)).to(torch.promote_types(grid.dtype, torch.float32))
+        p = energy / (energy.sum(-1, keepdim=True) + 1e-12)
+        entropy = -(p * (p + 1e-12).log()).sum(-1)
+        return self.h.skc_spectral_entropy * F.relu(0.8 * math.log(self.shape[1]) - entropy).sum()
+
+
+class Parallel(Module):
+    """SKC and the layer's MLP or experts beside each other: both read the same input, and their outputs are added."""
+
+    def __init__(self, h: Hyperparameters, layer: int, name: str) -> None:
+        super().__init__()
+        self.mixer = SKC(h, layer, name + ".mixer")
+        self.feed = (MoE if h.feeds[layer] == "moe" else MLP)(h, layer, name + ".feed")
+
+    def init_state(self, batch: int, dtype: torch.dtype) -> SKCState:
+        return self.mixer.init_state(batch, dtype)
+
+    def forward(self, x: Tensor, ctx: Ctx, state: SKCState | None) -> Out:
+        out, fed = self.mixer(x, ctx, state), self.feed(x, ctx, None)
+        return out._replace(y=out.y + fed.y, losses=out.losses | fed.losses, metrics=out.metrics | fed.metrics)
+
+
+class Engram(Module):
+    """Packed n-gram memory: y = gate * W_p m, m the hashed n-grams, gate = sigmoid(scale cos(x, W_k m) + bias).
+
+    scale is learned within [0.1, 4]. The memory goes on to SKC layers that want it.
+    """
+
+    kinds: ClassVar[dict[str, str]] = {"sharpness": "scalar", "bias": "scalar"}
+
+    def __init__(self, h: Hyperparameters, layer: int, name: str) -> None:
+        super().__init__()
+        self.table = HashedNgrams(h)
+        self.key = Linear(name + ".key", h.bigram_hash_dim, h.model_dim)
+        self.value = Linear(name + ".value", h.bigram_hash_dim, h.model_dim)
+        self.sharpness, self.bias = nn.Parameter(torch.empty(1)), nn.Parameter(torch.empty(1))
+
+    def init_state(self, batch: int, dtype: torch.dtype) -> None:
+        return None
+
+    def forward(self, x: Tensor, ctx: Ctx, state: None) -> Out:
+        memory = self.table(ctx)
+        alike = (rms_norm(x) * rms_norm(self.key(memory, ctx))).mean(-1, keepdim=True)  # the cosine; 0 of a zero vector
+        scale = 0.1 + 3.9 * torch.sigmoid(self.sharpness)
+        gate = torch.sigmoid(scale * alike + self.bias)
+        y = gate.to(x.dtype) * self.value(memory, ctx)
+        return Out(y, memory={"engram": memory}, metrics=watched(ctx, gate=gate))
 
 
 # ==== 7. RESIDUAL ============================================================
@@ -2250,9 +3096,10 @@ SITE_KINDS: dict[str, Any] = {"attn": Attention, "mlp": MLP}
 
 
 class Site(NamedTuple):
-    """One step of the network: `layer` and `kind` name the parameters, `id` the state; loops, passes repeat layers.
+    """One step of the network: `block` and `kind` name the parameters, `id` the state; loops, passes repeat layers.
 
-    `sub` is the sublayer, which with the layer indexes residual parameters; a site with sub < 0 adds its output as is.
+    `sub` is the sublayer, which with the layer indexes residual parameters, so that layers which share a block have
+    scales of their own; a site with sub < 0 adds its output as is.
     """
 
     id: int
@@ -2261,6 +3108,7 @@ class Site(NamedTuple):
     loop: int = 0
     pass_: int = 0
     sub: int = 0
+    block: int = 0
 
     @property
     def visit(self) -> tuple[int, int, int]:
@@ -2278,8 +3126,8 @@ class PlainResidual(Module):
 
     def __init__(self, h: Hyperparameters, sites: Sequence[Site]) -> None:
         super().__init__()
-        self.first = {site.visit: site.id for site in reversed(sites)}
-        self.last = {site.visit: site.id for site in sites}
+        self.first = {site.visit: site.id for site in reversed(sites) if site.sub >= 0}
+        self.last = {site.visit: site.id for site in sites if site.sub >= 0}
         self.scale = nn.Parameter(torch.empty(h.num_layers, 2, h.model_dim))
         self.mix = nn.Parameter(torch.empty(h.num_layers, 2, h.model_dim)) if h.resid_mix else None
 
@@ -2337,8 +3185,172 @@ RESIDUALS: dict[str, Any] = {"plain": PlainResidual, "unet": UNetResidual}
 
 
 # ==== 8. MEMORY ==============================================================
-# Gives: what re-enters the stack: capsule bank, feedback passes, segments. Nothing lives here yet; such a part runs
-# the network through the `run_sites` it is handed. Needs: LAYERS, RESIDUAL.
+# Gives: what re-enters the stack: the capsule bank, and feedback from one pass over the decoder to the next.
+# Needs: LAYERS, MIXERS.
+
+
+class CapsuleBank(Module):
+    """Capsules that live along blocks and along passes; everything in the basis rotated by H.
+
+    Along blocks: O^p_b, a scan over summaries of blocks before b of x (pass 0) or of the top of pass p - 1, routed by
+    content. What is left of it after each TRAIN_SEQ_LEN tokens is CAPSULE_CARRY_DECAY. Along passes: C^0 = O^0,
+    C^p = O^p + sigmoid(blend) (K C^{p-1} - O^p), K c = d c + U V^T c with |K| <= 0.999: |d| < 0.989 by its role, and
+    U V^T is shrunk to what is left. Losses: K C^{p-1} against O^p, and K^k C^p against the last pass.
+    """
+
+    kinds: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("prototypes", "hold", "gate"), "scalar"),
+        **dict.fromkeys(("u", "v", "blend"), "koopman"),
+        "diagonal": "koopman_diagonal",
+    }
+
+    def __init__(self, h: Hyperparameters, layer: int, name: str) -> None:
+        super().__init__()
+        self.h, width, count = h, h.capsule_dim, h.capsule_num
+        self.router, self.value = (Linear(f"{name}.{part}", h.model_dim, width) for part in ("router", "value"))
+        self.again = Linear(name + ".again", h.model_dim, width) if h.feedback_passes else None
+        self.proj = Linear(name + ".proj", width, h.model_dim)
+        self.prototypes, self.hold = (nn.Parameter(torch.empty(count, width)) for _ in range(2))
+        self.gate = nn.Parameter(torch.empty(1))
+        if h.feedback_passes:
+            self.diagonal, self.blend = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(1))
+            self.u, self.v = (nn.Parameter(torch.empty(width, h.koopman_rank)) for _ in range(2))
+        self.register_buffer("rotation", hadamard(width), persistent=False)
+
+    rotation: Tensor
+
+    def init_state(self, batch: int, dtype: torch.dtype) -> BlockState:
+        shape, wide = (batch, *self.hold.shape), torch.promote_types(dtype, torch.float32)
+        sums = self.hold.new_zeros((*shape[:-1], shape[-1] + 1), dtype=wide)
+        return BlockState(sums, self.hold.new_zeros(shape, dtype=wide))
+
+    def forward(self, x: Tensor, ctx: Ctx, state: BlockState | None) -> Out:
+        assert ctx.blocks is not None
+        old, trail = self.init_state(x.shape[0], x.dtype) if state is None else state, ctx.memory.get("capsules", ())
+        c, new = self.observed(x, ctx, old)
+        losses = {}
+        if trail:
+            foreseen = self.predict(trail[-1])
+            losses = self.losses(trail, foreseen, c) if ctx.moment is not None else {}
+            c = c + torch.sigmoid(self.blend) * (foreseen - c)
+        if ctx.variant.speculates:
+            for _ in range(self.h.feedback_passes):
+                c = self.predict(c)
+        routes = ctx.blocks.lay(self.routes(x, ctx))
+        read = (routes @ c.to(routes.dtype)) @ self.rotation.to(routes.dtype) * ctx.blocks.visible
+        y = torch.tanh(self.gate).to(x.dtype) * self.proj(ctx.blocks.pick(read, x.shape[1]).to(x.dtype), ctx)
+        metrics = watched(ctx, capsules=c, opening=torch.tanh(self.gate))
+        return Out(y, None if state is None else new, None, {"capsules": (*trail, c)}, losses, metrics)
+
+    def routes(self, x: Tensor, ctx: Ctx) -> Tensor:
+        """Shares of tokens in capsules by content, (B, T, N)."""
+        scores = F.linear(self.router(x, ctx), self.prototypes.to(x.dtype)) / math.sqrt(self.prototypes.shape[1])
+        return scores.softmax(-1)
+
+    def observed(self, x: Tensor, ctx: Ctx, old: BlockState) -> tuple[Tensor, BlockState]:
+        """O of this pass for each block, (B, n, N, S), and the next state."""
+        blocks, source = ctx.blocks, ctx.memory.get("top", x)
+        assert blocks is not None
+        project = self.again if "top" in ctx.memory and self.again is not None else self.value
+        values = blocks.lay(project(source, ctx)) @ self.rotation.to(x.dtype)
+        sums = route_sums(blocks.lay(self.routes(source, ctx)), values, blocks)
+        number = blocks.first + torch.arange(sums.shape[1], device=x.device)
+        width, window = self.h.skc_block_size, self.h.train_seq_len
+        crosses = (number * width) // window != ((number + 1) * width) // window
+        left = torch.where(crosses, self.h.capsule_carry_decay, 1.0).to(old.seen.dtype)[..., None, None]
+        hold = torch.sigmoid(self.hold)
+
+        def write(sums: Tensor, _: Tensor) -> Tensor:
+            return left * (1 - hold * blocks.keep.unsqueeze(-1)) * capsule_mean(sums)
+
+        return remember(sums, left * hold, old, blocks, write)
+
+    def predict(self, c: Tensor) -> Tensor:
+        """K c, (..., S)."""
+        room = 0.999 - self.diagonal.abs().max()
+        scale = (room / (self.u.norm() * self.v.norm() + 1e-12)).clamp(0.0, 1.0)
+        return self.diagonal * c + scale * (c @ self.v) @ self.u.mT
+
+    def losses(self, trail: tuple[Tensor, ...], foreseen: Tensor, seen: Tensor) -> dict[str, Tensor]:
+        """Mean squared errors of predictions per sequence, weighted and summed over sequences."""
+        mean, found = seen.shape[0] / seen.numel(), {}
+        if self.h.capsule_consistency:
+            found["consistency"] = self.h.capsule_consistency * mean * (foreseen - seen.detach()).square().sum()
+        if self.h.capsule_speculator and len(trail) == self.h.feedback_passes:
+            last = (seen + torch.sigmoid(self.blend) * (foreseen - seen)).detach()
+            total = seen.new_zeros(())
+            for passes_left, c in zip(range(len(trail), 0, -1), trail, strict=True):
+                for _ in range(passes_left):
+                    c = self.predict(c)
+                total = total + (c - last).square().sum()
+            found["speculator"] = self.h.capsule_speculator * mean * total
+        return found
+
+
+class Sketch(Module):
+    """FEEDBACK_SKETCH_TOKENS tokens of each block from the top of the last pass, and the memory they make.
+
+    A sketch token is W_f norm(mean of the top over a part of the block); M_{b+1} = gamma M_b + eta sum k v^T.
+    """
+
+    kinds: ClassVar[dict[str, str]] = {"hold": "scalar", "strength": "scalar"}
+
+    def __init__(self, h: Hyperparameters, layer: int, name: str) -> None:
+        super().__init__()
+        self.parts, self.shape = h.feedback_sketch_tokens, (h.model_dim, h.feedback_dim)
+        self.sketch = Linear(name + ".sketch", h.model_dim, h.feedback_dim)
+        self.pairs = Linear(name + ".pairs", h.feedback_dim, 2 * h.feedback_dim)
+        self.hold, self.strength = nn.Parameter(torch.empty(1)), nn.Parameter(torch.empty(1))
+
+    def init_state(self, batch: int, dtype: torch.dtype) -> BlockState:
+        (width, inner), wide = self.shape, torch.promote_types(dtype, torch.float32)
+        zeros = self.hold.new_zeros
+        return BlockState(zeros((batch, self.parts, width + 1), dtype=wide), zeros((batch, inner, inner), dtype=wide))
+
+    def forward(self, x: Tensor, ctx: Ctx, state: BlockState | None) -> Out:
+        assert ctx.blocks is not None
+        old, blocks = self.init_state(x.shape[0], x.dtype) if state is None else state, ctx.blocks
+        grid = F.pad(blocks.lay(ctx.memory["top"]), (0, 1), value=1.0) * blocks.inside  # (B, n, W, D + 1)
+        sums = grid.unflatten(2, (self.parts, -1)).sum(3)  # (B, n, m, D + 1)
+
+        def write(sums: Tensor, _: Tensor) -> Tensor:
+            means = rms_norm(capsule_mean(sums)).to(x.dtype).flatten(1, 2)
+            pairs = self.pairs(self.sketch(means, ctx), ctx).unflatten(1, (-1, self.parts))  # (B, n, m, 2 F)
+            k, v = pairs.chunk(2, -1)
+            return self.strength * (k.mT @ v).to(sums.dtype)
+
+        seen, new = remember(sums, torch.sigmoid(self.hold).view(1, 1), old, blocks, write)
+        return Out(None, None if state is None else new, memory={"sketch": seen})
+
+
+class Feedback(Module):
+    """y = tanh(gate) W norm(M_b q), q = W_q x: what a token's block may see of the last pass's sketches."""
+
+    kinds: ClassVar[dict[str, str]] = {"gate": "scalar"}
+
+    def __init__(self, h: Hyperparameters, layer: int, name: str) -> None:
+        super().__init__()
+        self.query = Linear(name + ".query", h.model_dim, h.feedback_dim)
+        self.proj = Linear(name + ".proj", h.feedback_dim, h.model_dim)
+        self.gate = nn.Parameter(torch.empty(1))
+
+    def init_state(self, batch: int, dtype: torch.dtype) -> None:
+        return None
+
+    def forward(self, x: Tensor, ctx: Ctx, state: None) -> Out:
+        assert ctx.blocks is not None
+        memory = ctx.memory["sketch"]  # (B, n, F, F)
+        read = ctx.blocks.lay(self.query(x, ctx)).to(memory.dtype) @ memory
+        found = rms_norm(ctx.blocks.pick(read * ctx.blocks.visible, x.shape[1])).to(x.dtype)
+        y = torch.tanh(self.gate).to(x.dtype) * self.proj(found, ctx)
+        return Out(y, metrics=watched(ctx, opening=torch.tanh(self.gate)))
+
+
+# A site is what the residual stream passes, built by (h, layer, parameter name prefix).
+SITE_KINDS: dict[str, Any] = {
+    "attn": Attention, "koopman": Koopman, "skc": SKC, "parallel": Parallel, "mlp": MLP, "moe": MoE,
+    "engram": Engram, "bank": CapsuleBank, "sketch": Sketch, "feedback": Feedback,
+}  # fmt: skip
 
 
 # ==== 9. MODEL ===============================================================
@@ -2351,6 +3363,8 @@ class StreamState(NamedTuple):
 
     position: Tensor  # (B,) int64, tokens so far
     document: Tensor  # (B,) int64, document starts so far
+    begin: Tensor  # (B,) int64, position at which the last document began
+    block_document: Tensor  # (B,) int64, document that ended the last complete block
     history: Tensor  # (B, h.history) int64, the last tokens; -1 where there were none
 
 
@@ -2377,18 +3391,63 @@ class LossOut(NamedTuple):
     state: Any
 
 
+def variant_at(h: Hyperparameters, progress: float) -> Variant:
+    """The structure of the network at a share of the run."""
+    return Variant(
+        untied=0 < h.untie_at_fraction <= progress,
+        experts=h.moe_experts > 0 and progress >= h.moe_start_fraction,
+        looped=bool(h.looped) and progress >= h.recurrence_start_fraction,
+    )
+
+
 def final_variant(h: Hyperparameters) -> Variant:
     """The structure of the finished model."""
-    return Variant(untied=h.untie_at_fraction > 0)
+    return variant_at(h, 1.0)
+
+
+def scoring_variant(h: Hyperparameters, variant: Variant | None = None) -> Variant:
+    """The structure in which a model (the finished one, if none is given) is scored and writes."""
+    return (variant or final_variant(h))._replace(speculates=h.capsule_speculate)
+
+
+def visited_layers(h: Hyperparameters) -> list[tuple[int, int]]:
+    """(layer, loop) in the order in which the stream visits them: RECURRENCE_LAYERS as a group, again and again."""
+    order = [(layer, 0) for layer in range(h.num_layers)]
+    if h.looped:
+        again = [(layer, loop) for loop in range(1, h.recurrence_depth) for layer in h.looped]
+        order[h.looped[-1] + 1 : h.looped[-1] + 1] = again
+    return order
+
+
+def layer_sites(h: Hyperparameters, layer: int, loop: int, pass_: int) -> Iterator[Site]:
+    """The sites of one visit of a layer, without ids."""
+    block = layer % h.shared_blocks if h.shared_blocks else layer
+    if h.has_engram and layer == h.engram_inject_layer and loop == 0:
+        yield Site(0, "engram", layer, 0, pass_, -1, layer)
+    if pass_ > 0 and loop == 0 and (layer - h.num_layers // 2) % h.feedback_every == 0:
+        yield Site(0, "feedback", layer, 0, pass_, -1, layer)
+    yield Site(0, h.mixers[layer], layer, loop, pass_, 0, block)
+    if h.mixers[layer] != "parallel":
+        yield Site(0, h.feeds[layer], layer, loop, pass_, 1, block)
 
 
 def plan_sites(h: Hyperparameters, variant: Variant) -> tuple[Site, ...]:
     """The flat list of sites of a configuration, in the order in which the stream passes them.
 
-    An earlier variant's list is that of the final one with whole visits left out: ids, and so states, stay the same.
+    The second half of the layers is the decoder: the bank stands before it, and feedback passes run it again. Another
+    variant's list is that of the final one with whole visits left out: ids, and so states, stay the same.
     """
-    places = [(kind, layer, sub) for layer, mixer in enumerate(h.mixers) for sub, kind in enumerate((mixer, "mlp"))]
-    return tuple(Site(i, kind, layer, sub=sub) for i, (kind, layer, sub) in enumerate(places))
+    order, half, sites = visited_layers(h), h.num_layers // 2, list[Site]()
+    entry = order.index((half, 0))
+    for pass_ in range(h.feedback_passes + 1):
+        visits = [site for layer, loop in order[entry:] for site in layer_sites(h, layer, loop, pass_)]
+        early = [site for layer, loop in order[:entry] for site in layer_sites(h, layer, loop, 0)] if not pass_ else []
+        sketch = [Site(0, "sketch", half, 0, pass_, -1, half)] if pass_ else []
+        bank = [Site(0, "bank", half, 0, pass_, -1, half)] if h.capsule_bank else []
+        sites += [*early, *sketch, *bank, *visits]
+    numbered = (site._replace(id=number) for number, site in enumerate(sites))
+    left_out = (lambda site: site.loop > 0 and not variant.looped, lambda site: site.pass_ > 0 and variant.speculates)
+    return tuple(site for site in numbered if not any(leaves(site) for leaves in left_out))
 
 
 class GPT(Module):
@@ -2400,12 +3459,14 @@ class GPT(Module):
     def __init__(self, h: Hyperparameters, bos: int) -> None:
         super().__init__()
         self.h, self.bos, self.sites = h, bos, plan_sites(h, final_variant(h))
+        on = (False, True)
+        self.plans = {(a, b): plan_sites(h, Variant(looped=a, speculates=b)) for a in on for b in on}
         self.embed, self.head, self.rotary = Embedding(h, bos), Head(h), Rotary(h)
         blocks = [nn.ModuleDict() for _ in range(h.num_layers)]
         for site in self.sites:
-            if site.kind not in blocks[site.layer]:
-                name = f"blocks.{site.layer}.{site.kind}"
-                blocks[site.layer][site.kind] = SITE_KINDS[site.kind](h, site.layer, name)
+            if site.kind not in blocks[site.block]:
+                name = f"blocks.{site.block}.{site.kind}"
+                blocks[site.block][site.kind] = SITE_KINDS[site.kind](h, site.layer, name)
         self.blocks = nn.ModuleList(blocks)
         self.residual = RESIDUALS[h.residual](h, self.sites)
 
@@ -2414,19 +3475,22 @@ class GPT(Module):
         zeros = self.embed.weight.new_zeros(batch, dtype=torch.int64)
         dtype = self.embed.weight.dtype
         sites = tuple(self.site(s).init_state(batch, dtype) for s in self.sites)
-        return (StreamState(zeros, zeros, self.no_history(zeros)), *sites)
+        return (StreamState(zeros, zeros, zeros, zeros, self.no_history(zeros)), *sites)
 
     def no_history(self, like: Tensor) -> Tensor:
         """(B, h.history) of -1, for B rows of int64 as in `like`."""
         return like.new_full((like.shape[0], self.h.history), -1)
 
     def start_state(self, history: Tensor) -> tuple | None:
-        """The state of rows that begin anew, but for the tokens before them (B, h.history); None if h.history is 0."""
-        zero = history.new_zeros(1)  # one for all rows
-        return (StreamState(zero, zero, history), *[None] * len(self.sites)) if history.shape[1] else None
+        """The state of rows that begin anew, but for the tokens before them (B, h.history); None if h.history is 0.
+
+        It has no site's state, and none comes out.
+        """
+        zeros = history.new_zeros(history.shape[0])
+        return (StreamState(zeros, zeros, zeros, zeros, history),) if history.shape[1] else None
 
     def site(self, site: Site) -> Any:
-        return self.blocks[site.layer][site.kind]  # type: ignore[index]
+        return self.blocks[site.block][site.kind]  # type: ignore[index]
 
     def context(
         self,
@@ -2437,53 +3501,112 @@ class GPT(Module):
         observe: Callable[[str, Tensor], None] | None = None,
         adapters: dict[str, tuple[Tensor, Tensor]] | None = None,
     ) -> Ctx:
-        steps = torch.arange(tokens.shape[1], device=tokens.device)
-        starts = (tokens == self.bos).cumsum(1)
-        if state is None:
-            positions, documents, history = steps.unsqueeze(0), starts, self.no_history(tokens)
-        else:
-            history = state[0].history
-            positions = state[0].position.unsqueeze(1) + steps
-            documents = state[0].document.unsqueeze(1) + starts
-        rotary, places = self.rotary(positions), positions.expand_as(tokens)
-        return Ctx(tokens, history, places, documents, rotary, None, None, None, moment, variant, observe, adapters)
+        steps, starts = torch.arange(tokens.shape[1], device=tokens.device), tokens == self.bos
+        history = self.no_history(tokens) if state is None else state[0].history
+        stream = state[0] if state is not None and len(state) > 1 else None
+        positions = steps.unsqueeze(0) if stream is None else stream.position.unsqueeze(1) + steps
+        rotary, positions = self.rotary(positions), positions.expand_as(tokens)
+        documents = starts.cumsum(1) if stream is None else starts.cumsum(1) + stream.document.unsqueeze(1)
+        begins = torch.where(starts, positions, 0).cummax(1).values if self.h.has_scans else None
+        if begins is not None and stream is not None:
+            begins = begins.clamp(min=stream.begin.unsqueeze(1))
+        blocks = lay_blocks(self.h.skc_block_size, positions, documents, stream) if self.h.has_blocks else None
+        age = positions - begins if begins is not None else None
+        place = (self.bos, tokens, history, positions, documents, age, blocks, rotary)
+        return Ctx(*place, None, None, {}, moment, variant, observe, adapters)
 
     def run_sites(
         self, sites: Sequence[Site], r: tuple, ctx: Ctx, states: tuple | None, trace: Trace
     ) -> tuple[tuple, Ctx, Trace]:
         """Pass the residual state through some sites; what sites leave goes into the context and the trace."""
         for site in sites:
-            x, r, link = self.residual.read(r, site)
-            out = self.site(site)(rms_norm(x), ctx, None if states is None else states[1 + site.id])
-            r = self.residual.write(r, site, out.y, link)
-            if out.v0 is not None:
-                ctx = ctx._replace(v0=out.v0)
-            if out.memory is not None:
-                ctx = ctx._replace(memory=out.memory)
+            stream, r, link = self.residual.read(r, site)
+            x, ctx = self.site_input(site, stream, ctx)
+            out = self.site(site)(x, ctx, None if states is None else states[1 + site.id])
+            if out.y is not None:
+                out = out._replace(metrics={**out.metrics, **watched(ctx, branch=out.y, stream=stream)})
+                r = self.residual.write(r, site, self.thinned(site, out.y, ctx), link)
+            ctx = ctx._replace(v0=ctx.v0 if out.v0 is None else out.v0, memory={**ctx.memory, **out.memory})
             trace = trace.add(site, out)
         return r, ctx, trace
 
-    def hidden(self, ctx: Ctx, state: tuple | None) -> tuple[Tensor, tuple | None, Trace]:
-        """(B, T, D) before the head, the next state (None if none was given), and what the sites left."""
-        r: tuple = self.residual.open(*self.embed(ctx), ctx.moment)
-        trace, sites = Trace({}, {}, {}), plan_sites(self.h, ctx.variant)
+    def site_input(self, site: Site, x: Tensor, ctx: Ctx) -> tuple[Tensor, Ctx]:
+        """The normed input of a site. Where a block has stopped it stays that of the pass before, and so do its keys,
+        values and summaries, which later passes of other blocks see."""
+        x = rms_norm(x) / math.sqrt(site.layer + 1) if self.h.ln_scale and site.sub >= 0 else rms_norm(x)
+        if "inputs" not in ctx.memory or site.sub < 0:
+            return x, ctx
+        inputs, key = ctx.memory["inputs"], (site.layer, site.loop, site.sub)
+        if key in inputs:
+            x = torch.where(ctx.memory["stopped"], inputs[key], x)
+        return x, ctx._replace(memory={**ctx.memory, "inputs": {**inputs, key: x}})
+
+    def thinned(self, site: Site, y: Tensor, ctx: Ctx) -> Tensor:
+        """Stochastic depth (Huang et al. 2016): by chance a row's output is left out, or grown to make up."""
+        if not self.h.stochastic_depth or ctx.moment is None:
+            return y
+        chance = self.h.stochastic_depth * (site.layer + 1) / self.h.num_layers
+        drawn = keyed_uniform(self.h.seed, ctx.moment.step, torch.full_like(ctx.moment.rows, site.id), ctx.moment.rows)
+        return y * ((drawn >= chance) / (1 - chance)).to(y.dtype)[:, None, None]
+
+    def run(self, sites: Sequence[Site], r: tuple, ctx: Ctx, states: tuple | None, trace: Trace) -> tuple:
+        """run_sites, with activations recomputed in the backward pass every GRAD_CHECKPOINT sites."""
         every = self.h.grad_checkpoint if torch.is_grad_enabled() else 0
-        for at in range(0, len(sites), every or len(sites)):
+        for at in range(0, len(sites), every or max(1, len(sites))):
             part = sites[at : at + (every or len(sites))]
             if every:
-                r, ctx, trace = recompute(self.run_sites, part, r, ctx, state, trace, use_reentrant=False)
+                r, ctx, trace = recompute(self.run_sites, part, r, ctx, states, trace, use_reentrant=False)
             else:
-                r, ctx, trace = self.run_sites(part, r, ctx, state, trace)
-        x, measured = self.residual.close(r)
-        x = rms_norm(x)
+                r, ctx, trace = self.run_sites(part, r, ctx, states, trace)
+        return r, ctx, trace
+
+    def hidden(self, ctx: Ctx, state: tuple | None) -> tuple[Tensor, tuple | None, Trace]:
+        """(B, T, D) before the head, the next state (None unless sites' states were given), and what the sites left."""
+        states = state if state is not None and len(state) > 1 else None
+        sites, half = self.plans[ctx.variant.looped, ctx.variant.speculates], self.h.num_layers // 2
+        entry = next(i for i, site in enumerate(sites) if site.kind == "bank" or site.layer >= half)
+        opened = self.residual.open(*self.embed(ctx), ctx.moment)
+        saved, ctx, trace = self.run(sites[:entry], opened, ctx, states, Trace({}, {}, {}))
+        if ctx.moment is None and self.h.feedback_halt and self.h.capsule_bank and sites[-1].pass_:
+            stopped = torch.zeros_like(ctx.tokens, dtype=torch.bool).unsqueeze(-1)
+            ctx = ctx._replace(memory={**ctx.memory, "inputs": {}, "stopped": stopped})
+        for pass_ in range(sites[-1].pass_ + 1):
+            part = [site for site in sites[entry:] if site.pass_ == pass_]
+            r, ctx, trace = self.run(part, saved, ctx, states, trace)
+            x, measured = self.residual.close(r)
+            ctx = self.after_pass(rms_norm(x), ctx)
         named = {f"residual.{name}": value for name, value in measured.items()}
         trace = trace._replace(metrics={**trace.metrics, **named})
-        if state is None:
-            return x, None, trace
-        recent = torch.cat((ctx.history, ctx.tokens), 1)[:, ctx.tokens.shape[1] :]
-        stream = StreamState(ctx.positions[:, -1] + 1, ctx.documents[:, -1].contiguous(), recent.contiguous())
-        after = (trace.states.get(site.id, state[1 + site.id]) for site in self.sites)
-        return x, (stream, *after), trace
+        if states is None:
+            return ctx.memory["top"], None, trace
+        after = (trace.states.get(site.id, states[1 + site.id]) for site in self.sites)
+        return ctx.memory["top"], (self.next_stream(ctx, states[0]), *after), trace
+
+    def after_pass(self, top: Tensor, ctx: Ctx) -> Ctx:
+        """The context of the next pass: the top of this one; and in evaluation, which blocks stop here.
+
+        A block stops when a pass has changed the capsules that it sees by less than FEEDBACK_HALT of their size.
+        """
+        memory = ctx.memory
+        if "stopped" not in memory:
+            return ctx._replace(memory={**memory, "top": top})
+        assert ctx.blocks is not None
+        stopped, trail = memory["stopped"], memory["capsules"]
+        if "top" in memory:
+            top = torch.where(stopped, memory["top"], top)
+        if len(trail) > 1:
+            change, size = (x.norm(dim=(-2, -1)) for x in (trail[-1] - trail[-2], trail[-1]))  # (B, n)
+            still = (change < self.h.feedback_halt * size)[..., None, None] & ctx.blocks.visible
+            stopped = stopped | ctx.blocks.pick(still, ctx.tokens.shape[1])
+        return ctx._replace(memory={**memory, "top": top, "stopped": stopped})
+
+    def next_stream(self, ctx: Ctx, old: StreamState) -> StreamState:
+        """Where the stream stands after a segment."""
+        recent = torch.cat((ctx.history, ctx.tokens), 1)[:, ctx.tokens.shape[1] :].contiguous()
+        position, document = ctx.positions[:, -1] + 1, ctx.documents[:, -1].contiguous()
+        ended = old.block_document if ctx.blocks is None else ctx.blocks.document
+        begin = old.begin if ctx.age is None else ctx.positions[:, -1] - ctx.age[:, -1]
+        return StreamState(position, document, begin, ended, recent)
 
     def head_name(self, variant: Variant) -> str:
         """Which matrix makes the logits."""
@@ -2544,16 +3667,36 @@ def initial_value(h: Hyperparameters, name: str, shape: Sequence[int], generator
 
     Output projections start at zero, so that each layer starts as the identity; other matrices uniform with standard
     deviation 1 / sqrt(inputs); head.down starts as the transpose-like small random map that lets logits start near 0.
+    A gate that opens from zero has a projection behind it that is zero, too, so it starts a little open.
     """
-    leaf, constants = name.rsplit(".", 2)[-2:], {"q_gain": h.qk_gain_init, "v_mix": 4.0, "scale": 1.0, "skip": 1.0}
-    constants |= {"gain": 0.1, "found": 0.0}
+    leaf = name.rsplit(".", 2)[-2:]
+    constants = {"q_gain": h.qk_gain_init, "v_mix": 4.0, "scale": 1.0, "skip": 1.0, "found": 0.0, "amount": 0.0}
+    constants |= {"gain": 0.1 if leaf[0] == "induction" else 1.0, "norm_gain": 1.0, "local_decay": 1.0}
+    constants |= {"route_logit": -2.0, "breadth": -2.0, "bend": -4.0, "sharpness": 0.0, "bias": 0.0, "gate": 0.2}
+    constants |= {"diagonal": 0.9, "blend": -5.0, "strength": 0.1}
+    if name.endswith("sketch.hold"):
+        return torch.full(tuple(shape), 2.0)
     if name == "residual.mix":
         return torch.stack((torch.ones(shape[0], shape[2]), torch.zeros(shape[0], shape[2])), 1)
     if leaf[-1] in constants:
         return torch.full(tuple(shape), constants[leaf[-1]])
+    if leaf[-1] in ("decay", "hold"):  # memories from one block to a training window, evenly over the logarithm
+        spread = torch.linspace(0, math.log(max(2, h.train_seq_len / h.skc_block_size)), math.prod(shape)).exp()
+        chosen = spread[torch.randperm(math.prod(shape), generator=generator)].view(*shape)
+        return torch.logit((1 - 1 / chosen).clamp(0.05, 0.999))
+    if leaf[-1] == "centre":
+        return torch.linspace(0, 1, shape[0])
+    if leaf[-1] == "taps":
+        return torch.cat((torch.ones(1, shape[1]), torch.zeros(shape[0] - 1, shape[1])))
+    if leaf[-1] in ("u", "v", "z0"):  # z0 is not zero, since a norm of zeros alone would have a gradient without bound
+        size = 1e-3 if leaf[0] == "koopman" else 0.02 if leaf[-1] == "z0" else 0.01 / math.sqrt(shape[-1])
+        return torch.randn(*shape, generator=generator) * size
+    if name.endswith(".gate.weight"):
+        return torch.zeros(*shape)
     if name == "embed.weight" or (name == "head.weight" and h.tie_embeddings):
         return torch.randn(*shape, generator=generator) * h.tied_embed_init_std
-    if name in ("head.weight", "embed.ngrams.weight") or (leaf[0] in ("proj", "down") and name.startswith("blocks")):
+    closed = leaf[0] in ("proj", "down") and name.startswith("blocks")
+    if closed or leaf[0] == "table" or name in ("head.weight", "embed.ngrams.weight"):
         return torch.zeros(*shape)
     bound = math.sqrt(3.0 / shape[-1])
     return (torch.rand(*shape, generator=generator) * 2 - 1) * bound
@@ -2599,19 +3742,23 @@ def generate(
     state: tuple | None = model.init_state(1)
     for _ in range(count):
         with rt.precision():
-            logits, state = model.logits(tokens, final_variant(model.h), state, last=1)
+            logits, state = model.logits(tokens, scoring_variant(model.h), state, last=1)
         tokens = sample_token(logits[:, -1], temperature, top_p, generator)
         yield int(tokens)
 
 
 def flops_per_token(model: GPT) -> float:
     """Forward and backward FLOPs of one trained token: 6 a matrix weight, 12 L D T of attention (PaLM, app. B)."""
-    h = model.h
-    roles, sizes = role_table(model), {name: p.numel() for name, p in model.named_parameters()}
-    matrices = sum(sizes[name] for name, role in roles.items() if role.group == "matrix")
-    head = h.vocab_size * h.embed_width
+    h, roles, sizes = model.h, role_table(model), {name: p.numel() for name, p in model.named_parameters()}
+    matrices = {name: size for name, size in sizes.items() if roles[name].group == "matrix"}
+    total = float(h.vocab_size * h.embed_width)
+    total += sum(size for name, size in matrices.items() if not name.startswith("blocks."))
+    for site in model.sites:  # a layer counts as often as it is visited, and of its experts those that a token takes
+        own = {n: size for n, size in matrices.items() if n.startswith(f"blocks.{site.block}.{site.kind}.")}
+        total += sum(size * (h.moe_top_k / h.moe_experts if ".experts." in n else 1) for n, size in own.items())
     window = min(h.train_seq_len, h.attn_window or h.train_seq_len)
-    return 6.0 * (matrices + head) + 12.0 * h.mixers.count("attn") * h.model_dim * window
+    visits = sum(site.kind == "attn" for site in model.sites)
+    return 6.0 * total + 12.0 * visits * h.model_dim * window
 
 
 # ==== 10. OPTIMIZERS =========================================================
@@ -2649,7 +3796,9 @@ class Bank:
         if grads[0].is_sparse:
             return grads[0].coalesce(), torch.ones(1, dtype=torch.bool)
         has = torch.tensor([p.grad is not None for p in self.parameters], device=self.latent.device)
-        return torch.stack(grads), has.view(-1, *[1] * (self.latent.ndim - 1))
+        stacked = torch.stack(grads)
+        has = has & stacked.flatten(1).any(1) if self.role.idle else has
+        return stacked, has.view(-1, *[1] * (self.latent.ndim - 1))
 
     def coded(self) -> Iterator[tuple[int, Codes]]:
         """Codes of the bank in parts of at most 2M weights, each with the index of its first tensor.
@@ -2692,6 +3841,20 @@ class Weights:
         }
         self.where = {name: (bank, i) for bank in self.banks.values() for i, name in enumerate(bank.names)}
 
+    @torch.no_grad()
+    def disturb(self, progress: float, step: int) -> None:
+        """Noise on what the forward pass uses of matrices, for one step, fading to none at TERNARY_NOISE_FRACTION.
+
+        In standard deviations of each matrix; the same on every rank, and after a resume.
+        """
+        h = self.h
+        left = 1 - progress / h.ternary_noise_fraction if h.ternary_noise_fraction else 0.0
+        for bank in self.banks.values() if h.ternary_noise_scale and left > 0 else ():
+            for name, parameter in zip(bank.names, bank.parameters, strict=True) if bank.role.group == "matrix" else ():
+                generator = torch.Generator(parameter.device).manual_seed(parameter_seed(h.seed, f"{name}:{step}"))
+                noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
+                parameter.addcmul_(noise.to(parameter.dtype), parameter.std(), value=h.ternary_noise_scale * left)
+
     def materialize(self, progress: float, moved: dict[str, Tensor] | None = None) -> None:
         """Quantize all latents into the model; ternary ones only from TERNARY_START_FRACTION on.
 
@@ -2704,10 +3867,16 @@ class Weights:
             else:
                 bank.materialize(quantized=not early)
 
-    def copy(self, source: str, target: str) -> None:
-        """Let one weight start again as a copy of another, its running average (if any) as the other's."""
+    @torch.no_grad()
+    def copy(self, source: str, target: str, noise: float = 0.0) -> None:
+        """Let one weight start again as a copy of another, with noise of so many standard deviations, its running
+        average (if any) as the other's."""
         (old, i), (new, j) = self.where[source], self.where[target]
         new.latent[j] = old.latent[i]
+        if noise:
+            generator = torch.Generator().manual_seed(parameter_seed(self.h.seed, target))
+            drawn = torch.randn(new.latent[j].shape, generator=generator).to(new.latent)
+            new.latent[j] += noise * new.latent[j].std() * drawn
         if "ema" in old.state:
             new.state["ema"][j] = old.state["ema"][i]
 
@@ -2786,7 +3955,23 @@ GROUPS: dict[str, Callable[[Hyperparameters], Group]] = {
     "head": lambda h: Group("adamw", h.head_lr, h.adam_wd, *h.adam),
     "table": lambda h: Group("adagrad", h.bigram_hash_lr),
     "scalar": lambda h: Group("adamw", h.scalar_lr, h.adam_wd, *h.adam),
+    "koopman": lambda h: Group("adamw", h.koopman_lr, 0.0, *h.adam),
 }
+
+
+def gradient_sizes(banks: list[Bank], grads: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Norm of the gradient over that of the weights, by optimizer group."""
+    sizes: dict[str, list[Tensor]] = {}
+    for bank, (grad, _) in zip(banks, grads, strict=True):
+        pair = torch.stack(((grad.values() if grad.is_sparse else grad).square().sum(), bank.latent.square().sum()))
+        sizes.setdefault(bank.role.group, []).append(pair)
+    sums = {group: torch.stack(pairs).sum(0) for group, pairs in sizes.items()}
+    return {f"gradient_to_weight.{group}": (g / (w + 1e-30)).sqrt() for group, (g, w) in sums.items()}
+
+
+def ternary_codes(banks: list[Bank]) -> list[Tensor]:
+    """Codes of all ternary weights, bank part by bank part."""
+    return [coded.codes for bank in banks if bank.role.codec == "ternary" for _, coded in bank.coded()]
 
 
 class Optimizer:
@@ -2801,23 +3986,26 @@ class Optimizer:
         self.orthogonalize = torch.compile(orthogonalize, dynamic=False) if rt.compile else orthogonalize
 
     @torch.no_grad()
-    def step(self, rate_scale: float, momentum: float, average: bool, progress: float) -> None:
-        """Move all latents by the parameters' gradients, then quantize them into the model."""
+    def step(
+        self, rate_scale: float, momentum: float, average: bool, progress: float, measures: bool = False
+    ) -> dict[str, Tensor]:
+        """Move all latents by the parameters' gradients, then quantize them into the model; diagnostics if wanted."""
         banks = list(self.weights.banks.values())
         grads = [bank.gradient() for bank in banks]
         if self.rt.world > 1:
             grads = self.reduced(grads)
+        metrics = gradient_sizes(banks, grads) if measures else {}
         if self.h.grad_clip_norm:
             values = [grad.values() if grad.is_sparse else grad for grad, _ in grads]
             norm = torch.stack([value.norm() for value in values]).norm()
             for value in values:
                 value.mul_((self.h.grad_clip_norm / (norm + 1e-6)).clamp(max=1))
-        moved = {}
+        moved, before = {}, ternary_codes(banks) if measures else []
         for (key, bank), (grad, has) in zip(self.weights.banks.items(), grads, strict=True):
             group = self.groups[bank.role.group]
-            group = group._replace(
-                rate=rate_scale * group.rate * bank.role.lr_mult, decay=group.decay * bank.role.decay
-            )
+            taper = table_taper(self.h, progress) if bank.role.group == "table" else 1.0
+            rate = rate_scale * group.rate * bank.role.lr_mult * taper
+            group = group._replace(rate=rate, decay=group.decay * bank.role.decay)
             RULES[group.rule](self, bank, grad, has, group._replace(momentum=momentum))
             if grad.is_sparse:
                 moved[key] = grad.indices()[0]
@@ -2826,6 +4014,12 @@ class Optimizer:
             if average:
                 self.average(bank)
         self.weights.materialize(progress, moved)
+        if before:
+            after = ternary_codes(banks)
+            metrics["churn"] = sum(((a != b).sum() for a, b in zip(before, after, strict=True)), torch.zeros(()))
+            metrics["zeros"] = sum(((codes == 0).sum() for codes in after), torch.zeros(()))
+            metrics |= {name: metrics[name] / sum(codes.numel() for codes in after) for name in ("churn", "zeros")}
+        return metrics
 
     def reduced(self, grads: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         """Gradients summed over ranks; a weight has one if it has one on any rank."""
@@ -2924,15 +4118,21 @@ def rate_scale(h: Hyperparameters, step: int, seconds: float) -> float:
     return min(rise, h.lr_floor + (1 - h.lr_floor) * max(0.0, fall))
 
 
+def table_taper(h: Hyperparameters, progress: float) -> float:
+    """Factor on the rate of n-gram tables: 1 up to ENGRAM_TAPER_START, then down to 0 at the end."""
+    start = h.engram_taper_start
+    return 1.0 if progress < start or start == 1 else max(0.0, (1 - progress) / (1 - start))
+
+
 def muon_momentum(h: Hyperparameters, step: int) -> float:
     """Momentum warm-up of Muon over its first steps."""
     share = min(1.0, step / h.muon_momentum_warmup_steps) if h.muon_momentum_warmup_steps else 1.0
     return h.muon_momentum_warmup_start + share * (h.muon_momentum - h.muon_momentum_warmup_start)
 
 
-def batch_tokens(h: Hyperparameters, progress: float) -> int:
-    """Tokens of a step at this progress, from BATCH_STAGES."""
-    return [tokens for at, tokens in h.stages if at <= progress][-1]
+def stage_at(stages: Sequence[tuple[float, int]], progress: float) -> int:
+    """The number of the last stage that has begun: tokens of a step, or the training window."""
+    return [number for at, number in stages if at <= progress][-1]
 
 
 # ==== 11. ARTIFACT ===========================================================
@@ -3041,7 +4241,7 @@ def structure_config(h: Hyperparameters) -> dict[str, Any]:
 
 def structure_fields() -> list[str]:
     """Names of the fields that shape the network or its file."""
-    names = [s.name for s in FIELDS.values() if s.metadata["group"] in ("model", "weights")]
+    names = [s.name for s in FIELDS.values() if s.metadata["group"] in ("model", "skc", "weights")]
     return [n for n in [*names, "vocab_size", "train_seq_len"] if n not in ("attn_impl", "grad_checkpoint")]
 
 
@@ -3357,7 +4557,7 @@ def fit_temperature(
             break
         history, row = windows(holdout, [start], window + 1, h.history, rt)
         with torch.no_grad(), rt.precision():
-            logits, _ = model.logits(row[:, :-1], final_variant(h), model.start_state(history))
+            logits, _ = model.logits(row[:, :-1], scoring_variant(h), model.start_state(history))
         flat, targets = [*flat, logits[0]], [*targets, row[0, 1:]]
         slowest = max(slowest, seconds() - before)
     low, high, ratio, fitted = -math.log(2), math.log(2), (math.sqrt(5) - 1) / 2, False
@@ -3415,7 +4615,7 @@ class Scorer:
         self, h: Hyperparameters, rt: Runtime, model: GPT, table: ByteTable, calibration: dict[str, float] | None = None
     ) -> None:
         self.h, self.rt, self.model, self.table, self.calibration = h, rt, model, table, calibration or {}
-        self.variant = final_variant(h)
+        self.variant = scoring_variant(h)
         self.adapters = [ADAPTERS[name]() for name in h.used()["ADAPTERS"]]
 
     def score(
@@ -3426,7 +4626,7 @@ class Scorer:
         tokens (N,) int64. `ledger` collects (span, first scored token, last + 1) in order; `report` is called with the
         share done. All ranks return the same sums.
         """
-        self.variant = variant or self.variant
+        self.variant = scoring_variant(self.h, variant)
         self.tokens, self.spans = tokens, self.cut(len(tokens) - 1)
         count, rt = len(self.spans), self.rt
         mine = range(rt.rank * count // rt.world, (rt.rank + 1) * count // rt.world)
@@ -3737,7 +4937,7 @@ def check_shares(h: Hyperparameters, rt: Runtime) -> None:
     """Raise UserError when a batch cannot be shared out evenly over ranks."""
     for _, tokens in h.stages:
         rows = tokens // h.train_seq_len
-        if rows % rt.world:
+        if rows % rt.world:  # windows of CURRICULUM_STAGES divide TRAIN_SEQ_LEN, and so have a multiple of these rows
             raise UserError(
                 f"TRAIN_BATCH_TOKENS={tokens} gives {rows} rows of TRAIN_SEQ_LEN={h.train_seq_len}, not a multiple of "
                 f"{rt.world} ranks; try {max(1, rows // rt.world) * rt.world * h.train_seq_len}"
@@ -3836,6 +5036,9 @@ def make_step(s: Session) -> Callable[[Batch, TrainState, float], StepOut]:
     Gradients are left in the parameters.
     """
     h, rt = s.h, s.rt
+    if rt.compile:  # each structure and length is compiled once, and none may fall back to eager
+        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
     loss_of = torch.compile(s.model.loss, mode=h.compile_mode, dynamic=False) if rt.compile else s.model.loss
 
     def step(batch: Batch, state: TrainState, progress: float) -> StepOut:
@@ -3877,14 +5080,17 @@ def compile_warmup(s: Session, step: Callable, state: TrainState) -> None:
         key: (bank.latent.clone(), {name: moment.clone() for name, moment in bank.state.items()})
         for key, bank in s.weights.banks.items()
     }
-    variants = list(dict.fromkeys((state.variant, final_variant(h))))
+    times = (0.0, h.untie_at_fraction, h.moe_start_fraction, h.recurrence_start_fraction, 1.0)
+    variants = list(dict.fromkeys((state.variant, *(variant_at(h, time) for time in sorted(times)))))
+    variants += [variant._replace(measures=True) for variant in variants if h.diag_every]
     # A carried attention cache has a new length until its window is full.
     fill = 2 + -(-h.attn_window // h.train_seq_len) if h.carry_train else 1
-    plan = [(variant, tokens) for variant in variants for _, tokens in h.stages for _ in range(fill)]
-    plan += [(state.variant, h.stages[0][1])] * (h.warmup_steps - len(plan))
+    shapes = [(tokens, length) for _, tokens in h.stages for length in dict(h.lengths).values()]
+    plan = [(variant, *shape) for variant in variants for shape in shapes for _ in range(fill)]
+    plan += [(state.variant, *shapes[0])] * (h.warmup_steps - len(plan))
     carry = None
-    for count, (variant, tokens) in enumerate(plan):
-        batch = s.loader.next(tokens // h.train_seq_len, h.train_seq_len)
+    for count, (variant, tokens, length) in enumerate(plan):
+        batch = s.loader.next(tokens // length, length)
         if h.carry_train and count % fill == 0:
             carry = s.model.init_state(batch.tokens.shape[0])
         carry = step(batch, TrainState(variant=variant, carry=carry), 0.0).carry
@@ -3934,16 +5140,18 @@ def train_loop(s: Session, state: TrainState) -> None:
     h, rt, log = s.h, s.rt, s.log
     step, pace, clock = make_step(s), Pace(rt, state.token_seconds), Clock(state.seconds)
     s.loader.seek(state.position)
+    start = progress_of(h, state.step, state.seconds)
+    switch_variant(s, state, start)
     if rt.compile and h.warmup_steps:
         log.line(f"warm-up: {h.warmup_steps} steps outside the clock, undone afterwards")
         compile_warmup(s, step, state)
-    s.weights.materialize(progress_of(h, state.step, state.seconds))
+    s.weights.materialize(start)
     if h.carry_train and state.carry is None:
-        state.carry = s.model.init_state(batch_tokens(h, 0.0) // h.train_seq_len // rt.world)
+        state.carry = s.model.init_state(stage_at(h.stages, 0.0) // h.train_seq_len // rt.world)
     window, fresh = LossWindow(state), state.step
     clock.start()
     while True:
-        tokens = batch_tokens(h, progress_of(h, state.step, clock.seconds()))
+        tokens = stage_at(h.stages, progress_of(h, state.step, clock.seconds()))
         now, margin, size = agree(rt, clock.seconds(), pace.margin(tokens), tokens)
         if finished(h, state.step, now, margin):
             break
@@ -3952,19 +5160,25 @@ def train_loop(s: Session, state: TrainState) -> None:
             (now,) = agree(rt, clock.seconds())
         progress = progress_of(h, state.step, now)
         switch_variant(s, state, progress)
-        tokens = int(size)
-        batch = s.loader.next(tokens // h.train_seq_len, h.train_seq_len)
+        tokens, length = int(size), stage_at(h.lengths, progress)
+        batch = s.loader.next(tokens // length, length)
         if state.carry is not None and s.loader.position.epoch > state.position.epoch:
             state.carry = s.model.init_state(len(batch.tokens))  # rows begin anew: nothing comes before them
-        nats, state.carry, metrics = step(batch, state, progress)
+        s.weights.disturb(progress, state.step)
+        measures = h.diag_every > 0 and (state.step + 1) % h.diag_every == 0
+        variant = state.variant._replace(measures=measures)
+        nats, state.carry, metrics = step(batch, dataclasses.replace(state, variant=variant), progress)
         average = h.ema_decay > 0 and progress >= h.ema_start_fraction
         ahead = progress_of(h, state.step + 1, now)  # a resumed run quantizes its weights for the next step, too
-        s.optimizer.step(rate_scale(h, state.step, now), muon_momentum(h, state.step), average, ahead)
+        momentum = muon_momentum(h, state.step)
+        metrics |= s.optimizer.step(rate_scale(h, state.step, now), momentum, average, ahead, measures)
         s.weights.clear_gradients()
         state.step, state.tokens, state.position = state.step + 1, state.tokens + tokens, s.loader.position
         pace.mark(clock.seconds() - now, tokens)
         state.token_seconds = max(pace.recent)
-        window.add(nats, tokens, metrics)
+        window.add(nats, tokens)
+        if measures:
+            log.metric("diagnostics", step=state.step, **{name: float(value) for name, value in metrics.items()})
         state.seconds = clock.seconds()
         log.progress(progress, f"step {state.step} eta {eta_text(h, state)}")
         if state.step % h.train_log_every == 0 or state.step <= 5:
@@ -3996,12 +5210,10 @@ class LossWindow:
 
     def __init__(self, state: TrainState) -> None:
         self.losses: list[Tensor] = []
-        self.metrics: dict[str, Tensor] = {}
         self.tokens, self.step, self.seconds = 0, state.step, state.seconds
 
-    def add(self, nats: Tensor, tokens: int, metrics: dict[str, Tensor]) -> None:
+    def add(self, nats: Tensor, tokens: int) -> None:
         self.losses.append(nats)
-        self.metrics = metrics
         self.tokens += tokens
 
     def mean(self, rt: Runtime, state: TrainState) -> float:
@@ -4015,13 +5227,21 @@ class LossWindow:
 
 
 def switch_variant(s: Session, state: TrainState, progress: float) -> None:
-    """Turn on structure whose time has come; a head that is untied starts as a copy of the embedding."""
-    h = s.h
-    if h.untie_at_fraction and not state.variant.untied and progress >= h.untie_at_fraction:
+    """Turn on structure whose time has come: an untied head starts as a copy of the embedding, experts as nearly copies
+    of the first."""
+    old = state.variant  # what is on stays on, though a resumed run may have become longer
+    new = Variant(*(before or now for before, now in zip(old, variant_at(s.h, progress), strict=True)))
+    if new == old:
+        return
+    if new.untied and not old.untied:
         s.weights.copy("embed.weight", "head.weight")
-        state.variant = state.variant._replace(untied=True)
-        s.weights.materialize(progress)
-        s.log.line(f"step:{state.step} head untied from the embedding")
+    if new.experts and not old.experts and s.h.moe_start_fraction:
+        for name in [name for name in s.weights.where if ".experts." in name and ".experts.0." not in name]:
+            s.weights.copy(re.sub(r"experts\.\d+", "experts.0", name), name, noise=0.01)
+    state.variant = new
+    s.weights.materialize(progress)
+    on = [name for name, before, now in zip(Variant._fields, old, new, strict=True) if now and not before]
+    s.log.line(f"step:{state.step} from here on: {', '.join(on)}")
 
 
 def eta_text(h: Hyperparameters, state: TrainState) -> str:
@@ -4049,7 +5269,6 @@ def report_training(s: Session, state: TrainState, window: LossWindow) -> None:
         tokens_per_s=round(speed, 1),
         rate_scale=round(rate_scale(h, state.step, state.seconds), 6),
         peak_memory_mib=round(peak_memory_bytes(s.rt) / MIB, 1),
-        **{name: float(value) for name, value in window.metrics.items()},
     )
 
 
@@ -4345,27 +5564,53 @@ def generate_command(path: str, options: Any, environ: dict[str, str]) -> int:
     return 0
 
 
-def bench(h: Hyperparameters, rt: Runtime, steps: int) -> int:
-    """Time training steps on the configured data: tokens/s and the split of a step, one JSON object on stdout."""
-    log = Log(None, False)
-    s = open_session(h, rt, Path(h.out_dir), log)
-    step, state, times = make_step(s), TrainState(), []
-    for _ in range(steps + 3):
-        marks = [time.perf_counter()]
+class Stopwatch:
+    """Training steps of one configuration, timed part by part."""
+
+    def __init__(self, h: Hyperparameters, rt: Runtime) -> None:
+        self.s = open_session(h, rt, Path(h.out_dir), Log(None, False))
+        self.step, self.times = make_step(self.s), list[np.ndarray]()
+        self.state = TrainState(variant=final_variant(h))
+        if h.carry_train:
+            self.state.carry = self.s.model.init_state(h.train_batch_tokens // h.train_seq_len // rt.world)
+
+    def run(self) -> None:
+        """One step: seconds of data, forward and backward, optimizer."""
+        s, h, marks = self.s, self.s.h, [time.perf_counter()]
         batch = s.loader.next(h.train_batch_tokens // h.train_seq_len, h.train_seq_len)
         marks.append(time.perf_counter())
-        step(batch, state, 0.0)
-        synchronize(rt)
+        self.state.carry = self.step(batch, self.state, 0.0).carry
+        synchronize(s.rt)
         marks.append(time.perf_counter())
         s.optimizer.step(1.0, h.muon_momentum, False, 0.0)
         s.weights.clear_gradients()
-        synchronize(rt)
-        marks.append(time.perf_counter())
-        times.append(np.diff(marks))
-    middle = np.median(np.array(times[3:]), axis=0)
-    result = dict(zip(("data_s", "forward_backward_s", "optimizer_s"), middle.round(6).tolist(), strict=True))
-    result["tokens_per_s"] = round(h.train_batch_tokens / float(middle.sum()), 1)
-    result["peak_memory_mib"] = round(peak_memory_bytes(rt) / MIB, 1)
+        synchronize(s.rt)
+        self.times.append(np.diff([*marks, time.perf_counter()]))
+
+    def result(self) -> dict[str, float]:
+        """Medians, the first three steps left out."""
+        middle = np.median(np.array(self.times[3:]), axis=0)
+        parts = dict(zip(("data_s", "forward_backward_s", "optimizer_s"), middle.round(6).tolist(), strict=True))
+        return {**parts, "tokens_per_s": round(self.s.h.train_batch_tokens / float(middle.sum()), 1)}
+
+
+def bench(h: Hyperparameters, rt: Runtime, steps: int, other: dict[str, str] | None) -> int:
+    """Time training steps on the configured data, one JSON object on stdout.
+
+    With other variables, steps of that configuration in turn, and the ratio of this one's tokens/s to that one's:
+    median and quartiles over pairs of steps.
+    """
+    watches = [Stopwatch(h, rt)]
+    if other:
+        versus = load_config({**os.environ, **other})
+        watches.append(Stopwatch(versus, start_runtime(versus) if rt.world == 1 else rt))
+    for _ in range(steps + 3):
+        for watch in watches:
+            watch.run()
+    result: dict[str, Any] = {**watches[0].result(), "peak_memory_mib": round(peak_memory_bytes(rt) / MIB, 1)}
+    if other:
+        one, two = (np.array(w.times[3:]).sum(1) / w.s.h.train_batch_tokens for w in watches)
+        result |= {"other": watches[1].result(), "ratio": np.percentile(two / one, (25, 50, 75)).round(4).tolist()}
     if rt.main:
         print(json.dumps(result))
     return 0
@@ -4400,7 +5645,9 @@ def parse_command(argv: list[str]) -> Any:
     writer.add_argument("--temperature", type=number(float, 0), default=0.8)
     writer.add_argument("--top-p", type=number(float, 0, 1), default=0.95)
     writer.add_argument("--seed", type=number(int, 0), default=1337)
-    commands.add_parser("bench").add_argument("--steps", type=number(int, 1), default=20)
+    timer = commands.add_parser("bench")
+    timer.add_argument("--steps", type=number(int, 1), default=20)
+    timer.add_argument("--ratio", nargs="+", default=[], metavar="VARIABLE=VALUE")
     return parser.parse_args(argv)
 
 
@@ -4421,7 +5668,9 @@ def main(argv: list[str], environ: dict[str, str]) -> int:
         if options.command == "plan":
             return plan(h, rt)
         if options.command == "bench":
-            return bench(h, rt, options.steps)
+            if unclear := [pair for pair in options.ratio if "=" not in pair]:
+                raise UserError(f"bench --ratio takes VARIABLE=value, not {unclear[0]}")
+            return bench(h, rt, options.steps, dict(pair.split("=", 1) for pair in options.ratio))
         return train(h, rt)
     except UserError as error:
         rank = os.environ.get("RANK", "0")

@@ -183,8 +183,9 @@ def test_choices_are_the_registry(field: str, registry: str) -> None:
 
 def test_backends_and_mixers_are_the_registries() -> None:
     assert set(t.FIELDS["ATTN_IMPL"].metadata["choices"]) == {"auto", *t.ATTENTION}
-    for kind in set(t.SITE_KINDS) - {"mlp"}:
-        assert set(t.load_config({"LAYER_PATTERN": kind}).mixers) == {kind}
+    for letter, kind in t.MIXER_LETTERS.items():
+        assert kind in t.SITE_KINDS and set(t.load_config({"LAYER_PATTERN": letter}).mixers) == {kind}
+    assert t.load_config({"LAYER_PATTERN": "hybrid", "NUM_LAYERS": "3"}).mixers == ("koopman", "attn", "koopman")
 
 
 # ---- precedence, presets, files ----
@@ -498,6 +499,13 @@ SETTINGS: list[dict[str, Any]] = [
     {"temp_scaling": True},
     {"bigram_hash_buckets": 64},
     {"induction_orders": "2"},
+    {"layer_pattern": "skc"},
+    {"layer_pattern": "K"},
+    {"layer_pattern": "skc", "bigram_hash_buckets": 64, "engram_inject_layer": 1},
+    {"capsule_bank": True, "feedback_passes": 1},
+    {"moe_experts": 4},
+    {"recurrence_layers": "1-2"},
+    {"ternary_noise_scale": 0.02},
 ]
 
 

@@ -64,11 +64,12 @@ def some_tokens(rows: int, length: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("layers", [1, 2, 5])
 @pytest.mark.parametrize("preset", t.PRESETS)
 def test_site_ids_count_up_from_zero(preset: str, layers: int) -> None:
-    h = t.load_config({"PRESET": preset, "NUM_LAYERS": str(layers)})
+    environ = {"PRESET": preset, "NUM_LAYERS": str(layers), "ENGRAM_INJECT_LAYER": "0"}
+    h = t.load_config(environ)
     sites = t.plan_sites(h, t.final_variant(h))
     assert [site.id for site in sites] == list(range(len(sites)))
     assert {site.layer for site in sites} == set(range(layers))
-    assert [site.kind for site in sites] == [kind for mixer in h.mixers for kind in (mixer, "mlp")]
+    assert {site.kind for site in sites} == set(h.site_kinds)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -392,7 +393,10 @@ SMALL = {
     "TRAIN_BATCH_TOKENS": 32,
 }
 COMPILED: dict[str, dict[str, object]] = {
-    **{preset: {"PRESET": preset, "EMBED_DIM": 8 if "embed_dim" in t.PRESETS[preset] else 0} for preset in t.PRESETS},
+    **{
+        preset: {"PRESET": preset, "EMBED_DIM": 8 if "embed_dim" in t.PRESETS[preset] else 0, "PARTIAL_ROPE_DIMS": 0}
+        for preset in t.PRESETS
+    },
     "documents": {"DOC_MASK": 1, "VALUE_RESIDUAL": 1, "MLP_ACT": "swiglu", "RESIDUAL": "plain", "QK_NORM": 0},
     "carried": {"ATTN_WINDOW": 4, "PARTIAL_ROPE_DIMS": 8, "YARN_FACTOR": 2, "MLP_ACT": "leaky_relu2"},
     "untied_later": {"UNTIE_AT_FRACTION": 0.5, "LOGIT_SOFTCAP": 0, "GRAD_CHECKPOINT": 2},

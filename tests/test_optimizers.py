@@ -234,7 +234,7 @@ def test_embedding_makes_the_sparse_gradient_of_its_table() -> None:
     loss.backward()
     grad = trainer.parameters[TABLE].grad
     assert grad is not None and grad.is_sparse
-    rows, whole = trainer.model.embed.ngrams.rows(tokens, torch.full((2, 2), -1))
+    rows, whole = trainer.model.embed.ngrams.rows(tokens, torch.full((2, 2), -1), t.BYTE_BOS)
     assert set(grad.coalesce().indices()[0].tolist()) == set(rows.flatten().tolist())
     step, at = 1e-6, int(rows[whole][0])
     with torch.no_grad():

@@ -130,7 +130,7 @@ def test_fresh_network_is_the_identity_on_its_embedding(name: str, layers: int) 
     h = config(NUM_LAYERS=layers, RESIDUAL=name)
     model = t.build_model(h, t.start_runtime(h), t.BYTE_BOS)
     tokens = torch.randint(0, 255, (2, 5), generator=torch.Generator().manual_seed(0))
-    ctx = model.context(tokens, None, None)
+    ctx = model.context(tokens, None, t.Variant())
     x, _, _ = model.hidden(ctx, None)
     torch.testing.assert_close(x, t.rms_norm(model.embed(ctx)[0]), rtol=1e-6, atol=1e-6)
 
@@ -147,7 +147,7 @@ def test_network_runs_its_topology(name: str, layers: int) -> None:
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         parameter.copy_(noise / math.sqrt(parameter.shape[-1]) if parameter.ndim == 2 else 0.5 + 0.3 * noise)
     tokens = torch.randint(0, 255, (2, 7), generator=generator)
-    ctx = model.context(tokens, None, None)
+    ctx = model.context(tokens, None, t.Variant())
     x0, _ = model.embed(ctx)
     x, stored, half, residual = x0, [], layers // 2, model.residual
     for layer, block in enumerate(model.blocks):

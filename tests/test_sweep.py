@@ -1,0 +1,98 @@
+"""records/sweep.py: paired comparisons, and a queue that goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT, clean_environment
+
+pytest.importorskip("optuna")
+from scipy import stats
+
+sys.path.insert(0, str(ROOT / "records"))
+import sweep
+
+LIST: dict[str, Any] = {
+    "baseline": "plain",
+    "seeds": [1, 2, 3],
+    "base": {"PRESET": "tiny", "ITERATIONS": 4},
+    "configs": {"plain": {}, "wide": {"MODEL_DIM": 64}},
+}
+
+
+def write_list(folder: Path, **changes: Any) -> Path:
+    path = folder / "some.json"
+    path.write_text(json.dumps({**LIST, **changes}))
+    return path
+
+
+def storage_of(folder: Path) -> str:
+    return f"sqlite:///{folder / 'queue.db'}"
+
+
+def test_paired_difference_is_students() -> None:
+    generator = np.random.default_rng(0)
+    base = {seed: float(generator.normal(3, 0.1)) for seed in range(6)}
+    own = {seed: base[seed] - 0.05 + float(generator.normal(0, 0.02)) for seed in range(1, 8) if seed in base}
+    count, mean, half, least = sweep.paired(own, base)
+    differences = [own[seed] - base[seed] for seed in own]
+    interval = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+    assert count == 5 and mean == pytest.approx(np.mean(differences))
+    assert (mean - half, mean + half) == pytest.approx((interval.low, interval.high))
+    assert least > half, "an effect as small as the interval is found only half of the time"
+    assert sweep.paired({1: 2.0}, {1: 1.5})[:2] == (1, 0.5) and np.isnan(sweep.paired({1: 2.0}, {1: 1.5})[2])
+
+
+@pytest.mark.parametrize(
+    "text,told",
+    [("{", "not a list"), ('{"base": {}}', "not a list"), (json.dumps({**LIST, "baseline": "x"}), "baseline 'x'")],
+)
+def test_bad_list_is_one_line(text: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    assert sweep.main(["table", str(path)]) == 2
+    assert told in capsys.readouterr().err
+    assert sweep.main(["table", str(tmp_path / "missing.json")]) == 2
+
+
+def test_queue_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs are run once each, an interrupted one again; a changed one is a new job; the table says what is missing."""
+    ran: list[tuple[str, int]] = []
+
+    def run(s: sweep.Sweep, trial: Any, core: int, out: Path) -> float:
+        trial.suggest_int("job", 0, 2**32 - 1)
+        job = (trial.user_attrs["config"], trial.user_attrs["seed"])
+        ran.append(job)
+        if len(ran) == 4:
+            raise KeyboardInterrupt  # the sweep is ended in the middle of a job
+        return 3.0 + (job[0] == "wide") * 0.1 + 0.01 * job[1]
+
+    monkeypatch.setattr(sweep, "run_job", run)
+    some, storage = sweep.read_sweep(write_list(tmp_path)), storage_of(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.work(some, storage, 0, tmp_path)
+    assert len(ran) == 4
+    assert "missing: wide (2), plain (3), wide (3)" in sweep.table(some, sweep.losses(some, storage))
+    sweep.work(some, storage, 0, tmp_path)
+    assert sorted(ran[4:]) == [("plain", 3), ("wide", 2), ("wide", 3)]
+    assert "missing: none" in sweep.table(some, sweep.losses(some, storage))
+    changed = sweep.read_sweep(write_list(tmp_path, configs={"plain": {}, "wide": {"MODEL_DIM": 96}}))
+    assert "missing: wide (1)" in sweep.table(changed, sweep.losses(changed, storage))
+
+
+@pytest.mark.slow  # four real runs: that the command line, the pinning and the metrics fit together
+def test_a_sweep_runs_and_compares(tmp_path: Path, byte_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in clean_environment({}).items():
+        monkeypatch.setenv(name, value)
+    base = {**LIST["base"], "VOCAB_SIZE": 256, "DATA_PATH": str(byte_data), "DEVICE": "cpu", "COMPILE": 0}
+    path = write_list(tmp_path, base=base, seeds=[1, 2])
+    arguments = ["run", str(path), "--storage", storage_of(tmp_path), "--out", str(tmp_path / "out")]
+    assert sweep.main(arguments) == 0
+    found = sweep.losses(sweep.read_sweep(path), storage_of(tmp_path))
+    assert all(set(runs) == {1, 2} for runs in found.values())
+    assert len({loss for runs in found.values() for loss in runs.values()}) == 4
