@@ -2359,6 +2359,18 @@ class MoE(Module):
         """The experts' weights `up` or `down`, (E, out, in)."""
         return torch.stack([(e.up if part == "up" else e.down).weight for e in self.experts]).to(dtype)  # type: ignore
 
+    def answers(self, x: Tensor, chosen: Tensor, counts: Tensor) -> Tensor:
+        """What each token's experts make of it, (B, T, k, D): rows go to their experts in order, and back."""
+        order = chosen.flatten().argsort(stable=True)
+        inverse = order.argsort()
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        rows = x.to(dtype).flatten(0, 1)
+        rows = rows.repeat_interleave(self.top_k, 0) if self.top_k > 1 else rows
+        rows = PermutationFunction.apply(rows, order, inverse)
+        hidden = self.act(grouped(rows, self.stacked("up", dtype), counts, False))
+        found = grouped(hidden, self.stacked("down", dtype), counts, False)
+        return PermutationFunction.apply(found, inverse, order).view(*chosen.shape, -1)
+
     def forward(self, x: Tensor, ctx: Ctx, state: None) -> Out:
         if not ctx.variant.experts:
             return self.experts[0](x, ctx, state)
@@ -2366,17 +2378,8 @@ class MoE(Module):
         weight, chosen = p.topk(self.top_k, -1)  # (B, T, k)
         weight = weight / weight.sum(-1, keepdim=True) if self.top_k > 1 else weight
         share = F.one_hot(chosen, len(self.experts)).to(p.dtype).sum(2)  # (B, T, E)
-        order = chosen.flatten().argsort(stable=True)
-        inverse = order.argsort()
-        counts = share.sum((0, 1)).to(torch.int64)
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        rows = x.to(dtype).flatten(0, 1)
-        rows = rows.repeat_interleave(self.top_k, 0) if self.top_k > 1 else rows
-        rows = PermutationFunction.apply(rows, order, inverse)
-        hidden = self.act(grouped(rows, self.stacked("up", dtype), counts, False))
-        found = grouped(hidden, self.stacked("down", dtype), counts, False)
-        found = PermutationFunction.apply(found, inverse, order)
-        y = (found.view(*weight.shape, -1) * weight.unsqueeze(-1).to(dtype)).sum(2)
+        found = self.answers(x, chosen, share.sum((0, 1)).to(torch.int64))
+        y = (found * weight.unsqueeze(-1).to(found.dtype)).sum(2)
         losses, metrics = {}, {}
         if self.balance and ctx.moment is not None:
             balance = len(self.experts) * (p.mean(1) * share.mean(1) / self.top_k).sum()

@@ -341,7 +341,7 @@ def test_batch_size_stages_go_through_the_stream_without_gap(place_data: str) ->
     stages: dict[str, Any] = {"BATCH_STAGES": f"0:{2 * SEQ},0.25:{4 * SEQ},0.5:{8 * SEQ}"}
     loader = loader_of(place_data, "contiguous", **stages)
     h = t.load_config(order_env(place_data, **stages))
-    rows = [t.batch_tokens(h, progress) // SEQ for progress in (0.0, 0.2, 0.25, 0.4, 0.499, 0.5, 0.9, 1.0)]
+    rows = [t.stage_at(h.stages, progress) // SEQ for progress in (0.0, 0.2, 0.25, 0.4, 0.499, 0.5, 0.9, 1.0)]
     assert rows == [2, 2, 4, 4, 4, 8, 8, 8]
     first = np.concatenate([where(take(loader, 1, rows=count))[0] for count in rows])
     assert first.tolist() == list(range(0, sum(rows) * SEQ, SEQ))

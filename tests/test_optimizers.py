@@ -575,9 +575,9 @@ def test_muon_momentum_rises_over_its_first_steps(steps: int, points: dict[int, 
 
 def test_batch_stages() -> None:
     h = schedule(BATCH_STAGES="0:1024,0.25:4096,0.5:2048", TRAIN_SEQ_LEN=1024)
-    found = [t.batch_tokens(h, progress) for progress in (0.0, 0.2499, 0.25, 0.49, 0.5, 1.0)]
+    found = [t.stage_at(h.stages, progress) for progress in (0.0, 0.2499, 0.25, 0.49, 0.5, 1.0)]
     assert found == [1024, 1024, 4096, 4096, 2048, 2048]
-    assert t.batch_tokens(schedule(TRAIN_BATCH_TOKENS=8192), 0.7) == 8192
+    assert t.stage_at(schedule(TRAIN_BATCH_TOKENS=8192).stages, 0.7) == 8192
 
 
 # ---- it trains
