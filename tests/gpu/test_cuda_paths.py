@@ -70,7 +70,7 @@ def test_rotary_angles_are_exact_at_64k() -> None:
         assert np.abs(found[0, :, 0].cpu().double().numpy() - expected).max() < 1e-6
 
 
-@pytest.mark.parametrize("preset", ["attn", "ternary", "local"])
+@pytest.mark.parametrize("preset", ["attn", "ternary", "local", "skc_small", "hybrid_mac"])
 def test_compiled_loss_and_gradients_agree_with_eager(preset: str) -> None:
     h, rt, model = build(preset)
     tokens = torch.randint(2, h.vocab_size, (4, 129), generator=torch.Generator().manual_seed(1)).cuda()
@@ -84,6 +84,19 @@ def test_compiled_loss_and_gradients_agree_with_eager(preset: str) -> None:
     assert abs(found[0][0] - found[1][0]) < 1e-2
     for name, grad in found[0][1].items():
         assert (grad - found[1][1][name]).norm() <= 0.1 * grad.norm() + 1e-8, name
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1), (3, 70, 33), (4, 1000, 768)])
+def test_scan_kernels_agree_with_the_plain_scan(shape: tuple[int, int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = (torch.rand(shape, generator=generator) * (torch.rand(shape, generator=generator) > 0.1)).cuda()
+    b, grad = (torch.randn(shape, generator=generator).cuda() for _ in range(2))
+    h0 = torch.randn(shape[0], shape[2], generator=generator).cuda()
+    leaves = [x.requires_grad_() for x in (a, b, h0)]
+    fused, plain = (t.ScanFunction.apply(*leaves, kernel) for kernel in (True, False))
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
+    for mine, other in zip(*(torch.autograd.grad((h * grad).sum(), leaves) for h in (fused, plain)), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3)
 
 
 def test_codecs_give_the_same_bits_on_gpu_and_cpu() -> None:
