@@ -31,6 +31,24 @@ KEPT_VARIABLES = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PAT
 TRAIN_TOKENS, VAL_TOKENS = (24_000, 16_000), (6_000,)  # tokens of each shard
 BOS = 255
 
+# Jobs that switch on what SKC adds, each with state, noise or structure that changes during the run.
+SKC_KINDS: dict[str, dict[str, str]] = {
+    "skc, bank, feedback, engram": {
+        "LAYER_PATTERN": "SA", "CAPSULE_DIM": "8", "CAPSULE_NUM": "3", "SKC_BLOCK_SIZE": "8", "CAPSULE_BANK": "1",
+        "FEEDBACK_PASSES": "1", "FEEDBACK_DIM": "8", "BIGRAM_HASH_BUCKETS": "64", "BIGRAM_HASH_DIM": "8",
+        "ENGRAM_INJECT_LAYER": "1", "CURRICULUM_STAGES": "0:4,0.3:2,0.6:1", "TERNARY_NOISE_SCALE": "0.02",
+        "TERNARY_NOISE_FRACTION": "0.7", "STOCHASTIC_DEPTH": "0.2", "SMEAR_GATE": "8",
+    },
+    "experts, loops, parallel": {
+        "LAYER_PATTERN": "P", "CAPSULE_DIM": "8", "CAPSULE_NUM": "3", "MOE_EXPERTS": "3", "MOE_LAYER_FRAC": "1",
+        "MOE_START_FRACTION": "0.3", "RECURRENCE_LAYERS": "0-1", "RECURRENCE_START_FRACTION": "0.5", "MUON_WD": "0.1",
+    },
+    "koopman, carried": {
+        "LAYER_PATTERN": "K", "CAPSULE_DIM": "8", "CAPSULE_NUM": "3", "SKC_BLOCK_SIZE": "8", "CAPSULE_BANK": "1",
+        "BATCH_MODE": "streams", "CARRY_TRAIN": "1", "CARRY_EVAL": "1", "SHARED_BLOCKS": "1",
+    },
+}  # fmt: skip
+
 WORDS = {
     "determiner": "the a this every some one no the the",
     "adjective": "small green old quiet heavy bright naïve slow cold wooden curious round",

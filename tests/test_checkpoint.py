@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import SKC_KINDS
 
 import train_gpt as t
 
@@ -48,20 +49,7 @@ KINDS: dict[str, dict[str, str]] = {
     "warm-down by steps": {"WARMDOWN_ITERS": "5", "LR_WARMUP_FRACTION": "0.4", "MATRIX_CODEC": "int8"},
     "float64": {"PRECISION": "fp64", **AVERAGE},
     "bf16": {"PRECISION": "bf16", **AVERAGE},
-    "skc, bank, feedback, engram": {
-        "LAYER_PATTERN": "SA", "CAPSULE_DIM": "8", "CAPSULE_NUM": "3", "SKC_BLOCK_SIZE": "8", "CAPSULE_BANK": "1",
-        "FEEDBACK_PASSES": "1", "FEEDBACK_DIM": "8", "BIGRAM_HASH_BUCKETS": "64", "BIGRAM_HASH_DIM": "8",
-        "ENGRAM_INJECT_LAYER": "1", "CURRICULUM_STAGES": "0:4,0.3:2,0.6:1", "TERNARY_NOISE_SCALE": "0.02",
-        "TERNARY_NOISE_FRACTION": "0.7", "STOCHASTIC_DEPTH": "0.2", "SMEAR_GATE": "8",
-    },
-    "experts, loops, parallel": {
-        "LAYER_PATTERN": "P", "CAPSULE_DIM": "8", "CAPSULE_NUM": "3", "MOE_EXPERTS": "3", "MOE_LAYER_FRAC": "1",
-        "MOE_START_FRACTION": "0.3", "RECURRENCE_LAYERS": "0-1", "RECURRENCE_START_FRACTION": "0.5", "MUON_WD": "0.1",
-    },
-    "koopman, carried": {
-        "LAYER_PATTERN": "K", "CAPSULE_DIM": "8", "CAPSULE_NUM": "3", "SKC_BLOCK_SIZE": "8", "CAPSULE_BANK": "1",
-        "BATCH_MODE": "streams", "CARRY_TRAIN": "1", "CARRY_EVAL": "1", "SHARED_BLOCKS": "1",
-    },
+    **SKC_KINDS,
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import SKC_KINDS
 
 import train_gpt as t
 
@@ -36,20 +37,7 @@ KINDS: dict[str, dict[str, str]] = {
         "BIGRAM_HASH_BUCKETS": "64", "BIGRAM_HASH_DIM": "8", "BIGRAM_HASH_ORDERS": "2,3", "GRAD_CLIP_NORM": "0.3",
         "MICRO_BATCH_TOKENS": "64", "INDUCTION_ORDERS": "1,2", "INDUCTION_WINDOW": "50",
     },
-    "skc, bank, feedback, engram": {
-        "LAYER_PATTERN": "SA", "CAPSULE_DIM": "8", "CAPSULE_NUM": "3", "SKC_BLOCK_SIZE": "8", "CAPSULE_BANK": "1",
-        "FEEDBACK_PASSES": "1", "FEEDBACK_DIM": "8", "BIGRAM_HASH_BUCKETS": "64", "BIGRAM_HASH_DIM": "8",
-        "ENGRAM_INJECT_LAYER": "1", "CURRICULUM_STAGES": "0:4,0.3:2,0.6:1", "TERNARY_NOISE_SCALE": "0.02",
-        "TERNARY_NOISE_FRACTION": "0.7", "STOCHASTIC_DEPTH": "0.2", "SMEAR_GATE": "8",
-    },
-    "experts, loops, parallel": {
-        "LAYER_PATTERN": "P", "CAPSULE_DIM": "8", "CAPSULE_NUM": "3", "MOE_EXPERTS": "3", "MOE_LAYER_FRAC": "1",
-        "MOE_START_FRACTION": "0.3", "RECURRENCE_LAYERS": "0-1", "RECURRENCE_START_FRACTION": "0.5", "MUON_WD": "0.1",
-    },
-    "koopman, carried": {
-        "LAYER_PATTERN": "K", "CAPSULE_DIM": "8", "CAPSULE_NUM": "3", "SKC_BLOCK_SIZE": "8", "CAPSULE_BANK": "1",
-        "BATCH_MODE": "streams", "CARRY_TRAIN": "1", "CARRY_EVAL": "1", "SHARED_BLOCKS": "1",
-    },
+    **SKC_KINDS,
     "one layer, uncapped": {"NUM_LAYERS": "1", "LOGIT_SOFTCAP": "0", "EMBED_DIM": "16", "MATRIX_CODEC": "int8"},
 }  # fmt: skip
 
