@@ -606,3 +606,11 @@ def test_carried_state_begins_anew_with_the_epoch(tiny_env: dict[str, str], tmp_
     t.train_loop(s, state)
     assert state.position == t.Position(32, 2)
     assert state.carry[0].position.tolist() == [32] * 8
+
+
+def test_structure_that_is_on_stays_on_in_a_longer_run(run_job: Run, tiny_env: dict[str, str]) -> None:
+    """Continued with more steps, progress falls back below the fraction; the trained head is not copied again."""
+    env = {**tiny_env, "UNTIE_AT_FRACTION": "0.5", "ITERATIONS": "6", "SAMPLE_TOKENS": "0"}
+    assert "from here on: untied" in run_job(env).out
+    done = run_job({**env, "ITERATIONS": "40", "RESUME": "auto"})
+    assert done.code == 0 and "from here on" not in done.out, done.err

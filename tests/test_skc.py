@@ -379,6 +379,17 @@ def test_blocks_stop_one_by_one() -> None:
 
 
 @torch.no_grad()
+def test_a_block_stops_for_the_document_whose_capsules_it_sees() -> None:
+    """A document that starts inside the block sees none of them, and goes on."""
+    model, tokens = scrambled(**FEEDBACK), some_tokens(1, 10, starts=0.0)
+    tokens[0, 6] = BOS
+    ctx, same = model.context(tokens, None, t.Variant()), torch.ones(1, 3, N, S, dtype=torch.float64)
+    memory = {"stopped": torch.zeros(1, 10, 1, dtype=torch.bool), "capsules": (same, same)}
+    stopped = model.after_pass(inputs(model, 1, 10), ctx._replace(memory=memory)).memory["stopped"]
+    assert stopped.flatten().tolist() == [True] * 6 + [False] * 2 + [True] * 2
+
+
+@torch.no_grad()
 def test_speculation_needs_no_pass() -> None:
     model = scrambled(**FEEDBACK, CAPSULE_SPECULATE=1)
     variant = t.scoring_variant(model.h)
