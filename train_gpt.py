@@ -196,9 +196,13 @@ class Hyperparameters:
         when=lambda h: h.has_skc or h.capsule_bank)
     koopman_rank: int = var(4, "skc", "rank of Koopman couplings", low=1,
         when=lambda h: "koopman" in h.mixers or (h.capsule_bank and h.feedback_passes > 0))
+    koopman_rotation: bool = var(True, "skc", "Koopman mixers and the bank work in a basis turned by a Hadamard matrix",
+        when=lambda h: "koopman" in h.mixers or h.capsule_bank)
     capsule_bank: bool = var(False, "skc", "capsules with Koopman dynamics between encoder and decoder layers")
     capsule_carry_decay: float = var(0.8, "skc", "what is left of the bank's capsules after TRAIN_SEQ_LEN tokens",
         low=0, high=1, when=lambda h: h.capsule_bank)
+    capsule_blend_init: float = var(-5.0, "skc", "first logit of the foreseen part in a later pass's capsules",
+        when=lambda h: h.capsule_bank and h.feedback_passes > 0)
     capsule_consistency: float = var(0.005, "optimizer", "weight of the loss of predicted capsules", low=0,
         when=lambda h: h.capsule_bank and h.feedback_passes > 0)
     capsule_speculator: float = var(0.01, "optimizer", "weight of the loss of the last pass foreseen", low=0,
@@ -230,6 +234,9 @@ class Hyperparameters:
     ternary_scale: str = var("absmean", "weights",
         "scale of a ternary group: mean |w|, or least squares for its codes", choices=("absmean", "lstsq"),
         when=lambda h: "ternary" in h.codecs)
+    turbo_quant_train: bool = var(False, "weights",
+        "weights of small integers are quantized in a basis turned by a Hadamard matrix in each group",
+        when=lambda h: h.any_grouped)
     ternary_start_fraction: float = var(0.0, "weights", "train in float until this progress", "fraction", low=0,
         high=1, when=lambda h: "ternary" in h.codecs)
 
@@ -1640,6 +1647,44 @@ class IntCodec(GroupedCodec):
         return Codes(ungroup(codes, w.shape[-1]).to(torch.int8), stored)
 
 
+def turned(w: Any, group: int) -> Any:
+    """Each group of columns times the orthonormal Hadamard matrix, its own inverse; torch and numpy agree bit for bit.
+
+    Sums of pairs in a fixed order (Yates 1937), since a matrix product may add in any. Weights stay as they are where
+    the group is no power of two or does not divide the columns.
+    """
+    shape, size = w.shape, min(group, w.shape[-1])
+    if size & (size - 1) or shape[-1] % size:
+        return w
+    stack, half = torch.stack if isinstance(w, Tensor) else np.stack, 1
+    while half < size:
+        w = w.reshape(*shape[:-1], -1, 2, half)
+        w, half = stack((w[..., 0, :] + w[..., 1, :], w[..., 0, :] - w[..., 1, :]), -2), 2 * half
+    return w.reshape(shape) * float(np.float32(size**-0.5))
+
+
+class TurnedCodec(Codec):
+    """Another codec in a turned basis, where outliers of a group are spread over it (QuaRot, arXiv 2404.00456).
+
+    The rotation is orthonormal, so the straight-through gradient stays the identity.
+    """
+
+    def __init__(self, codec: GroupedCodec) -> None:
+        self.codec, self.stream, self.bits = codec, codec.stream, codec.bits  # type: ignore[misc]
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...] | None:
+        return self.codec.scale_shape(shape)
+
+    def quantize(self, w: Tensor, tuning: Tuning) -> Codes:
+        return self.codec.quantize(turned(w, self.codec.group), tuning)
+
+    def decode(self, coded: Codes) -> Tensor:
+        return turned(self.codec.decode(coded), self.codec.group)
+
+    def decode_numpy(self, codes: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
+        return turned(self.codec.decode_numpy(codes, scales), self.codec.group)
+
+
 class Fp8Codec(Codec):
     """float8 e4m3 with one bf16 scale per row, chosen so that the row's largest value lands on 448."""
 
@@ -1673,13 +1718,20 @@ def e4m3_table() -> np.ndarray:
 
 E4M3 = e4m3_table()
 
+
+def grouped_codec(h: Hyperparameters, bits: int) -> Codec:
+    """Integers of so many bits; 2 stands for ternary."""
+    codec = IntCodec(h.group_size, bits) if bits > 2 else TernaryCodec(h.group_size, h.ternary_scale == "lstsq")
+    return TurnedCodec(codec) if h.turbo_quant_train else codec
+
+
 CODECS: dict[str, Callable[[Hyperparameters], Codec]] = {
-    "ternary": lambda h: TernaryCodec(h.group_size, h.ternary_scale == "lstsq"),
-    "int4": lambda h: IntCodec(h.group_size, 4),
-    "int5": lambda h: IntCodec(h.group_size, 5),
-    "int6": lambda h: IntCodec(h.group_size, 6),
-    "int7": lambda h: IntCodec(h.group_size, 7),
-    "int8": lambda h: IntCodec(h.group_size, 8),
+    "ternary": lambda h: grouped_codec(h, 2),
+    "int4": lambda h: grouped_codec(h, 4),
+    "int5": lambda h: grouped_codec(h, 5),
+    "int6": lambda h: grouped_codec(h, 6),
+    "int7": lambda h: grouped_codec(h, 7),
+    "int8": lambda h: grouped_codec(h, 8),
     "fp8": lambda h: Fp8Codec(),
     "bf16": lambda h: HalfCodec(torch.bfloat16),
     "fp16": lambda h: HalfCodec(torch.float16),
@@ -2634,6 +2686,19 @@ def hadamard(n: int) -> Tensor:
     return matrix / math.sqrt(n)
 
 
+class Turn(Module):
+    """x H over the last dimension, of CAPSULE_DIM channels; x itself where KOOPMAN_ROTATION is off."""
+
+    def __init__(self, h: Hyperparameters) -> None:
+        super().__init__()
+        self.register_buffer("rotation", hadamard(h.capsule_dim) if h.koopman_rotation else None, persistent=False)
+
+    rotation: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.rotation is None else x @ self.rotation.to(x.dtype)
+
+
 class CausalConv(Module):
     """y_t = sum_k w_k x_{t-k} per channel, within the document; the state is the last SKC_CONV - 1 inputs."""
 
@@ -2881,9 +2946,7 @@ class Koopman(Module):
         self.v = nn.Parameter(torch.empty(h.capsule_dim, h.koopman_rank))
         self.norm_gain = nn.Parameter(torch.empty(h.capsule_dim))
         self.proj = Linear(name + ".proj", h.capsule_dim, h.model_dim)
-        self.register_buffer("rotation", hadamard(h.capsule_dim), persistent=False)
-
-    rotation: Tensor
+        self.turn = Turn(h)
 
     def init_state(self, batch: int, dtype: torch.dtype) -> KoopmanState:
         tail = self.u.new_zeros((batch, self.taps - 1, self.width), dtype=dtype)
@@ -2897,8 +2960,8 @@ class Koopman(Module):
         u, tail = self.conv(u, ctx, given.tail)
         keep = torch.sigmoid(-pace.to(given.h.dtype))
         seen = keep * (ctx.age > 0).unsqueeze(-1)
-        h, last = linear_scan(seen, (1 - seen) * torch.sigmoid(gate) * (u @ self.rotation.to(u.dtype)), given.h)
-        mixed = (h + h @ self.v @ self.u.mT) @ self.rotation
+        h, last = linear_scan(seen, (1 - seen) * torch.sigmoid(gate) * self.turn(u), given.h)
+        mixed = self.turn(h + h @ self.v @ self.u.mT)
         y = self.proj(rms_norm(mixed).to(x.dtype) * self.norm_gain, ctx)
         metrics = watched(ctx, gate=torch.sigmoid(gate), keep_gate=keep)
         return Out(y, None if state is None else KoopmanState(tail, last), metrics=metrics)
@@ -3218,9 +3281,7 @@ class CapsuleBank(Module):
         if h.feedback_passes:
             self.diagonal, self.blend = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(1))
             self.u, self.v = (nn.Parameter(torch.empty(width, h.koopman_rank)) for _ in range(2))
-        self.register_buffer("rotation", hadamard(width), persistent=False)
-
-    rotation: Tensor
+        self.turn = Turn(h)
 
     def init_state(self, batch: int, dtype: torch.dtype) -> BlockState:
         shape, wide = (batch, *self.hold.shape), torch.promote_types(dtype, torch.float32)
@@ -3240,7 +3301,7 @@ class CapsuleBank(Module):
             for _ in range(self.h.feedback_passes):
                 c = self.predict(c)
         routes = ctx.blocks.lay(self.routes(x, ctx))
-        read = (routes @ c.to(routes.dtype)) @ self.rotation.to(routes.dtype) * ctx.blocks.visible
+        read = self.turn(routes @ c.to(routes.dtype)) * ctx.blocks.visible
         y = torch.tanh(self.gate).to(x.dtype) * self.proj(ctx.blocks.pick(read, x.shape[1]).to(x.dtype), ctx)
         metrics = watched(ctx, capsules=c, opening=torch.tanh(self.gate))
         return Out(y, None if state is None else new, None, {"capsules": (*trail, c)}, losses, metrics)
@@ -3255,7 +3316,7 @@ class CapsuleBank(Module):
         blocks, source = ctx.blocks, ctx.memory.get("top", x)
         assert blocks is not None
         project = self.again if "top" in ctx.memory and self.again is not None else self.value
-        values = blocks.lay(project(source, ctx)) @ self.rotation.to(x.dtype)
+        values = self.turn(blocks.lay(project(source, ctx)))
         sums = route_sums(blocks.lay(self.routes(source, ctx)), values, blocks)
         number = blocks.first + torch.arange(sums.shape[1], device=x.device)
         width, window = self.h.skc_block_size, self.h.train_seq_len
@@ -3676,7 +3737,7 @@ def initial_value(h: Hyperparameters, name: str, shape: Sequence[int], generator
     constants = {"q_gain": h.qk_gain_init, "v_mix": 4.0, "scale": 1.0, "skip": 1.0, "found": 0.0, "amount": 0.0}
     constants |= {"gain": 0.1 if leaf[0] == "induction" else 1.0, "norm_gain": 1.0, "local_decay": 1.0}
     constants |= {"route_logit": -2.0, "breadth": -2.0, "bend": -4.0, "sharpness": 0.0, "bias": 0.0, "gate": 0.2}
-    constants |= {"diagonal": 0.9, "blend": -5.0, "strength": 0.1}
+    constants |= {"diagonal": 0.9, "blend": h.capsule_blend_init, "strength": 0.1}
     if name.endswith("sketch.hold"):
         return torch.full(tuple(shape), 2.0)
     if name == "residual.mix":

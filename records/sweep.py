@@ -5,6 +5,7 @@
 
 The list is a JSON object: `base` and each entry of `configs` hold variables of train_gpt.py (these over those),
 `seeds` the seeds that every configuration is run with, `baseline` the configuration that the others are compared with.
+A variable SCRIPT names another script than train_gpt.py.
 Runs are bound by steps (ITERATIONS), so that all train on equal tokens; runs of one seed share data order and the
 initial values of the weights that they have in common.
 
@@ -13,7 +14,9 @@ a trial whose worker died is tried again and continues from its last checkpoint,
 Every worker runs one process with one thread, pinned to one core.
 
 The table gives the mean loss of each configuration, and the mean paired difference to the baseline with its 95%
-interval (Student's t over seeds) and the smallest true difference that the design finds with a power of 80%.
+interval (Student's t over seeds) and the smallest true difference that the design finds with a power of 80%. A few
+pairs tell little of their own spread, so both are also given with the spread that all configurations have in common:
+what is left of the losses after a mean for each configuration and one for each seed (two-way analysis of variance).
 """
 
 import argparse
@@ -124,7 +127,7 @@ def run_job(sweep: Sweep, trial: optuna.Trial, core: int, out: Path) -> float:
         pin = ["taskset", "-c", str(core)] if sys.platform == "linux" else []
         with open(out / f"{run_id}.log", "a", encoding="utf-8") as log:
             environment = {**os.environ, **own, **sweep.variables(name, seed)}
-            command = [*pin, sys.executable, str(ROOT / "train_gpt.py")]
+            command = [*pin, sys.executable, str(ROOT / environment.pop("SCRIPT", "train_gpt.py"))]
             code = subprocess.run(command, env=environment, stdout=log, stderr=log, check=False).returncode
         result = read_result(out / run_id)
         if result is None:
@@ -173,10 +176,21 @@ def paired(own: dict[int, float], base: dict[int, float]) -> tuple[int, float, f
     return count, float(differences.mean()), float(critical * error), float((critical + power) * error)
 
 
+def common_spread(found: dict[str, dict[int, float]], seeds: Sequence[int]) -> tuple[float, int]:
+    """Standard deviation of a loss about the sum of its configuration's and its seed's effects, and its degrees of
+    freedom, from the configurations that have all seeds; (NaN, 0) with fewer than two of them."""
+    losses = np.array([[runs[seed] for seed in seeds] for runs in found.values() if runs.keys() >= set(seeds)])
+    freedom = (len(losses) - 1) * (len(seeds) - 1)
+    if freedom < 1:
+        return np.nan, 0
+    left = losses - losses.mean(1, keepdims=True) - losses.mean(0) + losses.mean()
+    return float(np.sqrt(np.square(left).sum() / freedom)), freedom
+
+
 def table(sweep: Sweep, found: dict[str, dict[int, float]]) -> str:
     """Markdown, best first; all losses in nats a token."""
     rows = ["| configuration | runs | nats per token | difference | 95% interval | finds |", "|---" * 6 + "|"]
-    base = found[sweep.baseline]
+    base, (spread, freedom) = found[sweep.baseline], common_spread(found, sweep.seeds)
     means = {name: float(np.mean(list(runs.values()))) for name, runs in found.items() if runs}
     for name in sorted(means, key=lambda name: means[name]):
         count, mean, half, least = paired(found[name], base)
@@ -184,6 +198,11 @@ def table(sweep: Sweep, found: dict[str, dict[int, float]]) -> str:
         interval = "" if not difference or np.isnan(half) else f"{mean - half:+.4f} to {mean + half:+.4f}"
         finds = "" if not interval else f"{least:.4f}"
         rows.append(f"| {name} | {len(found[name])} | {means[name]:.4f} | {difference} | {interval} | {finds} |")
+    if freedom:
+        error = spread * np.sqrt(2 / len(sweep.seeds))
+        half, power = stats.t.ppf(0.975, freedom) * error, stats.t.ppf(0.8, freedom) * error
+        told = f"common spread {spread:.4f} ({freedom} degrees of freedom): intervals of any difference over all seeds"
+        rows += ["", f"{told} +-{half:.4f}, finds {half + power:.4f}"]
     missing = [f"{name} ({seed})" for name, seed in sweep.jobs() if seed not in found[name]]
     return "\n".join([*rows, "", f"missing: {', '.join(missing) or 'none'}"])
 

@@ -19,8 +19,8 @@ EVERY_CODEC = pytest.mark.parametrize("name", t.CODECS)
 GROUPED = [name for name in t.CODECS if isinstance(t.CODECS[name](t.load_config({})), t.GroupedCodec)]
 
 
-def codec_of(name: str, group: int = 4, scale: str = "absmean") -> t.Codec:
-    return t.CODECS[name](t.Hyperparameters(group_size=group, ternary_scale=scale))
+def codec_of(name: str, group: int = 4, scale: str = "absmean", turn: bool = False) -> t.Codec:
+    return t.CODECS[name](t.Hyperparameters(group_size=group, ternary_scale=scale, turbo_quant_train=turn))
 
 
 def tuning_of(bank: Tensor, threshold: float = 0.5, multiplier: float = 1.0) -> t.Tuning:
@@ -98,15 +98,37 @@ def banks(draw: st.DrawFn, dtype: Any = None) -> Tensor:
     w=banks(),
     group=st.integers(1, 24),
     scale=st.sampled_from(["absmean", "lstsq"]),
+    turn=st.booleans(),
     threshold=st.floats(0, 1.5),
     multiplier=st.floats(0.25, 4),
 )
 def test_training_export_and_reader_see_the_same_numbers(
-    name: str, w: Tensor, group: int, scale: str, threshold: float, multiplier: float
+    name: str, w: Tensor, group: int, scale: str, turn: bool, threshold: float, multiplier: float
 ) -> None:
-    codec = codec_of(name, group, scale)
+    codec = codec_of(name, group, scale, turn)
     check_one_codec_law(codec, w, t.default_tuning(w))
     check_one_codec_law(codec, w, tuning_of(w, threshold, multiplier))
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_a_turned_codec_quantizes_in_the_basis_of_each_group(name: str) -> None:
+    """Against the matrix, and only where groups of a power of two fill the columns."""
+    w = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tuning, matrix = t.default_tuning(w), t.hadamard(8).double()
+    want = codec_of(name, 8).fake_quantize((w.unflatten(-1, (3, 8)) @ matrix).flatten(-2), tuning).double()
+    got = codec_of(name, 8, turn=True).fake_quantize(w, tuning).double()
+    torch.testing.assert_close((got.unflatten(-1, (3, 8)) @ matrix).flatten(-2), want, rtol=1e-5, atol=1e-6)
+    for group in (6, 16):
+        assert bits(codec_of(name, group, turn=True).fake_quantize(w, tuning)) == bits(
+            codec_of(name, group).fake_quantize(w, tuning)
+        )
+
+
+def test_turning_spreads_an_outlier_over_its_group() -> None:
+    w = torch.zeros(1, 1, 64)
+    w[0, 0, 5] = 1.0
+    plain, turned = (codec_of("ternary", 64, turn=turn).fake_quantize(w, t.default_tuning(w)) for turn in (False, True))
+    assert (plain - w).norm() > 0.9 and (turned - w).norm() < 0.02
 
 
 @EVERY_CODEC

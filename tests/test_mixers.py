@@ -58,6 +58,7 @@ PARTS: dict[str, tuple[str, dict[str, object]]] = {
     "two_experts": ("P", {"MOE_EXPERTS": 4, "MOE_TOP_K": 2, "MOE_LAYER_FRAC": 1, "MLP_ACT": "swiglu"}),
     "bank": ("K", {**BANK}),
     "bank_feedback": ("K", {**BANK, **FEEDBACK, "FEEDBACK_HALT": 0}),
+    "unturned": ("K", {**BANK, **FEEDBACK, "KOOPMAN_ROTATION": 0}),
     "stopping": ("AS", {**BANK, **FEEDBACK, "FEEDBACK_HALT": 0.7, "NUM_LAYERS": 2}),
     "feedback": ("A", {**FEEDBACK, "DOC_MASK": 1, "FEEDBACK_EVERY": 2, "RESIDUAL": "plain"}),
     "speculates": ("S", {**BANK, **FEEDBACK, "CAPSULE_SPECULATE": 1}),

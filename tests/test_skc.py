@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import subprocess
 import sys
@@ -135,12 +136,13 @@ def starts_of(documents: list[int]) -> list[bool]:
     return [i == 0 or documents[i] != documents[i - 1] for i in range(len(documents))]
 
 
+@pytest.mark.parametrize("turn", [0, 1])
 @torch.no_grad()
-def test_koopman_is_its_formula() -> None:
-    model = scrambled(LAYER_PATTERN="K")
+def test_koopman_is_its_formula(turn: int) -> None:
+    model = scrambled(LAYER_PATTERN="K", KOOPMAN_ROTATION=turn)
     layer, tokens, x = model.blocks[1]["koopman"], some_tokens(2, 13), inputs(model, 2, 13)
     got = layer(x, model.context(tokens, None, t.Variant()), None).y
-    rotation = t.hadamard(S).double()
+    rotation = t.hadamard(S).double() if turn else torch.eye(S, dtype=torch.float64)
     for row in range(2):
         documents = (tokens[row] == BOS).cumsum(0).tolist()
         u, gate, pace = (x[row] @ layer.inputs.weight.T).chunk(3, -1)
@@ -308,6 +310,20 @@ def test_each_leak_of_the_origin_is_caught(leak: str, monkeypatch: pytest.Monkey
     assert not future_moves_the_past(model)
     monkeypatch.setattr(owner, method, naive)
     assert future_moves_the_past(model), "the test does not see this leak"
+
+
+def test_the_leak_that_is_priced_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """benchmarks/leak.py: what the table of records/origin.md says of leaks rests on it."""
+    path = ROOT / "benchmarks" / "leak.py"
+    spec = importlib.util.spec_from_file_location("leak", path)
+    assert spec is not None and spec.loader is not None
+    leak = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(leak)
+    for variables in ({"LAYER_PATTERN": "S"}, {"CAPSULE_BANK": 1}, FEEDBACK):
+        assert not future_moves_the_past(scrambled(**variables))
+        with monkeypatch.context() as patch:
+            patch.setattr(t, "remember", leak.leaky)
+            assert future_moves_the_past(scrambled(**variables))
 
 
 @torch.no_grad()

@@ -48,6 +48,20 @@ def test_paired_difference_is_students() -> None:
     assert sweep.paired({1: 2.0}, {1: 1.5})[:2] == (1, 0.5) and np.isnan(sweep.paired({1: 2.0}, {1: 1.5})[2])
 
 
+def test_common_spread_is_that_of_a_two_way_layout() -> None:
+    """Effects of configurations and seeds cancel; what is left has the spread that was put in."""
+    generator, seeds = np.random.default_rng(1), [1, 2, 3]
+    effects = {f"c{i}": generator.normal(0, 5) for i in range(400)}
+    found = {
+        name: {seed: effect + 7.0 * seed + generator.normal(0, 0.02) for seed in seeds}
+        for name, effect in effects.items()
+    }
+    found["unfinished"] = {1: 99.0}
+    spread, freedom = sweep.common_spread(found, seeds)
+    assert freedom == 399 * 2 and spread == pytest.approx(0.02, rel=0.06)
+    assert sweep.common_spread({"c0": found["c0"]}, seeds)[1] == 0
+
+
 @pytest.mark.parametrize(
     "text,told",
     [("{", "not a list"), ('{"base": {}}', "not a list"), (json.dumps({**LIST, "baseline": "x"}), "baseline 'x'")],
