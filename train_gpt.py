@@ -71,7 +71,7 @@ def var(
 
 
 BYTE_VOCABULARIES = (256, 260)  # sizes at which tokens are bytes, without a tokenizer file
-MIXER_LETTERS = {"A": "attn", "K": "koopman", "S": "skc", "P": "parallel"}
+MIXER_LETTERS = {"A": "attn", "K": "koopman", "S": "skc", "P": "skc"}  # P: beside its MLP
 PATTERNS = {"attn": "A", "skc": "S", "hybrid": "KA", "skc_competition": "PPPA"}  # layer patterns, repeated
 CODEC_NAMES = ("ternary", "int4", "int5", "int6", "int7", "int8", "fp8", "bf16", "fp16", "exact")
 
@@ -171,6 +171,7 @@ class Hyperparameters:
         low=0, when=lambda h: "attn" in h.mixers)
     smear_gate: int = var(0, "model", "channels from which a gate for the previous token's embedding is made; 0: none",
         "channels", low=0)
+    proj_norm: bool = var(False, "model", "inputs of attention's and MLPs' output projections are normed, with a gain")
     ln_scale: bool = var(False, "model", "normed inputs of layer l are divided by sqrt(l + 1)")
     attn_window: int = var(0, "model", "keys a query may see, itself included; 0: all", "tokens", low=0)
     doc_mask: bool = var(False, "model", "attention stays inside its document")
@@ -185,7 +186,7 @@ class Hyperparameters:
         choices=("run", "block", "off"), when=lambda h: h.has_skc)
     skc_spectral: bool = var(True, "skc", "spectral path over earlier blocks", when=lambda h: h.has_skc)
     skc_spectral_entropy: float = var(0.01, "optimizer", "weight of the spectral entropy loss", low=0,
-        when=lambda h: h.has_skc)
+        when=lambda h: h.has_skc and h.skc_spectral)
     skc_parallel_residual: bool = var(False, "skc", "SKC and MLP of a layer read the same input",
         when=lambda h: h.has_skc)
     eng_to_skc_mode: str = var("off", "skc", "how the engram's memory also enters SKC layers",
@@ -215,7 +216,7 @@ class Hyperparameters:
     feedback_dim: int = var(64, "skc", "width of feedback", "channels", low=1, when=lambda h: h.feedback_passes > 0)
     feedback_sketch_tokens: int = var(4, "skc", "sketch tokens of a block", low=1, when=lambda h: h.feedback_passes > 0)
     feedback_halt: float = var(0.05, "evaluation", "a block stops when a pass changes its capsules by less; 0: never",
-        low=0, when=lambda h: h.capsule_bank and h.feedback_passes > 0)
+        low=0, when=lambda h: h.capsule_bank and h.feedback_passes > 1)
     moe_experts: int = var(0, "skc", "experts in place of the MLP of the upper layers; 0: none", low=0)
     moe_top_k: int = var(1, "skc", "experts of a token", low=1, when=lambda h: h.moe_experts > 0)
     moe_layer_frac: float = var(0.34, "skc", "share of the layers, from the last down, that have experts", low=0,
@@ -376,19 +377,24 @@ class Hyperparameters:
         return self.eval_seq_len or self.train_seq_len
 
     @property
-    def mixers(self) -> tuple[str, ...]:
-        """Site kind of each layer's mixer, from LAYER_PATTERN; "parallel" is an SKC beside its MLP."""
+    def letters(self) -> str:
+        """The letter of each layer, from LAYER_PATTERN."""
         cycle = PATTERNS.get(self.layer_pattern, self.layer_pattern)
         if not cycle or set(cycle) - set(MIXER_LETTERS):
             known = f"{', '.join(PATTERNS)}, or letters of {''.join(MIXER_LETTERS)}"
             raise UserError(f"LAYER_PATTERN={self.layer_pattern} is unknown; known: {known}")
         cycle = cycle.replace("S", "P") if self.skc_parallel_residual else cycle
-        return tuple(MIXER_LETTERS[cycle[i % len(cycle)]] for i in range(self.num_layers))
+        return (cycle * self.num_layers)[: self.num_layers]
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """Site kind of each layer's mixer."""
+        return tuple(MIXER_LETTERS[letter] for letter in self.letters)
 
     @property
     def has_skc(self) -> bool:
         """Whether some layer's mixer is SKC."""
-        return not {"skc", "parallel"}.isdisjoint(self.mixers)
+        return "skc" in self.mixers
 
     @property
     def has_scans(self) -> bool:
@@ -399,6 +405,12 @@ class Hyperparameters:
     def has_blocks(self) -> bool:
         """Whether some part works block by block."""
         return self.has_skc or self.capsule_bank or self.feedback_passes > 0
+
+    @property
+    def sees_blocks(self) -> bool:
+        """Whether some part reads what earlier blocks left."""
+        within_layers = self.has_skc and (self.skc_spectral or self.capsule_num > 0)
+        return within_layers or self.capsule_bank or self.feedback_passes > 0
 
     @property
     def has_engram(self) -> bool:
@@ -435,10 +447,9 @@ class Hyperparameters:
     @property
     def site_kinds(self) -> tuple[str, ...]:
         """Kinds of sites of this configuration, each once."""
-        beside = [feed for mixer, feed in zip(self.mixers, self.feeds, strict=True) if mixer != "parallel"]
         more = {"engram": self.has_engram, "bank": self.capsule_bank}
         more |= dict.fromkeys(("sketch", "feedback"), self.feedback_passes > 0)
-        return tuple(dict.fromkeys((*self.mixers, *beside, *(kind for kind, there in more.items() if there))))
+        return tuple(dict.fromkeys((*self.mixers, *self.feeds, *(kind for kind, there in more.items() if there))))
 
     def used(self) -> dict[str, tuple[str, ...]]:
         """Which entries of each registry this configuration reaches; the extractor keeps only those."""
@@ -686,6 +697,9 @@ def validate(h: Hyperparameters) -> None:
             f"CAPSULE_DIM={h.capsule_dim} must be a power of two; try {2 ** round(math.log2(h.capsule_dim))}"),
         (h.skc_block_size & (h.skc_block_size - 1),
             f"SKC_BLOCK_SIZE={h.skc_block_size} must be a power of two; try {2 ** round(math.log2(h.skc_block_size))}"),
+        (h.sees_blocks and not h.carry_train and h.skc_block_size >= h.train_seq_len,
+            f"SKC_BLOCK_SIZE={h.skc_block_size} must be less than TRAIN_SEQ_LEN={h.train_seq_len}, or no block of a "
+            "window sees another one"),
         (h.capsule_bank and not h.capsule_num, "CAPSULE_BANK=1 needs CAPSULE_NUM of at least 1"),
         (h.has_skc and h.skc_local == "off" and not h.skc_spectral and not h.capsule_num,
             "an SKC layer needs one of SKC_LOCAL, SKC_SPECTRAL=1 and CAPSULE_NUM"),
@@ -2043,6 +2057,18 @@ class Linear(Module):
         return y
 
 
+class NormedLinear(Linear):
+    """y = (gain rms_norm(x)) W^T: a ternary matrix with an input of known size (Wang et al. 2023, SubLN)."""
+
+    def __init__(self, name: str, inputs: int, outputs: int, kind: str = "matrix") -> None:
+        super().__init__(name, inputs, outputs, kind)
+        self.kinds = {"weight": kind, "gain": "scalar"}  # type: ignore[misc]
+        self.gain = nn.Parameter(torch.empty(inputs))
+
+    def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
+        return super().forward(rms_norm(x) * self.gain.to(x.dtype), ctx)
+
+
 def rotary_frequencies(h: Hyperparameters) -> tuple[np.ndarray, float]:
     """Angular frequency of each rotated pair, (rope_dims / 2,) float64, and the factor on cosine and sine.
 
@@ -2322,7 +2348,7 @@ class MLP(Module):
         hidden = round(h.mlp_mult * h.model_dim)
         self.act = ACTIVATIONS[h.mlp_act]
         self.up = Linear(name + ".up", h.model_dim, hidden * (2 if h.mlp_act == "swiglu" else 1), kind)
-        self.down = Linear(name + ".down", hidden, h.model_dim, kind)
+        self.down = (NormedLinear if h.proj_norm else Linear)(name + ".down", hidden, h.model_dim, kind)
 
     def init_state(self, batch: int, dtype: torch.dtype) -> None:
         return None
@@ -2394,7 +2420,8 @@ class MoE(Module):
 
     For one expert the weight is the router's probability itself, since renormalizing would leave it no gradient; for
     more they are renormalized. Tokens are sorted by expert and none is dropped. Before MOE_START_FRACTION the first
-    expert runs alone. The load-balance loss E sum_e mean probability_e * share_e is made per sequence.
+    expert runs alone; there a single expert's output shrinks about MOE_EXPERTS-fold, until the router has learned to be
+    sure. The load-balance loss E sum_e mean probability_e * share_e is made per sequence.
     """
 
     def __init__(self, h: Hyperparameters, layer: int, name: str) -> None:
@@ -2407,11 +2434,21 @@ class MoE(Module):
     def init_state(self, batch: int, dtype: torch.dtype) -> None:
         return None
 
-    def stacked(self, part: str, dtype: torch.dtype) -> Tensor:
-        """The experts' weights `up` or `down`, (E, out, in)."""
-        return torch.stack([(e.up if part == "up" else e.down).weight for e in self.experts]).to(dtype)  # type: ignore
+    def multiply(self, layers: Sequence[Linear], rows: Tensor, counts: Tensor, ctx: Ctx) -> Tensor:
+        """Rows (n, in) in order of their expert, each times its expert's matrix: what Linear does, for all of them."""
+        if ctx.observe is not None:
+            for layer, part in zip(layers, rows.split(counts.tolist()), strict=True):
+                ctx.observe(layer.name, part)
+        weights = torch.stack([layer.weight for layer in layers])
+        if ctx.adapters is not None:
+            pairs = [ctx.adapters.get(layer.name) for layer in layers]
+            if any(pair is not None and pair[0].ndim > 2 for pair in pairs):
+                raise ValueError("experts take adapters that all rows of a batch share")
+            none = torch.zeros_like(weights[0])
+            weights = weights + torch.stack([none if pair is None else (pair[0] @ pair[1]).mT for pair in pairs])
+        return grouped(rows, weights.to(rows.dtype), counts, False)
 
-    def answers(self, x: Tensor, chosen: Tensor, counts: Tensor) -> Tensor:
+    def answers(self, x: Tensor, chosen: Tensor, counts: Tensor, ctx: Ctx) -> Tensor:
         """What each token's experts make of it, (B, T, k, D): rows go to their experts in order, and back."""
         order = chosen.flatten().argsort(stable=True)
         inverse = order.argsort()
@@ -2419,8 +2456,13 @@ class MoE(Module):
         rows = x.to(dtype).flatten(0, 1)
         rows = rows.repeat_interleave(self.top_k, 0) if self.top_k > 1 else rows
         rows = PermutationFunction.apply(rows, order, inverse)
-        hidden = self.act(grouped(rows, self.stacked("up", dtype), counts, False))
-        found = grouped(hidden, self.stacked("down", dtype), counts, False)
+        up: list[Linear] = [e.up for e in self.experts]  # type: ignore[misc]
+        down: list[Linear] = [e.down for e in self.experts]  # type: ignore[misc]
+        hidden = self.act(self.multiply(up, rows, counts, ctx))
+        if isinstance(down[0], NormedLinear):
+            gains = torch.stack([layer.gain for layer in down]).to(dtype)  # type: ignore[misc]
+            hidden = rms_norm(hidden) * gains[chosen.flatten()[order]]
+        found = self.multiply(down, hidden, counts, ctx)
         return PermutationFunction.apply(found, inverse, order).view(*chosen.shape, -1)
 
     def forward(self, x: Tensor, ctx: Ctx, state: None) -> Out:
@@ -2430,7 +2472,7 @@ class MoE(Module):
         weight, chosen = p.topk(self.top_k, -1)  # (B, T, k)
         weight = weight / weight.sum(-1, keepdim=True) if self.top_k > 1 else weight
         share = F.one_hot(chosen, len(self.experts)).to(p.dtype).sum(2)  # (B, T, E)
-        found = self.answers(x, chosen, share.sum((0, 1)).to(torch.int64))
+        found = self.answers(x, chosen, share.sum((0, 1)).to(torch.int64), ctx)
         y = (found * weight.unsqueeze(-1).to(found.dtype)).sum(2)
         losses, metrics = {}, {}
         if self.balance and ctx.moment is not None:
@@ -2630,8 +2672,8 @@ def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = None) -> tuple[Tensor,
     """First-order diagonal recurrence h_t = a_t * h_{t-1} + b_t.
 
     a: (B, T, S) or what broadcasts to it, in [0, 1]; b: (B, T, S); h0: (B, S) or None for zeros. Returns h (B, T, S)
-    and the last state (B, S), both in at least float32. O(B T S) work, O(log T) sequential steps. Raises ValueError on
-    a shape mismatch.
+    and a copy of the last state (B, S), both in at least float32. O(B T S) work, O(log T) sequential steps. Raises
+    ValueError on a shape mismatch.
     """
     wide = torch.promote_types(b.dtype, torch.float32)
     h0 = b.new_zeros((b.shape[0], b.shape[2]), dtype=wide) if h0 is None else h0.to(wide)
@@ -2639,7 +2681,7 @@ def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = None) -> tuple[Tensor,
         raise ValueError(f"linear_scan of a {tuple(a.shape)}, b {tuple(b.shape)}, h0 {tuple(h0.shape)}")
     fused = b.is_cuda and wide == torch.float32 and find_spec("triton") is not None
     h = ScanFunction.apply(a.to(wide).expand(b.shape), b.to(wide), h0, fused)
-    return h, h[:, -1]
+    return h, h[:, -1].clone()
 
 
 class BlockState(NamedTuple):
@@ -2709,13 +2751,14 @@ class CausalConv(Module):
         self.taps = nn.Parameter(torch.empty(count, width))
 
     def forward(self, x: Tensor, ctx: Ctx, tail: Tensor) -> tuple[Tensor, Tensor]:
+        """y (B, T, S), and the next tail: a copy, since a view would keep all of x in memory."""
         assert ctx.age is not None
         whole, taps, past = torch.cat((tail.to(x.dtype), x), 1), self.taps.to(x.dtype), len(self.taps) - 1
         y = x * taps[0]
         for k in range(1, past + 1):
             seen = (ctx.age >= k).unsqueeze(-1).to(x.dtype) * taps[k]
             y = torch.addcmul(y, whole[:, past - k :][:, : x.shape[1]], seen)
-        return y, whole[:, x.shape[1] :]
+        return y, whole[:, x.shape[1] :].clone()
 
 
 class AttentionState(NamedTuple):
@@ -2864,11 +2907,13 @@ class Attention(Module):
         self.window, self.doc_mask, self.qk_norm = h.attn_window, h.doc_mask, h.qk_norm
         self.backend = "sdpa" if h.attn_impl == "auto" else h.attn_impl
         self.qkv = Linear(name + ".qkv", h.model_dim, (h.num_heads + 2 * h.num_kv_heads) * h.head_dim)
-        self.proj = Linear(name + ".proj", h.num_heads * h.head_dim, h.model_dim)
+        projection = NormedLinear if h.proj_norm else Linear
+        self.proj = projection(name + ".proj", h.num_heads * h.head_dim, h.model_dim)
         self.q_gain = nn.Parameter(torch.empty(h.num_heads))
         places = [i for i, kind in enumerate(h.mixers) if kind == "attn"]
-        later = h.num_layers - 1 if h.shared_blocks else layer
-        self.v_mix = nn.Parameter(torch.empty(1)) if h.value_residual and later > places[0] else None
+        blocks = h.shared_blocks or h.num_layers
+        later = [place for place in places[1:] if place % blocks == layer % blocks]
+        self.v_mix = nn.Parameter(torch.empty(1)) if h.value_residual and later else None
         self.xsa = layer in places[len(places) - min(h.xsa_layers, len(places)) :]
         self.gate = Linear(name + ".gate", h.attn_gate, h.num_heads, "scalar") if h.attn_gate else None
 
@@ -2935,7 +2980,7 @@ class Koopman(Module):
     coupling h + (h V) U^T, back by H, and a normed output projection.
     """
 
-    kinds: ClassVar[dict[str, str]] = {"u": "scalar", "v": "scalar", "norm_gain": "scalar"}
+    kinds: ClassVar[dict[str, str]] = {"u": "scalar", "v": "scalar"}
 
     def __init__(self, h: Hyperparameters, layer: int, name: str) -> None:
         super().__init__()
@@ -2944,8 +2989,7 @@ class Koopman(Module):
         self.conv = CausalConv(h.capsule_dim, h.skc_conv)
         self.u = nn.Parameter(torch.empty(h.capsule_dim, h.koopman_rank))
         self.v = nn.Parameter(torch.empty(h.capsule_dim, h.koopman_rank))
-        self.norm_gain = nn.Parameter(torch.empty(h.capsule_dim))
-        self.proj = Linear(name + ".proj", h.capsule_dim, h.model_dim)
+        self.proj = NormedLinear(name + ".proj", h.capsule_dim, h.model_dim)
         self.turn = Turn(h)
 
     def init_state(self, batch: int, dtype: torch.dtype) -> KoopmanState:
@@ -2962,7 +3006,7 @@ class Koopman(Module):
         seen = keep * (ctx.age > 0).unsqueeze(-1)
         h, last = linear_scan(seen, (1 - seen) * torch.sigmoid(gate) * self.turn(u), given.h)
         mixed = self.turn(h + h @ self.v @ self.u.mT)
-        y = self.proj(rms_norm(mixed).to(x.dtype) * self.norm_gain, ctx)
+        y = self.proj(mixed, ctx)
         metrics = watched(ctx, gate=torch.sigmoid(gate), keep_gate=keep)
         return Out(y, None if state is None else KoopmanState(tail, last), metrics=metrics)
 
@@ -2990,7 +3034,7 @@ class SKC(Module):
 
     # fmt: off
     kinds: ClassVar[dict[str, str]] = dict.fromkeys((
-        "norm_gain", "local_decay", "decay", "gain", "z0", "centre", "breadth", "route_logit", "hold", "u", "v", "bend",
+        "local_decay", "decay", "gain", "z0", "centre", "breadth", "route_logit", "hold", "u", "v", "bend",
     ), "scalar")
     # fmt: on
 
@@ -3002,8 +3046,7 @@ class SKC(Module):
         reached = h.shared_blocks or layer >= h.engram_inject_layer
         informed = h.eng_to_skc_mode != "off" and reached
         self.engram = Linear(name + ".engram", h.bigram_hash_dim, width) if informed else None
-        self.proj = Linear(name + ".proj", width, h.model_dim)
-        self.norm_gain = nn.Parameter(torch.empty(width))
+        self.proj = NormedLinear(name + ".proj", width, h.model_dim)
         if h.skc_local != "off":
             self.conv, self.local_decay = CausalConv(width, h.skc_conv), nn.Parameter(torch.empty(width))
         if h.skc_spectral:
@@ -3021,7 +3064,7 @@ class SKC(Module):
 
     def init_state(self, batch: int, dtype: torch.dtype) -> SKCState:
         (block, width, count), wide = self.shape, torch.promote_types(dtype, torch.float32)
-        local, spectral, zeros = self.h.skc_local != "off", self.h.skc_spectral, self.norm_gain.new_zeros
+        local, spectral, zeros = self.h.skc_local != "off", self.h.skc_spectral, self.proj.gain.new_zeros
         open_spectrum = zeros((batch, block if spectral else 0, width), dtype=wide)
         return SKCState(
             zeros((batch, self.h.skc_conv - 1 if local else 0, width), dtype=dtype),
@@ -3036,22 +3079,18 @@ class SKC(Module):
         s, v = self.gated(x, ctx)  # (B, T, S) each
         grid = ctx.blocks.lay(v)  # (B, n, W, S)
         near, new = self.local(s, v, ctx, old)
-        paths: list[Tensor] = [near] if near is not None else []
-        far: list[Tensor] = []
+        paths: dict[str, Tensor] = {"local": near} if near is not None else {}
         if self.h.skc_spectral:
             read, new = self.spectral(grid, ctx.blocks, new)
-            far.append(read)
+            paths["spectral"] = ctx.blocks.pick(read * ctx.blocks.visible, x.shape[1])
         if self.shape[2]:
             read, new = self.capsules(grid, ctx, new)
-            far.append(read)
-        for read in far:
-            paths.append(ctx.blocks.pick(read * ctx.blocks.visible, x.shape[1]))
-        mixed = rms_norm(torch.stack(paths).sum(0).to(x.dtype))
-        wanted = self.h.skc_spectral_entropy > 0 and ctx.moment is not None
+            paths["capsules"] = ctx.blocks.pick(read * ctx.blocks.visible, x.shape[1])
+        mixed = torch.stack([*paths.values()]).sum(0).to(x.dtype)
+        wanted = self.h.skc_spectral and self.h.skc_spectral_entropy > 0 and ctx.moment is not None
         losses = {"spectral_entropy": self.entropy_loss(grid, ctx.blocks)} if wanted else {}
-        metrics = watched(ctx, near=near, far=paths[-1] if far else None, capsules=new.capsules.seen)
-        y = self.proj(mixed * self.norm_gain.to(x.dtype), ctx)
-        return Out(y, None if state is None else new, losses=losses, metrics=metrics)
+        metrics = watched(ctx, **paths, memory=new.capsules.seen if self.shape[2] else None)
+        return Out(self.proj(mixed, ctx), None if state is None else new, losses=losses, metrics=metrics)
 
     def gated(self, x: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor]:
         """s and v = sigmoid(W_g x) s."""
@@ -3107,26 +3146,10 @@ class SKC(Module):
 
         H is orthonormal, so the spectra have the energy of the values.
         """
-        energy = (grid * blocks.inside).square().sum((1, 2)).to(torch.promote_types(grid.dtype, torch.float32))
+        energy = (grid * blocks.inside).square().sum((1, 2), dtype=torch.promote_types(grid.dtype, torch.float32))
         p = energy / (energy.sum(-1, keepdim=True) + 1e-12)
         entropy = -(p * (p + 1e-12).log()).sum(-1)
         return self.h.skc_spectral_entropy * F.relu(0.8 * math.log(self.shape[1]) - entropy).sum()
-
-
-class Parallel(Module):
-    """SKC and the layer's MLP or experts beside each other: both read the same input, and their outputs are added."""
-
-    def __init__(self, h: Hyperparameters, layer: int, name: str) -> None:
-        super().__init__()
-        self.mixer = SKC(h, layer, name + ".mixer")
-        self.feed = (MoE if h.feeds[layer] == "moe" else MLP)(h, layer, name + ".feed")
-
-    def init_state(self, batch: int, dtype: torch.dtype) -> SKCState:
-        return self.mixer.init_state(batch, dtype)
-
-    def forward(self, x: Tensor, ctx: Ctx, state: SKCState | None) -> Out:
-        out, fed = self.mixer(x, ctx, state), self.feed(x, ctx, None)
-        return out._replace(y=out.y + fed.y, losses=out.losses | fed.losses, metrics=out.metrics | fed.metrics)
 
 
 class Engram(Module):
@@ -3165,7 +3188,7 @@ class Site(NamedTuple):
     """One step of the network: `block` and `kind` name the parameters, `id` the state; loops, passes repeat layers.
 
     `sub` is the sublayer, which with the layer indexes residual parameters, so that layers which share a block have
-    scales of their own; a site with sub < 0 adds its output as is.
+    scales of their own; a site with sub < 0 adds its output as is. A site that stands beside another one has its input.
     """
 
     id: int
@@ -3175,6 +3198,8 @@ class Site(NamedTuple):
     pass_: int = 0
     sub: int = 0
     block: int = 0
+    beside: bool = False
+    visits: int = 1  # of all sites with these parameters at this layer
 
     @property
     def visit(self) -> tuple[int, int, int]:
@@ -3354,17 +3379,18 @@ class CapsuleBank(Module):
 class Sketch(Module):
     """FEEDBACK_SKETCH_TOKENS tokens of each block from the top of the last pass, and the memory they make.
 
-    A sketch token is W_f norm(mean of the top over a part of the block); M_{b+1} = gamma M_b + eta sum k v^T.
+    A sketch token is W_f norm(mean of the top over a part of the block); M_{b+1} = gamma M_b + sum k v^T. The page's
+    factor eta on the sum would have no gradient, since what is read of M is normed.
     """
 
-    kinds: ClassVar[dict[str, str]] = {"hold": "scalar", "strength": "scalar"}
+    kinds: ClassVar[dict[str, str]] = {"hold": "scalar"}
 
     def __init__(self, h: Hyperparameters, layer: int, name: str) -> None:
         super().__init__()
         self.parts, self.shape = h.feedback_sketch_tokens, (h.model_dim, h.feedback_dim)
         self.sketch = Linear(name + ".sketch", h.model_dim, h.feedback_dim)
         self.pairs = Linear(name + ".pairs", h.feedback_dim, 2 * h.feedback_dim)
-        self.hold, self.strength = nn.Parameter(torch.empty(1)), nn.Parameter(torch.empty(1))
+        self.hold = nn.Parameter(torch.empty(1))
 
     def init_state(self, batch: int, dtype: torch.dtype) -> BlockState:
         (width, inner), wide = self.shape, torch.promote_types(dtype, torch.float32)
@@ -3381,7 +3407,7 @@ class Sketch(Module):
             means = rms_norm(capsule_mean(sums)).to(x.dtype).flatten(1, 2)
             pairs = self.pairs(self.sketch(means, ctx), ctx).unflatten(1, (-1, self.parts))  # (B, n, m, 2 F)
             k, v = pairs.chunk(2, -1)
-            return self.strength * (k.mT @ v).to(sums.dtype)
+            return (k.mT @ v).to(sums.dtype)
 
         seen, new = remember(sums, torch.sigmoid(self.hold).view(1, 1), old, blocks, write)
         return Out(None, None if state is None else new, memory={"sketch": seen})
@@ -3412,7 +3438,7 @@ class Feedback(Module):
 
 # A site is what the residual stream passes, built by (h, layer, parameter name prefix).
 SITE_KINDS: dict[str, Any] = {
-    "attn": Attention, "koopman": Koopman, "skc": SKC, "parallel": Parallel, "mlp": MLP, "moe": MoE,
+    "attn": Attention, "koopman": Koopman, "skc": SKC, "mlp": MLP, "moe": MoE,
     "engram": Engram, "bank": CapsuleBank, "sketch": Sketch, "feedback": Feedback,
 }  # fmt: skip
 
@@ -3440,8 +3466,8 @@ class Trace(NamedTuple):
     metrics: dict[str, Tensor]
 
     def add(self, site: Site, out: Out) -> Trace:
-        """This trace and what one more site left."""
-        losses = {n: self.losses[n] + loss if n in self.losses else loss for n, loss in out.losses.items()}
+        """This trace and what one more site left; losses of what is visited again are means over the visits."""
+        losses = {n: loss / site.visits + self.losses.get(n, 0.0) for n, loss in out.losses.items()}
         metrics = {f"{site.kind}.{site.id}.{name}": value for name, value in out.metrics.items()}
         return Trace({**self.states, site.id: out.state}, {**self.losses, **losses}, {**self.metrics, **metrics})
 
@@ -3471,7 +3497,8 @@ def final_variant(h: Hyperparameters) -> Variant:
 
 def scoring_variant(h: Hyperparameters, variant: Variant | None = None) -> Variant:
     """The structure in which a model (the finished one, if none is given) is scored and writes."""
-    return (variant or final_variant(h))._replace(speculates=h.capsule_speculate)
+    speculates = h.capsule_speculate and h.capsule_bank and h.feedback_passes > 0
+    return (variant or final_variant(h))._replace(speculates=speculates)
 
 
 def visited_layers(h: Hyperparameters) -> list[tuple[int, int]]:
@@ -3491,8 +3518,7 @@ def layer_sites(h: Hyperparameters, layer: int, loop: int, pass_: int) -> Iterat
     if pass_ > 0 and loop == 0 and (layer - h.num_layers // 2) % h.feedback_every == 0:
         yield Site(0, "feedback", layer, 0, pass_, -1, layer)
     yield Site(0, h.mixers[layer], layer, loop, pass_, 0, block)
-    if h.mixers[layer] != "parallel":
-        yield Site(0, h.feeds[layer], layer, loop, pass_, 1, block)
+    yield Site(0, h.feeds[layer], layer, loop, pass_, 1, block, h.letters[layer] == "P")
 
 
 def plan_sites(h: Hyperparameters, variant: Variant) -> tuple[Site, ...]:
@@ -3511,7 +3537,11 @@ def plan_sites(h: Hyperparameters, variant: Variant) -> tuple[Site, ...]:
         sites += [*early, *sketch, *bank, *visits]
     numbered = (site._replace(id=number) for number, site in enumerate(sites))
     left_out = (lambda site: site.loop > 0 and not variant.looped, lambda site: site.pass_ > 0 and variant.speculates)
-    return tuple(site for site in numbered if not any(leaves(site) for leaves in left_out))
+    stay = [site for site in numbered if not any(leaves(site) for leaves in left_out)]
+    counts = Counter(
+        (site.kind, site.layer) for site in stay if site.kind != "bank"
+    )  # its losses are of pairs of passes
+    return tuple(site._replace(visits=counts.get((site.kind, site.layer), 1)) for site in stay)
 
 
 class GPT(Module):
@@ -3584,8 +3614,9 @@ class GPT(Module):
     ) -> tuple[tuple, Ctx, Trace]:
         """Pass the residual state through some sites; what sites leave goes into the context and the trace."""
         for site in sites:
-            stream, r, link = self.residual.read(r, site)
-            x, ctx = self.site_input(site, stream, ctx)
+            if not site.beside:
+                stream, r, link = self.residual.read(r, site)
+                x, ctx = self.site_input(site, stream, ctx)
             out = self.site(site)(x, ctx, None if states is None else states[1 + site.id])
             if out.y is not None:
                 out = out._replace(metrics={**out.metrics, **watched(ctx, branch=out.y, stream=stream)})
@@ -3607,7 +3638,7 @@ class GPT(Module):
 
     def thinned(self, site: Site, y: Tensor, ctx: Ctx) -> Tensor:
         """Stochastic depth (Huang et al. 2016): by chance a row's output is left out, or grown to make up."""
-        if not self.h.stochastic_depth or ctx.moment is None:
+        if not self.h.stochastic_depth or ctx.moment is None or site.sub < 0:
             return y
         chance = self.h.stochastic_depth * (site.layer + 1) / self.h.num_layers
         drawn = keyed_uniform(self.h.seed, ctx.moment.step, torch.full_like(ctx.moment.rows, site.id), ctx.moment.rows)
@@ -3616,12 +3647,11 @@ class GPT(Module):
     def run(self, sites: Sequence[Site], r: tuple, ctx: Ctx, states: tuple | None, trace: Trace) -> tuple:
         """run_sites, with activations recomputed in the backward pass every GRAD_CHECKPOINT sites."""
         every = self.h.grad_checkpoint if torch.is_grad_enabled() else 0
-        for at in range(0, len(sites), every or max(1, len(sites))):
-            part = sites[at : at + (every or len(sites))]
-            if every:
-                r, ctx, trace = recompute(self.run_sites, part, r, ctx, states, trace, use_reentrant=False)
-            else:
-                r, ctx, trace = self.run_sites(part, r, ctx, states, trace)
+        if not every:
+            return self.run_sites(sites, r, ctx, states, trace)
+        starts = [i for i, site in enumerate(sites) if not site.beside][::every]
+        for start, stop in zip(starts, [*starts[1:], len(sites)], strict=True):
+            r, ctx, trace = recompute(self.run_sites, sites[start:stop], r, ctx, states, trace, use_reentrant=False)
         return r, ctx, trace
 
     def hidden(self, ctx: Ctx, state: tuple | None) -> tuple[Tensor, tuple | None, Trace]:
@@ -3631,7 +3661,7 @@ class GPT(Module):
         entry = next(i for i, site in enumerate(sites) if site.kind == "bank" or site.layer >= half)
         opened = self.residual.open(*self.embed(ctx), ctx.moment)
         saved, ctx, trace = self.run(sites[:entry], opened, ctx, states, Trace({}, {}, {}))
-        if ctx.moment is None and self.h.feedback_halt and self.h.capsule_bank and sites[-1].pass_:
+        if ctx.moment is None and self.h.feedback_halt and self.h.capsule_bank and sites[-1].pass_ > 1:
             stopped = torch.zeros_like(ctx.tokens, dtype=torch.bool).unsqueeze(-1)
             ctx = ctx._replace(memory={**ctx.memory, "inputs": {}, "stopped": stopped})
         for pass_ in range(sites[-1].pass_ + 1):
@@ -3649,7 +3679,8 @@ class GPT(Module):
     def after_pass(self, top: Tensor, ctx: Ctx) -> Ctx:
         """The context of the next pass: the top of this one; and in evaluation, which blocks stop here.
 
-        A block stops when a pass has changed the capsules that it sees by less than FEEDBACK_HALT of their size.
+        A block stops when a pass has changed the capsules that it sees by at most FEEDBACK_HALT of their size. What it
+        says is then settled, but a batch is computed as a whole: nothing is saved.
         """
         memory = ctx.memory
         if "stopped" not in memory:
@@ -3660,14 +3691,14 @@ class GPT(Module):
             top = torch.where(stopped, memory["top"], top)
         if len(trail) > 1:
             change, size = (x.norm(dim=(-2, -1)) for x in (trail[-1] - trail[-2], trail[-1]))  # (B, n)
-            still = (change < self.h.feedback_halt * size)[..., None, None] & ctx.blocks.visible
+            still = (change <= self.h.feedback_halt * size)[..., None, None] & ctx.blocks.visible
             stopped = stopped | ctx.blocks.pick(still, ctx.tokens.shape[1])
         return ctx._replace(memory={**memory, "top": top, "stopped": stopped})
 
     def next_stream(self, ctx: Ctx, old: StreamState) -> StreamState:
         """Where the stream stands after a segment."""
-        recent = torch.cat((ctx.history, ctx.tokens), 1)[:, ctx.tokens.shape[1] :].contiguous()
-        position, document = ctx.positions[:, -1] + 1, ctx.documents[:, -1].contiguous()
+        recent = torch.cat((ctx.history, ctx.tokens), 1)[:, ctx.tokens.shape[1] :].clone()
+        position, document = ctx.positions[:, -1] + 1, ctx.documents[:, -1].clone()
         ended = old.block_document if ctx.blocks is None else ctx.blocks.document
         begin = old.begin if ctx.age is None else ctx.positions[:, -1] - ctx.age[:, -1]
         return StreamState(position, document, begin, ended, recent)
@@ -3735,9 +3766,9 @@ def initial_value(h: Hyperparameters, name: str, shape: Sequence[int], generator
     """
     leaf = name.rsplit(".", 2)[-2:]
     constants = {"q_gain": h.qk_gain_init, "v_mix": 4.0, "scale": 1.0, "skip": 1.0, "found": 0.0, "amount": 0.0}
-    constants |= {"gain": 0.1 if leaf[0] == "induction" else 1.0, "norm_gain": 1.0, "local_decay": 1.0}
+    constants |= {"gain": 0.1 if leaf[0] == "induction" else 1.0, "local_decay": 1.0}
     constants |= {"route_logit": -2.0, "breadth": -2.0, "bend": -4.0, "sharpness": 0.0, "bias": 0.0, "gate": 0.2}
-    constants |= {"diagonal": 0.9, "blend": h.capsule_blend_init, "strength": 0.1}
+    constants |= {"diagonal": 0.9, "blend": h.capsule_blend_init}
     if name.endswith("sketch.hold"):
         return torch.full(tuple(shape), 2.0)
     if name == "residual.mix":

@@ -2,6 +2,7 @@
 
     python records/sweep.py run   records/sweeps/NAME.json [--cores 0,1] [--storage URL]
     python records/sweep.py table records/sweeps/NAME.json [--storage URL]
+    python records/sweep.py times records/sweeps/NAME.json [--cores 0] [--steps 12]
 
 The list is a JSON object: `base` and each entry of `configs` hold variables of train_gpt.py (these over those),
 `seeds` the seeds that every configuration is run with, `baseline` the configuration that the others are compared with.
@@ -17,6 +18,11 @@ The table gives the mean loss of each configuration, and the mean paired differe
 interval (Student's t over seeds) and the smallest true difference that the design finds with a power of 80%. A few
 pairs tell little of their own spread, so both are also given with the spread that all configurations have in common:
 what is left of the losses after a mean for each configuration and one for each seed (two-way analysis of variance).
+
+`times` measures each configuration's step time against the baseline's (`train_gpt.py bench --ratio`: steps in turn, on
+one pinned core; to be run on an otherwise idle machine) and keeps the quartiles in NAME.times.json beside the list. The
+table then has the step time, and the difference at equal time: a configuration whose step takes r times as long could
+have trained on 1/r of the tokens, which costs `halving` * log2(r), the list's loss of the baseline on half the tokens.
 """
 
 import argparse
@@ -55,6 +61,7 @@ class Sweep(NamedTuple):
     configs: dict[str, dict[str, str]]
     seeds: list[int]
     baseline: str
+    halving: float
 
     def jobs(self) -> list[tuple[str, int]]:
         """(configuration, seed), seed by seed, so that pairs complete early."""
@@ -71,7 +78,8 @@ def read_sweep(path: Path) -> Sweep:
         raw = json.loads(path.read_text(encoding="utf-8"))
         texts = {name: {k: str(v) for k, v in config.items()} for name, config in raw["configs"].items()}
         base = {name: str(value) for name, value in raw["base"].items()}
-        sweep = Sweep(path, base, texts, [int(seed) for seed in raw["seeds"]], raw["baseline"])
+        seeds, halving = [int(seed) for seed in raw["seeds"]], float(raw.get("halving", "nan"))
+        sweep = Sweep(path, base, texts, seeds, raw["baseline"], halving)
     except OSError as error:
         raise SweepError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -187,9 +195,46 @@ def common_spread(found: dict[str, dict[int, float]], seeds: Sequence[int]) -> t
     return float(np.sqrt(np.square(left).sum() / freedom)), freedom
 
 
+def times_path(sweep: Sweep) -> Path:
+    return sweep.path.with_suffix(".times.json")
+
+
+def read_times(sweep: Sweep) -> dict[str, list[float]]:
+    """Quartiles of step time over the baseline's, by configuration; empty if none were measured."""
+    path = times_path(sweep)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def time_config(sweep: Sweep, name: str, core: int, steps: int) -> list[float]:
+    """Quartiles of a configuration's step time over the baseline's. Raises SweepError when the measurement fails."""
+    first, second = ({**sweep.base, **sweep.configs[n]} for n in (sweep.baseline, name))
+    reset = dict.fromkeys(first.keys() - second.keys(), "")  # an empty variable counts as unset
+    pin = ["taskset", "-c", str(core)] if sys.platform == "linux" else []
+    other = [f"{key}={value}" for key, value in {**reset, **second}.items()]
+    command = [*pin, sys.executable, str(ROOT / "train_gpt.py"), "bench", "--steps", str(steps), "--ratio", *other]
+    environment = {**os.environ, **first, "CPU_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SweepError(f"{name} cannot be timed: {(done.stderr.strip() or done.stdout.strip())[-300:]}")
+    return json.loads(done.stdout.splitlines()[-1])["ratio"]
+
+
+def measure_times(sweep: Sweep, core: int, steps: int) -> None:
+    """Time what has no time yet."""
+    found = read_times(sweep)
+    for name in sweep.configs:
+        if name != sweep.baseline and name not in found and "SCRIPT" not in sweep.configs[name]:
+            found[name] = time_config(sweep, name, core, steps)
+            print(f"{name}: {found[name][1]:.3f} ({found[name][0]:.3f} to {found[name][2]:.3f})", flush=True)
+            times_path(sweep).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
 def table(sweep: Sweep, found: dict[str, dict[int, float]]) -> str:
     """Markdown, best first; all losses in nats a token."""
-    rows = ["| configuration | runs | nats per token | difference | 95% interval | finds |", "|---" * 6 + "|"]
+    times = read_times(sweep)
+    more = " step time | at equal time |" if times else ""
+    titles = f"| configuration | runs | nats per token | difference | 95% interval | finds |{more}"
+    rows = [titles, "|---" * (titles.count("|") - 1) + "|"]
     base, (spread, freedom) = found[sweep.baseline], common_spread(found, sweep.seeds)
     means = {name: float(np.mean(list(runs.values()))) for name, runs in found.items() if runs}
     for name in sorted(means, key=lambda name: means[name]):
@@ -197,7 +242,11 @@ def table(sweep: Sweep, found: dict[str, dict[int, float]]) -> str:
         difference = "" if name == sweep.baseline or not count else f"{mean:+.4f}"
         interval = "" if not difference or np.isnan(half) else f"{mean - half:+.4f} to {mean + half:+.4f}"
         finds = "" if not interval else f"{least:.4f}"
-        rows.append(f"| {name} | {len(found[name])} | {means[name]:.4f} | {difference} | {interval} | {finds} |")
+        row = f"| {name} | {len(found[name])} | {means[name]:.4f} | {difference} | {interval} | {finds} |"
+        if name in times:
+            ratio = times[name][1]
+            row += f" {ratio:.2f} | {mean + sweep.halving * np.log2(ratio):+.4f} |"
+        rows.append(row + ("  |  |" if times and name not in times else ""))
     if freedom:
         error = spread * np.sqrt(2 / len(sweep.seeds))
         half, power = stats.t.ppf(0.975, freedom) * error, stats.t.ppf(0.8, freedom) * error
@@ -209,11 +258,12 @@ def table(sweep: Sweep, found: dict[str, dict[int, float]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Run and compare a list of configurations.")
-    parser.add_argument("command", choices=("run", "table"))
+    parser.add_argument("command", choices=("run", "table", "times"))
     parser.add_argument("list", type=Path)
     parser.add_argument("--cores", default="0", help="cores, comma-separated, one worker each")
     parser.add_argument("--storage", default="", help="database URL of the queue; default: SQLite beside the list")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "sweeps", help="folder of run folders")
+    parser.add_argument("--steps", type=int, default=12, help="steps of each of the two configurations that are timed")
     options = parser.parse_args(argv)
     try:
         sweep = read_sweep(options.list)
@@ -223,6 +273,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             cores = [int(core) for core in options.cores.split(",")]
             with ThreadPoolExecutor(len(cores)) as pool:
                 list(pool.map(lambda core: work(sweep, storage, core, options.out / sweep.path.stem), cores))
+        if options.command == "times":
+            measure_times(sweep, int(options.cores.split(",")[0]), options.steps)
         print(table(sweep, losses(sweep, storage)))
     except SweepError as error:
         print(f"error: {error}", file=sys.stderr)

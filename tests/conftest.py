@@ -40,8 +40,9 @@ SKC_KINDS: dict[str, dict[str, str]] = {
         "TERNARY_NOISE_FRACTION": "0.7", "STOCHASTIC_DEPTH": "0.2", "SMEAR_GATE": "8",
     },
     "experts, loops, parallel": {
-        "LAYER_PATTERN": "P", "CAPSULE_DIM": "8", "CAPSULE_NUM": "3", "MOE_EXPERTS": "3", "MOE_LAYER_FRAC": "1",
-        "MOE_START_FRACTION": "0.3", "RECURRENCE_LAYERS": "0-1", "RECURRENCE_START_FRACTION": "0.5", "MUON_WD": "0.1",
+        "LAYER_PATTERN": "P", "CAPSULE_DIM": "8", "CAPSULE_NUM": "3", "SKC_BLOCK_SIZE": "8", "MOE_EXPERTS": "3",
+        "MOE_LAYER_FRAC": "1", "MOE_START_FRACTION": "0.3", "RECURRENCE_LAYERS": "0-1",
+        "RECURRENCE_START_FRACTION": "0.5", "MUON_WD": "0.1",
     },
     "koopman, carried": {
         "LAYER_PATTERN": "K", "CAPSULE_DIM": "8", "CAPSULE_NUM": "3", "SKC_BLOCK_SIZE": "8", "CAPSULE_BANK": "1",

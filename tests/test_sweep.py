@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,36 @@ def test_bad_list_is_one_line(text: str, told: str, tmp_path: Path, capsys: pyte
     assert sweep.main(["table", str(path)]) == 2
     assert told in capsys.readouterr().err
     assert sweep.main(["table", str(tmp_path / "missing.json")]) == 2
+
+
+def test_times_are_kept_and_priced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of twice the time costs what the baseline loses on half of the tokens."""
+    some, asked = sweep.read_sweep(write_list(tmp_path, halving=0.25)), []
+
+    def time(s: sweep.Sweep, name: str, core: int, steps: int) -> list[float]:
+        asked.append((name, core, steps))
+        return [1.9, 2.0, 2.1]
+
+    monkeypatch.setattr(sweep, "time_config", time)
+    for _ in range(2):
+        sweep.measure_times(some, 1, 5)
+    assert asked == [("wide", 1, 5)] and sweep.read_times(some) == {"wide": [1.9, 2.0, 2.1]}
+    losses = {"plain": {1: 3.0, 2: 3.1, 3: 3.2}, "wide": {1: 2.9, 2: 3.0, 3: 3.1}}
+    assert "2.00 | +0.1500 |" in sweep.table(some, losses)
+
+
+def test_a_time_is_the_ratio_that_the_product_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[list[str], dict[str, str]]] = []
+
+    def run(command: list[str], env: dict[str, str], **_: Any) -> Any:
+        ran.append((command, env))
+        return subprocess.CompletedProcess(command, 0, 'a line\n{"ratio": [1, 2, 3]}\n', "")
+
+    monkeypatch.setattr(sweep.subprocess, "run", run)
+    some = sweep.read_sweep(write_list(tmp_path, configs={"plain": {"MODEL_DIM": 48}, "wide": {"NUM_HEADS": 4}}))
+    assert sweep.time_config(some, "wide", 0, 7) == [1, 2, 3]
+    command, env = ran[0]
+    assert env["MODEL_DIM"] == "48" and {"NUM_HEADS=4", "MODEL_DIM=", "PRESET=tiny"} <= set(command)
 
 
 def test_queue_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
