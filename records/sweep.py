@@ -30,6 +30,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import warnings
 import zlib
 from collections import Counter
@@ -47,6 +48,7 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 ROOT = Path(__file__).resolve().parent.parent
 RETRIES = 3
 DEAD_AFTER = 120  # seconds without a sign of life
+POLL = 5  # seconds between looks at a queue in which all jobs are taken
 
 
 class SweepError(Exception):
@@ -103,8 +105,8 @@ def open_study(sweep: Sweep, storage: str) -> optuna.Study:
     )
     study = optuna.create_study(study_name=sweep.path.stem, storage=database, load_if_exists=True)
     trials = study.get_trials(deepcopy=False)
-    failed = Counter(trial.user_attrs["job"] for trial in trials if trial.state == TrialState.FAIL)
-    known = {trial.user_attrs["job"] for trial in trials if trial.state != TrialState.FAIL}
+    failed = Counter(trial.user_attrs.get("job") for trial in trials if trial.state == TrialState.FAIL)
+    known = {trial.user_attrs.get("job") for trial in trials if trial.state != TrialState.FAIL}
     for name, seed in sweep.jobs():
         number = job_number(sweep, name, seed)
         if number not in known and failed[number] <= RETRIES:
@@ -148,17 +150,25 @@ def run_job(sweep: Sweep, trial: optuna.Trial, core: int, out: Path) -> float:
 
 
 def work(sweep: Sweep, storage: str, core: int, out: Path) -> None:
-    """Take jobs from the queue until none is waiting."""
+    """Take jobs from the queue until all are done, those of workers that died in between included."""
     study = open_study(sweep, storage)
 
     def objective(trial: optuna.Trial) -> float:
+        if "config" not in trial.user_attrs:
+            raise optuna.TrialPruned  # another worker took the last job just before
         loss = run_job(sweep, trial, core, out)
         print(f"core {core}: {trial.user_attrs['config']} seed {trial.user_attrs['seed']}: {loss:.4f}", flush=True)
         return loss
 
-    optuna.storages.fail_stale_trials(study)  # of workers that died: they are put into the queue again
-    while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-        study.optimize(objective, n_trials=1, catch=(SweepError,))
+    while True:
+        optuna.storages.fail_stale_trials(study)  # of workers that died: they are put into the queue again
+        states = {trial.state for trial in study.get_trials(deepcopy=False)}
+        if TrialState.WAITING in states:
+            study.optimize(objective, n_trials=1, catch=(SweepError,))
+        elif TrialState.RUNNING in states:
+            time.sleep(POLL)  # another worker's job: done soon, or that worker is dead
+        else:
+            return
 
 
 def losses(sweep: Sweep, storage: str) -> dict[str, dict[int, float]]:
