@@ -130,7 +130,7 @@ class Hyperparameters:
         "that repeat: A attention, K Koopman, S SKC, P SKC beside its MLP")
     shared_blocks: int = var(0, "model", "blocks that the layers share in turn; 0: each layer its own", low=0)
     recurrence_layers: str = var("", "model", "layers that run again, as first-last, e.g. 3-5; empty: none")
-    recurrence_depth: int = var(2, "model", "times that they run", low=1, when=lambda h: bool(h.looped))
+    recurrence_depth: int = var(2, "model", "times that they run", low=2, high=64, when=lambda h: bool(h.looped))
     recurrence_start_fraction: float = var(0.35, "optimizer", "progress from which on they do", "fraction", low=0,
         high=1, when=lambda h: bool(h.looped))
     stochastic_depth: float = var(0.0, "optimizer", "chance that a row skips a sublayer of the last layer; less below",
@@ -161,10 +161,12 @@ class Hyperparameters:
     yarn_factor: float = var(1.0, "model", "context extension by YaRN; 1: none", "times", low=1)
     yarn_original: int = var(0, "model", "context the model was trained at; 0: TRAIN_SEQ_LEN", "tokens", low=0,
         when=lambda h: h.yarn_factor > 1)
-    qk_norm: bool = var(True, "model", "RMS-normalize queries and keys per head")
-    qk_gain_init: float = var(1.5, "model", "initial learned gain of each query head", low=0)
+    qk_norm: bool = var(True, "model", "RMS-normalize queries and keys per head", when=lambda h: "attn" in h.mixers)
+    qk_gain_init: float = var(1.5, "model", "initial learned gain of each query head", low=0,
+        when=lambda h: "attn" in h.mixers)
     logit_softcap: float = var(30.0, "model", "logits are cap * tanh(z / cap); 0: no cap", low=0, high=1000)
-    value_residual: bool = var(False, "model", "attention layers mix in the first attention layer's values")
+    value_residual: bool = var(False, "model", "attention layers mix in the first attention layer's values",
+        when=lambda h: h.mixers.count("attn") > 1)
     xsa_layers: int = var(0, "model", "last attention layers whose heads drop their part along the token's own value",
         low=0, when=lambda h: "attn" in h.mixers)
     attn_gate: int = var(0, "model", "channels from which each head's output gate is made; 0: no gates", "channels",
@@ -436,13 +438,14 @@ class Hyperparameters:
     @property
     def stages(self) -> tuple[tuple[float, int], ...]:
         """(progress, tokens a step) pairs of BATCH_STAGES, or the one batch size."""
-        return stages_of("BATCH_STAGES", self.batch_stages) or ((0.0, self.train_batch_tokens),)
+        found = stages_of("BATCH_STAGES", self.batch_stages, "0:131072,0.3:262144")
+        return found or ((0.0, self.train_batch_tokens),)
 
     @property
     def lengths(self) -> tuple[tuple[float, int], ...]:
         """(progress, window) pairs of CURRICULUM_STAGES, or the one window."""
-        stages = stages_of("CURRICULUM_STAGES", self.curriculum_stages) or ((0.0, 1),)
-        return tuple((at, self.train_seq_len // max(1, divisor)) for at, divisor in stages)
+        stages = stages_of("CURRICULUM_STAGES", self.curriculum_stages, "0:4,0.15:2,0.4:1") or ((0.0, 1),)
+        return tuple((at, self.train_seq_len // divisor) for at, divisor in stages)
 
     @property
     def site_kinds(self) -> tuple[str, ...]:
@@ -457,6 +460,7 @@ class Hyperparameters:
         kinds |= {"koopman": self.capsule_bank and self.feedback_passes > 0}
         groups = tuple(name for name, there in kinds.items() if there)
         more = {"koopman_diagonal": kinds["koopman"], "expert": "moe" in self.feeds}
+        more["router"] = more["expert"]
         return {
             "ROLE_KINDS": (*groups, *(name for name, there in more.items() if there)),
             "GROUPS": groups,
@@ -485,16 +489,18 @@ def rising_orders(name: str, text: str) -> tuple[int, ...]:
     return orders
 
 
-def stages_of(name: str, text: str) -> tuple[tuple[float, int], ...]:
+def stages_of(name: str, text: str, example: str) -> tuple[tuple[float, int], ...]:
     """(progress, number) pairs of progress:number,...; they begin at 0 and rise to less than 1. Raises UserError."""
     try:
         pairs = [pair.split(":") for pair in text.split(",")] if text else []
         stages = tuple((float(at), int(number)) for at, number in pairs)
     except ValueError:
-        raise UserError(f"{name}={text} is not progress:tokens,...; try 0:256,0.3:512") from None
+        raise UserError(f"{name}={text} is not progress:number,...; try {example}") from None
     times = [at for at, _ in stages]
     if stages and (times[0] != 0.0 or times != sorted({at for at in times if 0 <= at < 1})):
         raise UserError(f"{name}={text} must start at progress 0 and rise to less than 1")
+    if any(number < 1 for _, number in stages):
+        raise UserError(f"{name}={text} has a number below 1; try {example}")
     return stages
 
 
@@ -697,9 +703,9 @@ def validate(h: Hyperparameters) -> None:
             f"CAPSULE_DIM={h.capsule_dim} must be a power of two; try {2 ** round(math.log2(h.capsule_dim))}"),
         (h.skc_block_size & (h.skc_block_size - 1),
             f"SKC_BLOCK_SIZE={h.skc_block_size} must be a power of two; try {2 ** round(math.log2(h.skc_block_size))}"),
-        (h.sees_blocks and not h.carry_train and h.skc_block_size >= h.train_seq_len,
-            f"SKC_BLOCK_SIZE={h.skc_block_size} must be less than TRAIN_SEQ_LEN={h.train_seq_len}, or no block of a "
-            "window sees another one"),
+        (h.sees_blocks and not h.carry_train and h.skc_block_size >= min(windows),
+            f"SKC_BLOCK_SIZE={h.skc_block_size} must be less than the shortest training window {min(windows)}, or no "
+            "block of it sees another one (TRAIN_SEQ_LEN, CURRICULUM_STAGES)"),
         (h.capsule_bank and not h.capsule_num, "CAPSULE_BANK=1 needs CAPSULE_NUM of at least 1"),
         (h.has_skc and h.skc_local == "off" and not h.skc_spectral and not h.capsule_num,
             "an SKC layer needs one of SKC_LOCAL, SKC_SPECTRAL=1 and CAPSULE_NUM"),
@@ -1969,6 +1975,7 @@ ROLE_KINDS: dict[str, Callable[[Hyperparameters], Role]] = {
     "table": lambda h: Role(h.fp_storage, "table"),
     "scalar": lambda h: Role(h.scalar_codec, "scalar", decay=0.0),
     "expert": lambda h: Role(h.matrix_codec, "matrix", idle=True),
+    "router": lambda h: Role(h.scalar_codec, "scalar", lr_mult=0.1, decay=0.0),  # at the full rate it is sure at once
     "koopman": lambda h: Role(h.scalar_codec, "koopman", decay=0.0),
     "koopman_diagonal": lambda h: Role(h.scalar_codec, "koopman", decay=0.0, bound=0.989),
 }
@@ -2226,11 +2233,12 @@ class Smear(Module):
         self.gate = Linear("embed.smear.gate", min(h.smear_gate, h.embed_width), 1, "scalar")
         self.amount = nn.Parameter(torch.empty(1))
 
-    def forward(self, x: Tensor, weight: Tensor, ctx: Ctx) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor, ctx: Ctx) -> tuple[Tensor, dict[str, Tensor]]:
+        """Embeddings x (B, T, E) with the ones before them, and diagnostics."""
         before = ctx.history[:, -1:]
         first = F.embedding(before.clamp(min=0), weight) * (before >= 0).unsqueeze(-1)
         gate = self.amount * torch.sigmoid(self.gate(x[..., : self.width], ctx)) * (ctx.tokens != ctx.bos).unsqueeze(-1)
-        return x + gate.to(x.dtype) * torch.cat((first.to(x.dtype), x[:, :-1]), 1)
+        return x + gate.to(x.dtype) * torch.cat((first.to(x.dtype), x[:, :-1]), 1), watched(ctx, smear_gate=gate)
 
 
 def last_equal(key: Tensor) -> Tensor:
@@ -2305,11 +2313,11 @@ class Embedding(Module):
         self.ngrams = NgramEmbedding(h) if h.ngram_orders and not h.has_engram else None
         self.induction = Induction(h, bos) if h.matched_orders else None
 
-    def forward(self, ctx: Ctx) -> tuple[Tensor, Tensor | None]:
-        """The first residual stream x0, and the part e2 of it that comes from n-grams (None without tables)."""
-        x = F.embedding(ctx.tokens, self.weight)
+    def forward(self, ctx: Ctx) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """The first residual stream x0, the part e2 of it from n-grams (None without tables), and diagnostics."""
+        x, metrics = F.embedding(ctx.tokens, self.weight), {}
         if self.smear is not None:
-            x = self.smear(x, self.weight, ctx)
+            x, metrics = self.smear(x, self.weight, ctx)
         if self.induction is not None:
             x = x + self.induction(ctx, self.weight)
         if torch.is_autocast_enabled(x.device.type):
@@ -2317,7 +2325,7 @@ class Embedding(Module):
         if self.up is not None:
             x = self.up(rms_norm(x), ctx)
         e2 = self.ngrams(ctx) if self.ngrams is not None else None
-        return rms_norm(x if e2 is None else x + e2), e2
+        return rms_norm(x if e2 is None else x + e2), e2, metrics
 
 
 class Head(Module):
@@ -2429,7 +2437,7 @@ class MoE(Module):
         self.top_k, self.balance = h.moe_top_k, h.moe_balance
         self.act = ACTIVATIONS[h.mlp_act]
         self.experts = nn.ModuleList(MLP(h, layer, f"{name}.experts.{e}", "expert") for e in range(h.moe_experts))
-        self.router = Linear(name + ".router", h.model_dim, h.moe_experts, "scalar")
+        self.router = Linear(name + ".router", h.model_dim, h.moe_experts, "router")
 
     def init_state(self, batch: int, dtype: torch.dtype) -> None:
         return None
@@ -2479,8 +2487,8 @@ class MoE(Module):
             balance = len(self.experts) * (p.mean(1) * share.mean(1) / self.top_k).sum()
             losses = {"moe_balance": self.balance * balance}
         if ctx.variant.measures:
-            load = share.mean((0, 1)) / self.top_k
-            metrics = {"router_entropy_nats": -(p * p.clamp(min=1e-9).log()).sum(-1).mean(), "largest_load": load.max()}
+            metrics = {f"load_{e}": load for e, load in enumerate((share.mean((0, 1)) / self.top_k).unbind())}
+            metrics["router_entropy_nats"] = -(p * p.clamp(min=1e-9).log()).sum(-1).mean()
         return Out(y, losses=losses, metrics=metrics)
 
 
@@ -3002,12 +3010,12 @@ class Koopman(Module):
         given = self.init_state(x.shape[0], x.dtype) if state is None else state
         u, gate, pace = self.inputs(x, ctx).chunk(3, -1)  # (B, T, S) each
         u, tail = self.conv(u, ctx, given.tail)
-        keep = torch.sigmoid(-pace.to(given.h.dtype))
+        keep, gate = torch.sigmoid(-pace.to(given.h.dtype)), torch.sigmoid(gate)
         seen = keep * (ctx.age > 0).unsqueeze(-1)
-        h, last = linear_scan(seen, (1 - seen) * torch.sigmoid(gate) * self.turn(u), given.h)
+        h, last = linear_scan(seen, (1 - seen) * gate * self.turn(u), given.h)
         mixed = self.turn(h + h @ self.v @ self.u.mT)
         y = self.proj(mixed, ctx)
-        metrics = watched(ctx, gate=torch.sigmoid(gate), keep_gate=keep)
+        metrics = watched(ctx, gate=gate, keep_gate=keep)
         return Out(y, None if state is None else KoopmanState(tail, last), metrics=metrics)
 
 
@@ -3076,7 +3084,8 @@ class SKC(Module):
     def forward(self, x: Tensor, ctx: Ctx, state: SKCState | None) -> Out:
         assert ctx.blocks is not None
         old = self.init_state(x.shape[0], x.dtype) if state is None else state
-        s, v = self.gated(x, ctx)  # (B, T, S) each
+        s, gate = self.gated(x, ctx)  # (B, T, S) each
+        v, held = gate * s, None
         grid = ctx.blocks.lay(v)  # (B, n, W, S)
         near, new = self.local(s, v, ctx, old)
         paths: dict[str, Tensor] = {"local": near} if near is not None else {}
@@ -3084,21 +3093,21 @@ class SKC(Module):
             read, new = self.spectral(grid, ctx.blocks, new)
             paths["spectral"] = ctx.blocks.pick(read * ctx.blocks.visible, x.shape[1])
         if self.shape[2]:
-            read, new = self.capsules(grid, ctx, new)
+            read, held, new = self.capsules(grid, ctx, new)
             paths["capsules"] = ctx.blocks.pick(read * ctx.blocks.visible, x.shape[1])
         mixed = torch.stack([*paths.values()]).sum(0).to(x.dtype)
         wanted = self.h.skc_spectral and self.h.skc_spectral_entropy > 0 and ctx.moment is not None
         losses = {"spectral_entropy": self.entropy_loss(grid, ctx.blocks)} if wanted else {}
-        metrics = watched(ctx, **paths, memory=new.capsules.seen if self.shape[2] else None)
+        metrics = watched(ctx, gate=gate, **paths, memory=held)
         return Out(self.proj(mixed, ctx), None if state is None else new, losses=losses, metrics=metrics)
 
     def gated(self, x: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor]:
-        """s and v = sigmoid(W_g x) s."""
+        """s and g = sigmoid(W_g x)."""
         s, gate = self.inputs(x, ctx).chunk(2, -1)
         if self.engram is not None and "engram" in ctx.memory:  # layers that share a block may lie before it
             extra = self.engram(ctx.memory["engram"], ctx)
             s, gate = (s + extra, gate) if self.h.eng_to_skc_mode == "bias" else (s, gate + extra)
-        return s, torch.sigmoid(gate) * s
+        return s, torch.sigmoid(gate)
 
     def local(self, s: Tensor, v: Tensor, ctx: Ctx, old: SKCState) -> tuple[Tensor | None, SKCState]:
         """The path over nearby tokens."""
@@ -3120,8 +3129,8 @@ class SKC(Module):
         z, new = remember(sums, hold, old.spectrum, blocks, lambda spectra, _: (1 - hold) * spectra)
         return transform @ (self.gain * z).to(grid.dtype), old._replace(spectrum=new)
 
-    def capsules(self, grid: Tensor, ctx: Ctx, old: SKCState) -> tuple[Tensor, SKCState]:
-        """What each block sees of earlier blocks' capsules, (B, n, W, S)."""
+    def capsules(self, grid: Tensor, ctx: Ctx, old: SKCState) -> tuple[Tensor, Tensor, SKCState]:
+        """What tokens read of earlier blocks' capsules (B, n, W, S), and those (B, n, N, S)."""
         blocks = ctx.blocks
         assert blocks is not None
         routes = self.routes(grid, ctx)  # (B, n, W, N)
@@ -3130,7 +3139,7 @@ class SKC(Module):
         size = (self.u.norm() * self.v.norm()).clamp(min=1.0)
         moved, bend = c + (self.u @ (self.v.mT @ c)) / size, torch.sigmoid(self.bend)
         seen = (1 - bend) * moved + bend * moved.tanh()
-        return routes @ seen.to(routes.dtype), old._replace(capsules=new)
+        return routes @ seen.to(routes.dtype), c, old._replace(capsules=new)
 
     def routes(self, grid: Tensor, ctx: Ctx) -> Tensor:
         """Each token's shares in the capsules, (B, n, W, N)."""
@@ -3200,6 +3209,15 @@ class Site(NamedTuple):
     block: int = 0
     beside: bool = False
     visits: int = 1  # of all sites with these parameters at this layer
+
+    @property
+    def label(self) -> str:
+        """Its name among diagnostics: layer, kind, and which loop or pass, if not the first."""
+        return (
+            f"{self.layer}.{self.kind}"
+            + f".loop{self.loop}" * (self.loop > 0)
+            + f".pass{self.pass_}" * (self.pass_ > 0)
+        )
 
     @property
     def visit(self) -> tuple[int, int, int]:
@@ -3468,7 +3486,7 @@ class Trace(NamedTuple):
     def add(self, site: Site, out: Out) -> Trace:
         """This trace and what one more site left; losses of what is visited again are means over the visits."""
         losses = {n: loss / site.visits + self.losses.get(n, 0.0) for n, loss in out.losses.items()}
-        metrics = {f"{site.kind}.{site.id}.{name}": value for name, value in out.metrics.items()}
+        metrics = {f"{site.label}.{name}": value for name, value in out.metrics.items()}
         return Trace({**self.states, site.id: out.state}, {**self.losses, **losses}, {**self.metrics, **metrics})
 
 
@@ -3619,7 +3637,10 @@ class GPT(Module):
                 x, ctx = self.site_input(site, stream, ctx)
             out = self.site(site)(x, ctx, None if states is None else states[1 + site.id])
             if out.y is not None:
-                out = out._replace(metrics={**out.metrics, **watched(ctx, branch=out.y, stream=stream)})
+                sizes = watched(ctx, branch=out.y, stream=stream)
+                if sizes:
+                    sizes["branch_over_stream"] = sizes["branch_rms"] / (sizes["stream_rms"] + 1e-12)
+                out = out._replace(metrics={**out.metrics, **sizes})
                 r = self.residual.write(r, site, self.thinned(site, out.y, ctx), link)
             ctx = ctx._replace(v0=ctx.v0 if out.v0 is None else out.v0, memory={**ctx.memory, **out.memory})
             trace = trace.add(site, out)
@@ -3659,8 +3680,12 @@ class GPT(Module):
         states = state if state is not None and len(state) > 1 else None
         sites, half = self.plans[ctx.variant.looped, ctx.variant.speculates], self.h.num_layers // 2
         entry = next(i for i, site in enumerate(sites) if site.kind == "bank" or site.layer >= half)
-        opened = self.residual.open(*self.embed(ctx), ctx.moment)
-        saved, ctx, trace = self.run(sites[:entry], opened, ctx, states, Trace({}, {}, {}))
+        x0, e2, metrics = self.embed(ctx)
+        opened, trace = (
+            self.residual.open(x0, e2, ctx.moment),
+            Trace({}, {}, {f"embed.{n}": m for n, m in metrics.items()}),
+        )
+        saved, ctx, trace = self.run(sites[:entry], opened, ctx, states, trace)
         if ctx.moment is None and self.h.feedback_halt and self.h.capsule_bank and sites[-1].pass_ > 1:
             stopped = torch.zeros_like(ctx.tokens, dtype=torch.bool).unsqueeze(-1)
             ctx = ctx._replace(memory={**ctx.memory, "inputs": {}, "stopped": stopped})
@@ -4095,6 +4120,7 @@ class Optimizer:
             norm = torch.stack([value.norm() for value in values]).norm()
             for value in values:
                 value.mul_((self.h.grad_clip_norm / (norm + 1e-6)).clamp(max=1))
+        ternary = [bank for bank in banks if bank.role.codec == "ternary"]
         moved, before = {}, ternary_codes(banks) if measures else []
         for (key, bank), (grad, has) in zip(self.weights.banks.items(), grads, strict=True):
             group = self.groups[bank.role.group]
@@ -4110,6 +4136,8 @@ class Optimizer:
                 self.average(bank)
         self.weights.materialize(progress, moved)
         if before:
+            sizes = torch.cat([c.scales.flatten() for b in ternary for _, c in b.coded() if c.scales is not None])
+            metrics |= {"scale_mean": sizes.mean(), "scale_rms": sizes.square().mean().sqrt()}
             after = ternary_codes(banks)
             metrics["churn"] = sum(((a != b).sum() for a, b in zip(before, after, strict=True)), torch.zeros(()))
             metrics["zeros"] = sum(((codes == 0).sum() for codes in after), torch.zeros(()))
@@ -5122,7 +5150,7 @@ class StepOut(NamedTuple):
 
     nats: Tensor  # summed over this rank's rows
     carry: Any  # mixer states of this rank's rows, or None
-    metrics: dict[str, Tensor]  # diagnostics of sites and residual, of the last micro-batch
+    metrics: dict[str, Tensor]  # diagnostics of sites and residual, means over micro-batches and ranks
 
 
 def make_step(s: Session) -> Callable[[Batch, TrainState, float], StepOut]:
@@ -5154,7 +5182,12 @@ def make_step(s: Session) -> Callable[[Batch, TrainState, float], StepOut]:
             loss.backward()
             total += out.total.detach()
             carries.append(map_state(out.state, Tensor.detach))
-            metrics = {name: value.detach() for name, value in out.metrics.items()}
+            for name, value in out.metrics.items():
+                metrics[name] = metrics.get(name, 0.0) + value.detach().float() * len(batch.tokens[part]) / rows
+        if rt.world > 1 and metrics:
+            means = torch.stack([*metrics.values()])
+            dist.all_reduce(means)
+            metrics = dict(zip(metrics, means / rt.world, strict=True))
         return StepOut(total, join_states(carries) if h.carry_train else None, metrics)
 
     return step

@@ -297,7 +297,7 @@ def test_yarn_frequencies_against_a_loop(factor: float, original: int, dims: int
 def test_embedding_is_normalized_and_factored(width: int) -> None:
     model = scrambled_model(EMBED_DIM=width)
     tokens = torch.tensor([[3, 255, 3, 9]])
-    x, e2 = model.embed(model.context(tokens, None, t.Variant()))
+    x, e2, _ = model.embed(model.context(tokens, None, t.Variant()))
     assert e2 is None, "no tables, no n-grams"
     rows = model.embed.weight[tokens]
     if width:
@@ -313,7 +313,7 @@ def test_hashed_ngrams_are_rows_of_whole_ngrams(orders: str) -> None:
     model = scrambled_model(BIGRAM_HASH_BUCKETS=buckets, BIGRAM_HASH_DIM=12, BIGRAM_HASH_ORDERS=orders)
     tokens = torch.randint(0, 4, (3, 12), generator=torch.Generator().manual_seed(1))
     tokens[0, 5] = tokens[1, [0, 1, 8]] = t.BYTE_BOS
-    x, e2 = model.embed(model.context(tokens, None, t.Variant()))
+    x, e2, _ = model.embed(model.context(tokens, None, t.Variant()))
     lengths = [int(order) for order in orders.split(",")]
     width = 12 // len(lengths)
     for row in range(3):
@@ -359,7 +359,7 @@ def test_induction_finds_what_followed_the_last_times(orders: str, count: int, w
     assert torch.equal(induction.followers(tokens, history), want)
     assert (want >= 0).any() and (want < 0).any()
     state = model.start_state(history)
-    x, _ = model.embed(model.context(tokens, state, t.Variant()))
+    x, _, _ = model.embed(model.context(tokens, state, t.Variant()))
     table, total = model.embed.weight, model.embed.weight[tokens]
     for index in range(len(lengths) * count):
         found = induction.gain[index] * table[want[..., index].clamp(min=0)] + induction.found[index]

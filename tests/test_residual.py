@@ -148,7 +148,7 @@ def test_network_runs_its_topology(name: str, layers: int) -> None:
         parameter.copy_(noise / math.sqrt(parameter.shape[-1]) if parameter.ndim == 2 else 0.5 + 0.3 * noise)
     tokens = torch.randint(0, 255, (2, 7), generator=generator)
     ctx = model.context(tokens, None, t.Variant())
-    x0, _ = model.embed(ctx)
+    x0, _, _ = model.embed(ctx)
     x, stored, half, residual = x0, [], layers // 2, model.residual
     for layer, block in enumerate(model.blocks):
         if name == "unet" and half <= layer < 2 * half:

@@ -154,7 +154,7 @@ def test_koopman_is_its_formula(turn: int) -> None:
         b = (1 - reset) * torch.sigmoid(gate) * (convolved(u, layer.conv.taps, documents) @ rotation)
         h = scanned(reset, b, [False] * 13)
         mixed = (h + h @ layer.v @ layer.u.T) @ rotation
-        want = (mixed / mixed.square().mean(-1, keepdim=True).sqrt() * layer.norm_gain) @ layer.proj.weight.T
+        want = (mixed / mixed.square().mean(-1, keepdim=True).sqrt() * layer.proj.gain) @ layer.proj.weight.T
         torch.testing.assert_close(got[row], want, rtol=1e-5, atol=1e-5)
 
 
@@ -195,7 +195,7 @@ def naive_skc(layer: t.SKC, x: Tensor, documents: list[int], local: str) -> Tens
         z = keep * goes_on * z + (1 - keep) * (transform @ mine)
         capsules = hold * capsules + (1 - hold) * summary if goes_on else summary
         running = last
-    return (t.rms_norm(paths) * layer.norm_gain) @ layer.proj.weight.T
+    return (t.rms_norm(paths) * layer.proj.gain) @ layer.proj.weight.T
 
 
 @pytest.mark.parametrize("local", ["run", "block", "off"])
@@ -771,7 +771,7 @@ def test_xsa_is_on_the_last_attention_layers(layers: int, count: int) -> None:
 def test_smear_adds_the_gated_embedding_of_the_previous_token() -> None:
     model = scrambled(SMEAR_GATE=5)
     smear, weight, tokens = model.embed.smear, model.embed.weight, some_tokens(2, 9)
-    got = smear(F.embedding(tokens, weight), weight, model.context(tokens, None, t.Variant()))
+    got, _ = smear(F.embedding(tokens, weight), weight, model.context(tokens, None, t.Variant()))
     for row in range(2):
         for i in range(9):
             want = weight[tokens[row, i]].clone()
@@ -859,7 +859,8 @@ def test_loops_revisit_layers_as_a_group() -> None:
     assert [site.layer for site in looped if site.sub == 0] == [0, 1, 2, 1, 2, 1, 2, 3, 4, 5]
     plain = t.plan_sites(h, t.variant_at(h, 0.2))
     assert [site.layer for site in plain if site.sub == 0] == [0, 1, 2, 3, 4, 5]
-    assert set(plain) < set(looped), "ids stay"
+    assert {s._replace(visits=1) for s in plain} < {s._replace(visits=1) for s in looped}, "ids stay"
+    assert {s.visits for s in looped if s.layer == 1} == {3}, "a layer's losses are means over its visits"
 
 
 def test_noise_depends_on_its_keys_alone() -> None:
@@ -881,6 +882,51 @@ def test_stochastic_depth_keeps_the_mean_and_is_off_in_evaluation() -> None:
     assert sorted(set(thinned.flatten().tolist())) == pytest.approx([0.0, 1 / 0.6])
     assert float(thinned.mean()) == pytest.approx(1, abs=0.06)
     assert model.thinned(site, y, ctx) is y
+    early = model.thinned(model.sites[0], y, ctx._replace(moment=moment(2000)))
+    assert sorted(set(early.flatten().tolist())) == pytest.approx([0.0, 1 / 0.8]), "earlier layers stay more often"
+    assert float((early == 0).double().mean()) == pytest.approx(0.2, abs=0.04)
+    assert model.thinned(site._replace(sub=-1), y, ctx._replace(moment=moment(2000))) is y
+
+
+@pytest.mark.parametrize("mode", ["bias", "gate"])
+@torch.no_grad()
+def test_the_engram_enters_what_its_mode_says(mode: str) -> None:
+    model = scrambled(
+        LAYER_PATTERN="S", BIGRAM_HASH_BUCKETS=11, BIGRAM_HASH_DIM=8, ENGRAM_INJECT_LAYER=0, ENG_TO_SKC_MODE=mode,
+        SKC_SPECTRAL=0, CAPSULE_NUM=0,
+    )  # fmt: skip
+    layer, x, tokens = model.blocks[0]["skc"], inputs(model, 1, 9), some_tokens(1, 9, starts=0.0)
+    memory = torch.randn(1, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    got = layer(x, model.context(tokens, None, t.Variant())._replace(memory={"engram": memory}), None).y[0]
+    s, gate = (x[0] @ layer.inputs.weight.T).chunk(2, -1)
+    extra = memory[0] @ layer.engram.weight.T
+    s, gate = (s + extra, gate) if mode == "bias" else (s, gate + extra)
+    a, v = torch.sigmoid(layer.local_decay), torch.sigmoid(gate) * s
+    local = convolved(s, layer.conv.taps, [0] * 9) + scanned(a.expand_as(v), (1 - a) * v, [False] * 9)
+    want = (t.rms_norm(local) * layer.proj.gain) @ layer.proj.weight.T
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
+
+
+@torch.no_grad()
+def test_diagnostics_of_every_part_are_numbers_that_move() -> None:
+    """Of a real forward pass: none is missing and none is stuck at zero."""
+    more = {"BIGRAM_HASH_BUCKETS": 11, "BIGRAM_HASH_DIM": 8, "ENGRAM_INJECT_LAYER": 0, "SMEAR_GATE": 4, "ATTN_GATE": 4}
+    model = scrambled(LAYER_PATTERN="SAK", NUM_LAYERS=3, MOE_EXPERTS=3, MOE_LAYER_FRAC=1, **more, **FEEDBACK)
+    tokens, measured = some_tokens(2, 14, starts=0.0), t.final_variant(model.h)._replace(measures=True)
+    found = model.loss(tokens, tokens, measured, None, moment(2)).metrics
+    expected = {
+        "0.engram.gate_mean", "0.skc.local_rms", "0.skc.spectral_rms", "0.skc.capsules_rms", "0.skc.memory_rms",
+        "0.skc.gate_mean", "1.attn.gate_saturated", "1.bank.capsules_rms", "1.bank.pass2.capsules_rms",
+        "2.koopman.gate_mean",
+        "2.koopman.pass1.keep_gate_mean", "2.moe.load_0", "2.moe.load_2", "2.moe.router_entropy_nats",
+        "1.feedback.pass1.opening_rms", "0.skc.branch_over_stream", "embed.smear_gate_mean",
+    }  # fmt: skip
+    assert expected <= set(found)
+    loads = [float(found[f"2.moe.load_{e}"]) for e in range(3)]
+    assert sum(loads) == pytest.approx(1)
+    for name, value in found.items():
+        assert value.isfinite() and (value != 0 or "saturated" in name or "load" in name), name
+    assert not model.loss(tokens, tokens, t.final_variant(model.h), None, moment(2)).metrics
 
 
 # ---- kernels and compilation

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +130,48 @@ def test_queue_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "missing: none" in sweep.table(some, sweep.losses(some, storage))
     changed = sweep.read_sweep(write_list(tmp_path, configs={"plain": {}, "wide": {"MODEL_DIM": 96}}))
     assert "missing: wide (1)" in sweep.table(changed, sweep.losses(changed, storage))
+
+
+def test_more_workers_than_jobs_share_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that finds the last job taken waits for it; nothing but jobs is left in the database."""
+    monkeypatch.setattr(sweep, "POLL", 0.05)
+
+    def run(s: sweep.Sweep, trial: Any, core: int, out: Path) -> float:
+        trial.suggest_int("job", 0, 2**32 - 1)
+        time.sleep(0.5)
+        return 3.0
+
+    monkeypatch.setattr(sweep, "run_job", run)
+    path, storage = write_list(tmp_path, configs={"plain": {}}, seeds=[1]), storage_of(tmp_path)
+    some = sweep.read_sweep(path)
+    sweep.open_study(some, storage)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda core: sweep.work(some, storage, core, tmp_path), range(3)))
+    trials = sweep.open_study(some, storage).get_trials()
+    assert [trial.state.name for trial in trials if trial.state.name != "PRUNED"] == ["COMPLETE"]
+    assert sweep.losses(some, storage) == {"plain": {1: 3.0}}
+
+
+def test_a_job_whose_worker_died_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Just after a kill its trial still looks alive; it is run again as soon as it does not."""
+    monkeypatch.setattr(sweep, "POLL", 0.05)
+    looks: list[int] = []
+    monkeypatch.setattr(sweep.optuna.storages, "fail_stale_trials", lambda study: looks.append(1) or revive(study))
+
+    def revive(study: Any) -> None:
+        for trial in study.get_trials(states=(sweep.TrialState.RUNNING,)) if len(looks) > 3 else ():
+            study.tell(trial.number, state=sweep.TrialState.FAIL)
+            study.enqueue_trial({"job": trial.user_attrs["job"]}, trial.user_attrs)
+
+    def run(s: sweep.Sweep, trial: Any, core: int, out: Path) -> float:
+        trial.suggest_int("job", 0, 2**32 - 1)
+        return 3.0
+
+    monkeypatch.setattr(sweep, "run_job", run)
+    some, storage = sweep.read_sweep(write_list(tmp_path, configs={"plain": {}}, seeds=[1])), storage_of(tmp_path)
+    sweep.open_study(some, storage).ask()  # taken, and its worker killed
+    sweep.work(some, storage, 0, tmp_path)
+    assert len(looks) > 3 and sweep.losses(some, storage) == {"plain": {1: 3.0}}
 
 
 @pytest.mark.slow  # four real runs: that the command line, the pinning and the metrics fit together

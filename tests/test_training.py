@@ -816,7 +816,7 @@ def snapshot(s: t.Session) -> dict[str, Any]:
 @pytest.mark.slow  # a minute each: that a preset of full size works and fits is not seen at any other size
 @pytest.mark.parametrize("preset", ["skc", "skc_proxy", "hybrid"])
 def test_preset_of_full_size_trains_exports_within_its_limit_and_reloads(preset: str) -> None:
-    """Two real optimizer steps on 1 x 256 tokens; untrained weights compress worst, so trained ones fit, too."""
+    """Two real optimizer steps on 1 x 256 tokens; the packed bound is of any weights, so trained ones fit, too."""
     h = t.load_config({"PRESET": preset, "DEVICE": "cpu", "COMPILE": "0", "PRECISION": "fp32"})
     rt = t.start_runtime(h)
     model = t.build_model(h, rt, 1)
@@ -836,6 +836,7 @@ def test_preset_of_full_size_trains_exports_within_its_limit_and_reloads(preset:
     budget = t.account(h, len(artifact.data))
     print(preset, budget, artifact.table)
     assert losses[1] < losses[0] and budget.total_bytes <= budget.budget_bytes
+    assert sum(weights.packed_bytes().values()) + budget.code_bytes <= budget.budget_bytes
     _, arrays = t.decode_artifact(artifact.data)
     again = t.build_model(h, rt, 1, fill=False)
     t.load_weights(again, arrays)
