@@ -703,9 +703,9 @@ def validate(h: Hyperparameters) -> None:
             f"CAPSULE_DIM={h.capsule_dim} must be a power of two; try {2 ** round(math.log2(h.capsule_dim))}"),
         (h.skc_block_size & (h.skc_block_size - 1),
             f"SKC_BLOCK_SIZE={h.skc_block_size} must be a power of two; try {2 ** round(math.log2(h.skc_block_size))}"),
-        (h.sees_blocks and not h.carry_train and h.skc_block_size >= min(windows),
-            f"SKC_BLOCK_SIZE={h.skc_block_size} must be less than the shortest training window {min(windows)}, or no "
-            "block of it sees another one (TRAIN_SEQ_LEN, CURRICULUM_STAGES)"),
+        (h.sees_blocks and not h.carry_train and h.skc_block_size >= h.train_seq_len,
+            f"SKC_BLOCK_SIZE={h.skc_block_size} must be less than TRAIN_SEQ_LEN={h.train_seq_len}, or no block of a "
+            "window sees another one"),
         (h.capsule_bank and not h.capsule_num, "CAPSULE_BANK=1 needs CAPSULE_NUM of at least 1"),
         (h.has_skc and h.skc_local == "off" and not h.skc_spectral and not h.capsule_num,
             "an SKC layer needs one of SKC_LOCAL, SKC_SPECTRAL=1 and CAPSULE_NUM"),

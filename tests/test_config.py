@@ -503,6 +503,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"layer_pattern": "K"},
     {"layer_pattern": "skc", "bigram_hash_buckets": 64, "engram_inject_layer": 1},
     {"capsule_bank": True, "feedback_passes": 1},
+    {"capsule_bank": True, "feedback_passes": 2},
     {"moe_experts": 4},
     {"recurrence_layers": "1-2"},
     {"ternary_noise_scale": 0.02},

@@ -390,6 +390,7 @@ SMALL = {
     "NUM_HEADS": 2,
     "NUM_KV_HEADS": 1,
     "TRAIN_SEQ_LEN": 16,
+    "SKC_BLOCK_SIZE": 4,
     "TRAIN_BATCH_TOKENS": 32,
 }
 COMPILED: dict[str, dict[str, object]] = {
@@ -414,7 +415,8 @@ def test_a_step_compiles_to_one_graph_and_only_once(case: str) -> None:
 
     def step(seed: int, variant: t.Variant, state: tuple | None, loss_of: Callable) -> tuple[t.LossOut, list[Tensor]]:
         tokens, targets = some_tokens(2, 16, seed=seed), some_tokens(2, 16, seed=seed + 50)
-        out = loss_of(tokens, targets, variant, state, torch.tensor(seed / 7))
+        moment = t.Moment(torch.tensor(seed / 7), torch.tensor(seed), torch.arange(2))
+        out = loss_of(tokens, targets, variant, state, moment)
         out.total.backward()
         grads = [p.grad.to_dense().clone() for p in model.parameters() if p.grad is not None]
         model.zero_grad()

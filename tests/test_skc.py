@@ -286,11 +286,13 @@ def whole_block_spectrum(layer: t.SKC, grid: Tensor, blocks: t.Blocks, old: t.SK
     return transform @ (layer.gain * (transform @ grid)), old
 
 
-def capsules_of_everything(layer: t.SKC, grid: Tensor, ctx: t.Ctx, old: t.SKCState) -> tuple[Tensor, t.SKCState]:
+def capsules_of_everything(
+    layer: t.SKC, grid: Tensor, ctx: t.Ctx, old: t.SKCState
+) -> tuple[Tensor, Tensor, t.SKCState]:
     """The origin's router: capsules are pooled over all tokens, and every token reads them."""
     routes = layer.routes(grid, ctx)
     pooled = torch.einsum("bjwn,bjws->bns", routes, grid) / routes.sum((1, 2)).unsqueeze(-1)
-    return torch.einsum("bjwn,bns->bjws", routes, pooled), old
+    return torch.einsum("bjwn,bns->bjws", routes, pooled), pooled, old
 
 
 def bank_over_all_time(bank: t.CapsuleBank, x: Tensor, ctx: t.Ctx, old: t.BlockState) -> tuple[Tensor, t.BlockState]:
