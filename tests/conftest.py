@@ -31,6 +31,17 @@ KEPT_VARIABLES = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PAT
 TRAIN_TOKENS, VAL_TOKENS = (24_000, 16_000), (6_000,)  # tokens of each shard
 BOS = 255
 
+
+def scramble(model: Any) -> Any:
+    """The network with float64 parameters all random, of a size at which each of them matters."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(noise * 1.5 / parameter.shape[-1] ** 0.5 if parameter.ndim == 2 else 0.7 + 0.3 * noise)
+    return model
+
+
 # Jobs that switch on what SKC adds, each with state, noise or structure that changes during the run.
 SKC_KINDS: dict[str, dict[str, str]] = {
     "skc, bank, feedback, engram": {

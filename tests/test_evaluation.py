@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import scramble
 from torch import Tensor
 
 import train_gpt as t
@@ -29,12 +30,7 @@ def config(**variables: object) -> t.Hyperparameters:
 
 def scrambled(h: t.Hyperparameters) -> t.GPT:
     """A network whose every parameter is random and matters."""
-    model, generator = t.build_model(h, t.start_runtime(h), BOS), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(noise * 1.5 / math.sqrt(parameter.shape[-1]) if parameter.ndim == 2 else 0.7 + 0.3 * noise)
-    return model
+    return scramble(t.build_model(h, t.start_runtime(h), BOS))
 
 
 class Stub:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import scramble
 from torch import Tensor
 
 import train_gpt as t
@@ -91,13 +92,7 @@ def config(kind: str, variables: dict[str, object]) -> t.Hyperparameters:
 def scrambled_model(kind: str, variables: dict[str, object]) -> t.GPT:
     """A network whose every parameter is random and matters."""
     h = config(kind, variables)
-    model = t.build_model(h, t.start_runtime(h), BOS)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(noise * 1.5 / math.sqrt(parameter.shape[-1]) if parameter.ndim == 2 else 0.7 + 0.3 * noise)
-    return model
+    return scramble(t.build_model(h, t.start_runtime(h), BOS))
 
 
 def some_tokens(rows: int, length: int, seed: int = 0, starts: float = 0.2) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import scramble
 from torch import Tensor
 
 import train_gpt as t
@@ -44,12 +45,7 @@ def build(h: t.Hyperparameters) -> t.GPT:
 
 def scrambled(h: t.Hyperparameters) -> t.GPT:
     """A network whose every parameter is random and matters."""
-    model, generator = build(h), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(noise * 1.5 / math.sqrt(parameter.shape[-1]) if parameter.ndim == 2 else 0.7 + 0.3 * noise)
-    return model
+    return scramble(build(h))
 
 
 def some_tokens(rows: int, length: int, seed: int = 0) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, clean_environment
+from conftest import ROOT, clean_environment, scramble
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -38,12 +38,7 @@ def scrambled(**variables: object) -> t.GPT:
 
 
 def scrambled_of(h: t.Hyperparameters) -> t.GPT:
-    model, generator = t.build_model(h, t.start_runtime(h), BOS), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(noise * 1.5 / math.sqrt(parameter.shape[-1]) if parameter.ndim == 2 else 0.7 + 0.3 * noise)
-    return model
+    return scramble(t.build_model(h, t.start_runtime(h), BOS))
 
 
 def some_tokens(rows: int, length: int, seed: int = 0, starts: float = 0.15) -> Tensor:
