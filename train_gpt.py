@@ -713,6 +713,8 @@ def validate(h: Hyperparameters) -> None:
             f"FEEDBACK_SKETCH_TOKENS={h.feedback_sketch_tokens} must divide SKC_BLOCK_SIZE={h.skc_block_size}"),
         (h.moe_experts and h.moe_top_k > h.moe_experts,
             f"MOE_TOP_K={h.moe_top_k} must be at most MOE_EXPERTS={h.moe_experts}"),
+        (h.shared_blocks > h.num_layers,
+            f"SHARED_BLOCKS={h.shared_blocks} must be at most NUM_LAYERS={h.num_layers}"),
         (h.shared_blocks and 0 < h.xsa_layers < h.mixers.count("attn"),
             "XSA_LAYERS must be 0 or all attention layers where SHARED_BLOCKS are shared"),
         (h.shared_blocks and len(set(h.feeds)) > 1, "MOE_LAYER_FRAC must be 1 where SHARED_BLOCKS are shared"),
@@ -814,7 +816,12 @@ def help_text() -> str:
                 choices = f" ({'|'.join(meta['choices'])})" if meta["choices"] else ""
                 lines.append(f"  {name:<28} {spec.type:<6} {default!s:<10} {meta['meaning']}{unit}{choices}")
         lines.append("")
-    lines.append("presets (PRESET=): " + ", ".join(PRESETS))
+    lines.append("presets (PRESET=):")
+    for name, values in PRESETS.items():
+        h = Hyperparameters(**values)
+        shape = f"{h.num_layers} layers x {h.model_dim}, {h.layer_pattern} layers, {h.matrix_codec} matrices"
+        bound = f"{h.max_wallclock_seconds:g} s" if h.max_wallclock_seconds else f"{h.iterations} steps"
+        lines.append(f"  {name:<12} {shape}, {h.vocab_size} tokens, {h.train_batch_tokens} a step, {bound}")
     return "\n".join(lines)
 
 
@@ -2445,8 +2452,9 @@ class MoE(Module):
     def multiply(self, layers: Sequence[Linear], rows: Tensor, counts: Tensor, ctx: Ctx) -> Tensor:
         """Rows (n, in) in order of their expert, each times its expert's matrix: what Linear does, for all of them."""
         if ctx.observe is not None:
-            for layer, part in zip(layers, rows.split(counts.tolist()), strict=True):
-                ctx.observe(layer.name, part)
+            owners = torch.repeat_interleave(counts)
+            for e, layer in enumerate(layers):
+                ctx.observe(layer.name, rows[owners == e])
         weights = torch.stack([layer.weight for layer in layers])
         if ctx.adapters is not None:
             pairs = [ctx.adapters.get(layer.name) for layer in layers]

@@ -374,6 +374,7 @@ def test_foreign_variable_is_no_error(name: str) -> None:
 
 # One configuration per rule, and a word that its message must hold.
 CONTRADICTIONS: list[tuple[dict[str, str], str]] = [
+    ({"NUM_LAYERS": "2", "SHARED_BLOCKS": "3"}, "SHARED_BLOCKS=3"),
     ({"MODEL_DIM": "500"}, "NUM_HEADS=8"),
     ({"NUM_KV_HEADS": "3"}, "NUM_KV_HEADS=3"),
     ({"NUM_KV_HEADS": "16"}, "NUM_KV_HEADS=16"),

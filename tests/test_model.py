@@ -433,17 +433,27 @@ def test_a_step_compiles_to_one_graph_and_only_once(case: str) -> None:
                 state = got.state if carried else state
 
 
-@pytest.mark.parametrize("case", ["carried", "untied_later", "stages"])
+SWITCHES: dict[str, dict[str, object]] = {
+    "carried": {"BATCH_MODE": "streams", "CARRY_TRAIN": 1, "ATTN_WINDOW": 12},
+    "untied_later": {"UNTIE_AT_FRACTION": 0.5},
+    "stages": {"BATCH_STAGES": "0:128,0.4:256", "MICRO_BATCH_TOKENS": 128},
+    "curriculum": {"CURRICULUM_STAGES": "0:4,0.3:2,0.6:1"},
+    "experts": {"MOE_EXPERTS": 2, "MOE_LAYER_FRAC": 1, "MOE_START_FRACTION": 0.5, "DIAG_EVERY": 2},
+    "loops": {"RECURRENCE_LAYERS": "0-0", "RECURRENCE_START_FRACTION": 0.5},
+    "stack": {
+        "LAYER_PATTERN": "SKPA", "NUM_LAYERS": 4, "CAPSULE_DIM": 8, "CAPSULE_NUM": 3, "SKC_BLOCK_SIZE": 2,
+        "CAPSULE_BANK": 1, "FEEDBACK_PASSES": 1, "FEEDBACK_SKETCH_TOKENS": 2, "STOCHASTIC_DEPTH": 0.2,
+        "TERNARY_NOISE_SCALE": 0.02, "CURRICULUM_STAGES": "0:2,0.5:1",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SWITCHES)
 def test_everything_is_compiled_before_the_clock_starts(
     case: str, byte_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run with every switch goes through without a compilation after its warm-up, which leaves no trace."""
-    variables: dict[str, object] = {
-        "carried": {"BATCH_MODE": "streams", "CARRY_TRAIN": 1, "ATTN_WINDOW": 12},
-        "untied_later": {"UNTIE_AT_FRACTION": 0.5},
-        "stages": {"BATCH_STAGES": "0:128,0.4:256", "MICRO_BATCH_TOKENS": 128},
-    }[case]
-    small = {
+    small: dict[str, object] = {
         "TRAIN_SEQ_LEN": 8,
         "TRAIN_BATCH_TOKENS": 64,
         "ITERATIONS": 8,
@@ -451,7 +461,7 @@ def test_everything_is_compiled_before_the_clock_starts(
         "COMPILE": 1,
         "MUON_WD": 0.1,
     }
-    h = config(**{**small, **variables}, DATA_PATH=byte_data)
+    h = config(**{**small, **SWITCHES[case]}, DATA_PATH=byte_data)
     real = torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda f, dynamic, **_: real(f, backend="eager", fullgraph=True, dynamic=dynamic)
@@ -479,6 +489,43 @@ def test_everything_is_compiled_before_the_clock_starts(
     finally:
         torch.compiler.set_stance("default")
     assert state.step == 8
+
+
+def test_windows_grow_with_the_curriculum(byte_data: Path, tmp_path: Path) -> None:
+    """Shorter windows are more rows of as many tokens, and follow one another in the stream."""
+    small = {"TRAIN_SEQ_LEN": 16, "TRAIN_BATCH_TOKENS": 64, "ITERATIONS": 10, "CURRICULUM_STAGES": "0:4,0.3:2,0.5:1"}
+    h = config(**small, DATA_PATH=byte_data)
+    s = t.open_session(h, t.start_runtime(h), tmp_path, t.Log(None, False))
+    shapes, starts, real = [], [], s.loader.next
+
+    def watched(rows: int, length: int) -> t.Batch:
+        starts.append(s.loader.position.token)
+        batch = real(rows, length)
+        shapes.append(tuple(batch.tokens.shape))
+        return batch
+
+    s.loader.next = watched  # type: ignore[method-assign]
+    t.train_loop(s, t.TrainState())
+    assert shapes == [(16, 4)] * 3 + [(8, 8)] * 2 + [(4, 16)] * 5
+    assert starts == [64 * step for step in range(10)]
+
+
+def test_later_experts_start_near_the_first(byte_data: Path, tmp_path: Path) -> None:
+    """At MOE_START_FRACTION each is the trained first expert but for 1% of noise, its own."""
+    h = config(MOE_EXPERTS=3, MOE_LAYER_FRAC=1, MOE_START_FRACTION=0.5, MATRIX_CODEC="exact", DATA_PATH=byte_data)
+    s = t.open_session(h, t.start_runtime(h), tmp_path, t.Log(None, False))
+    state = t.TrainState(variant=t.variant_at(h, 0.0))
+    t.switch_variant(s, state, 0.4)
+    first, second, third = (s.model.get_parameter(f"blocks.0.moe.experts.{e}.up.weight") for e in range(3))
+    assert not state.variant.experts and (second - first).std() > 0.1 * first.std()
+    kept = first.detach().clone()
+    t.switch_variant(s, state, 0.5)
+    assert state.variant.experts and torch.equal(first, kept)
+    for one, other in ((first, second), (first, third), (second, third)):
+        assert 0.005 < (one - other).std() / first.std() < 0.02
+    kept = second.detach().clone()
+    t.switch_variant(s, state, 0.6)
+    assert torch.equal(second, kept), "copied once only"
 
 
 # ---- counted work

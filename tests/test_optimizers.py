@@ -281,6 +281,21 @@ def test_rates_follow_the_groups() -> None:
     assert untied == {"matrix": 0.1, "scalar": 0.2, "embed": 0.3, "head": 0.4}
 
 
+def test_tables_taper_off_and_nothing_else_does() -> None:
+    moves = []
+    for start, progress in ((1.0, 0.75), (0.5, 0.5), (0.5, 0.75), (0.5, 1.0)):
+        trainer = Trainer(BIGRAM_HASH_BUCKETS=50, BIGRAM_HASH_DIM=8, ENGRAM_TAPER_START=start)
+        before = trainer.latents()
+        trainer.gradients(1)
+        trainer.step(progress=progress)
+        tables = [name for name, role in trainer.roles.items() if role.group == "table"]
+        assert tables
+        moves.append({name: trainer.latent(name) - old for name, old in before.items()})
+    for name, move in moves[0].items():
+        for other, share in zip(moves[1:], (1.0, 0.5, 0.0) if name in tables else (1.0, 1.0, 1.0), strict=True):
+            torch.testing.assert_close(other[name], share * move, rtol=1e-12, atol=0)
+
+
 def test_scalars_do_not_decay_but_matrices_and_embeddings_do() -> None:
     trainer = Trainer(ADAM_WD=0.5, MUON_WD=0.5)
     before = trainer.latents()
