@@ -30,6 +30,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import zlib
@@ -41,6 +42,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 from scipy import stats
 
@@ -149,11 +151,17 @@ def run_job(sweep: Sweep, trial: optuna.Trial, core: int, out: Path) -> float:
     return float(result["val_loss_nats"])
 
 
+# SQLite does not lock a row for the worker that takes it: two at once get the same job. Between hosts that is left to the
+# run's own lock; the job that is done is then counted by the next `run`. Other databases do lock.
+TAKING = threading.Lock()
+
+
 def work(sweep: Sweep, storage: str, core: int, out: Path) -> None:
     """Take jobs from the queue until all are done, those of workers that died in between included."""
     study = open_study(sweep, storage)
 
     def objective(trial: optuna.Trial) -> float:
+        TAKING.release()
         if "config" not in trial.user_attrs:
             raise optuna.TrialPruned  # another worker took the last job just before
         loss = run_job(sweep, trial, core, out)
@@ -164,7 +172,8 @@ def work(sweep: Sweep, storage: str, core: int, out: Path) -> None:
         optuna.storages.fail_stale_trials(study)  # of workers that died: they are put into the queue again
         states = {trial.state for trial in study.get_trials(deepcopy=False)}
         if TrialState.WAITING in states:
-            study.optimize(objective, n_trials=1, catch=(SweepError,))
+            TAKING.acquire()
+            study.optimize(objective, n_trials=1, catch=(SweepError, UpdateFinishedTrialError))
         elif TrialState.RUNNING in states:
             time.sleep(POLL)  # another worker's job: done soon, or that worker is dead
         else:

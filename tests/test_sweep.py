@@ -152,6 +152,39 @@ def test_more_workers_than_jobs_share_the_last_one(tmp_path: Path, monkeypatch: 
     assert sweep.losses(some, storage) == {"plain": {1: 3.0}}
 
 
+def test_workers_take_jobs_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite would give the same job to two workers that ask at once; their runs go side by side all the same."""
+    taking, most, running, ran = [], [0], [], list[str]()
+    real = sweep.optuna.Study._pop_waiting_trial_id
+
+    def slowly(study: Any) -> Any:
+        taking.append(1)
+        most[0] = max(most[0], len(taking))
+        time.sleep(0.05)
+        found = real(study)
+        taking.pop()
+        return found
+
+    def run(s: sweep.Sweep, trial: Any, core: int, out: Path) -> float:
+        trial.suggest_int("job", 0, 2**32 - 1)
+        running.append(1)
+        time.sleep(0.4)
+        ran.append(f"{trial.user_attrs['config']} {trial.user_attrs['seed']} {len(running)}")
+        running.pop()
+        return 3.0
+
+    monkeypatch.setattr(sweep, "POLL", 0.05)
+    monkeypatch.setattr(sweep.optuna.Study, "_pop_waiting_trial_id", slowly)
+    monkeypatch.setattr(sweep, "run_job", run)
+    some, storage = sweep.read_sweep(write_list(tmp_path)), storage_of(tmp_path)
+    sweep.open_study(some, storage)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda core: sweep.work(some, storage, core, tmp_path), range(3)))
+    assert most[0] == 1
+    assert len({job.rsplit(" ", 1)[0] for job in ran}) == len(ran) == 6
+    assert max(int(job.split()[-1]) for job in ran) > 1
+
+
 def test_a_job_whose_worker_died_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Just after a kill its trial still looks alive; it is run again as soon as it does not."""
     monkeypatch.setattr(sweep, "POLL", 0.05)
