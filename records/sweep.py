@@ -151,8 +151,8 @@ def run_job(sweep: Sweep, trial: optuna.Trial, core: int, out: Path) -> float:
     return float(result["val_loss_nats"])
 
 
-# SQLite does not lock a row for the worker that takes it: two at once get the same job. Between hosts that is left to the
-# run's own lock; the job that is done is then counted by the next `run`. Other databases do lock.
+# SQLite does not lock a row for the worker that takes it: two at once get the same job. Between hosts that is left to
+# the run's own lock; the job that is done is then counted by the next `run`. Other databases do lock.
 TAKING = threading.Lock()
 
 
