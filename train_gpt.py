@@ -515,7 +515,7 @@ FAMILY_PREFIXES = tuple(
 # fmt: off
 LOCAL_FLOAT: dict[str, Any] = {
     "num_layers": 4, "model_dim": 128, "num_heads": 2, "num_kv_heads": 2, "mlp_mult": 4.0, "mlp_act": "leaky_relu2",
-    "residual": "plain", "resid_mix": False, "bigram_hash_buckets": 65536, "bigram_hash_orders": "2,3",
+    "residual": "plain", "bigram_hash_buckets": 65536, "bigram_hash_orders": "2,3",
     "induction_orders": "1,2,3", "matrix_lr": 0.025, "tied_embed_lr": 0.025, "muon_backend_steps": 3,
     "iterations": 500000,  # an hour has 36,000 steps: the clock ends the run
     "train_seq_len": 256, "train_batch_tokens": 2048, "micro_batch_tokens": 2048, "val_batch_size": 16384,
