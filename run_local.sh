@@ -9,6 +9,7 @@
 #                      corpus into another number of tokens
 #   TORCH_INDEX_URL    where pip takes torch from when .venv is made; PyTorch's CPU build saves 3 GB of download:
 #                      https://download.pytorch.org/whl/cpu
+#   PRESET=skc, …      presets for eight GPUs keep their 524,288 tokens a step: on less, lower TRAIN_BATCH_TOKENS
 #   PYTHON             the interpreter to make .venv with (default: python3); its torch is kept if it is >= 2.9
 #   SKIP_SETUP=1       make no .venv: use that interpreter and its packages as they are
 set -eu
