@@ -57,7 +57,7 @@ def some_tokens(rows: int, length: int, seed: int = 0) -> Tensor:
 # ---- plan and roles
 
 
-@pytest.mark.parametrize("layers", [1, 2, 5])
+@pytest.mark.parametrize("layers", [2, 3, 5])
 @pytest.mark.parametrize("preset", t.PRESETS)
 def test_site_ids_count_up_from_zero(preset: str, layers: int) -> None:
     environ = {"PRESET": preset, "NUM_LAYERS": str(layers), "ENGRAM_INJECT_LAYER": "0"}
