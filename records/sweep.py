@@ -37,6 +37,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,10 +159,10 @@ TAKING = threading.Lock()
 
 def work(sweep: Sweep, storage: str, core: int, out: Path) -> None:
     """Take jobs from the queue until all are done, those of workers that died in between included."""
-    study = open_study(sweep, storage)
+    study, taking = open_study(sweep, storage), ExitStack()
 
     def objective(trial: optuna.Trial) -> float:
-        TAKING.release()
+        taking.close()  # the job is this worker's: another one may take the next
         if "config" not in trial.user_attrs:
             raise optuna.TrialPruned  # another worker took the last job just before
         loss = run_job(sweep, trial, core, out)
@@ -172,8 +173,9 @@ def work(sweep: Sweep, storage: str, core: int, out: Path) -> None:
         optuna.storages.fail_stale_trials(study)  # of workers that died: they are put into the queue again
         states = {trial.state for trial in study.get_trials(deepcopy=False)}
         if TrialState.WAITING in states:
-            TAKING.acquire()
-            study.optimize(objective, n_trials=1, catch=(SweepError, UpdateFinishedTrialError))
+            with taking:  # also where the database fails before there is a job
+                taking.enter_context(TAKING)
+                study.optimize(objective, n_trials=1, catch=(SweepError, UpdateFinishedTrialError))
         elif TrialState.RUNNING in states:
             time.sleep(POLL)  # another worker's job: done soon, or that worker is dead
         else:

@@ -185,6 +185,17 @@ def test_workers_take_jobs_one_at_a_time(tmp_path: Path, monkeypatch: pytest.Mon
     assert max(int(job.split()[-1]) for job in ran) > 1
 
 
+def test_a_database_that_fails_holds_up_no_other_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(study: Any) -> Any:
+        raise RuntimeError("database is locked")
+
+    some, storage = sweep.read_sweep(write_list(tmp_path)), storage_of(tmp_path)
+    monkeypatch.setattr(sweep.optuna.Study, "_pop_waiting_trial_id", fail)
+    with pytest.raises(RuntimeError, match="locked"):
+        sweep.work(some, storage, 0, tmp_path)
+    assert not sweep.TAKING.locked()
+
+
 def test_a_job_whose_worker_died_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Just after a kill its trial still looks alive; it is run again as soon as it does not."""
     monkeypatch.setattr(sweep, "POLL", 0.05)
