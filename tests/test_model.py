@@ -439,7 +439,10 @@ SWITCHES: dict[str, dict[str, object]] = {
     "stages": {"BATCH_STAGES": "0:128,0.4:256", "MICRO_BATCH_TOKENS": 128},
     "curriculum": {"CURRICULUM_STAGES": "0:4,0.3:2,0.6:1"},
     "experts": {"MOE_EXPERTS": 2, "MOE_LAYER_FRAC": 1, "MOE_START_FRACTION": 0.5, "DIAG_EVERY": 2},
-    "loops": {"RECURRENCE_LAYERS": "0-0", "RECURRENCE_START_FRACTION": 0.5},
+    "experts, then loops": {
+        "MOE_EXPERTS": 2, "MOE_LAYER_FRAC": 1, "MOE_START_FRACTION": 0.25, "RECURRENCE_LAYERS": "0-0",
+        "RECURRENCE_START_FRACTION": 0.6,
+    },
     "stack": {
         "LAYER_PATTERN": "SKPA", "NUM_LAYERS": 4, "CAPSULE_DIM": 8, "CAPSULE_NUM": 3, "SKC_BLOCK_SIZE": 2,
         "CAPSULE_BANK": 1, "FEEDBACK_PASSES": 1, "FEEDBACK_SKETCH_TOKENS": 2, "STOCHASTIC_DEPTH": 0.2,
