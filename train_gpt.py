@@ -12,15 +12,17 @@ variables alone (`--help` lists them), and reads from top to bottom: each sectio
     python train_gpt.py --help                      every variable with type, default, unit and meaning
 
 Sections: 1 CONFIG, 2 RUNTIME, 3 DATA, 4 CODECS, 5 LAYERS, 6 MIXERS, 7 RESIDUAL, 8 MEMORY, 9 MODEL,
-10 OPTIMIZERS, 11 ARTIFACT, 12 EVALUATION, 13 CHECKPOINT, 14 TRAINING, 15 MAIN. At most 6,000 lines.
+10 OPTIMIZERS, 11 ARTIFACT, 12 EVALUATION, 13 CHECKPOINT, 14 TRAINING, 15 MAIN. At most 6,400 lines.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import math
@@ -71,6 +73,7 @@ def var(
 
 
 BYTE_VOCABULARIES = (256, 260)  # sizes at which tokens are bytes, without a tokenizer file
+HC_PARTS = ("keep", "write", "bias", "read", "mix")
 MIXER_LETTERS = {"A": "attn", "K": "koopman", "S": "skc", "P": "skc"}  # P: beside its MLP
 PATTERNS = {"attn": "A", "skc": "S", "hybrid": "KA", "skc_competition": "PPPA"}  # layer patterns, repeated
 CODEC_NAMES = ("ternary", "int4", "int5", "int6", "int7", "int8", "fp8", "bf16", "fp16", "exact")
@@ -135,8 +138,55 @@ class Hyperparameters:
         high=1, when=lambda h: bool(h.looped))
     stochastic_depth: float = var(0.0, "optimizer", "chance that a row skips a sublayer of the last layer; less below",
         low=0, high=0.9)
-    residual: str = var("unet", "model", "residual topology", choices=("plain", "unet"))
-    resid_mix: bool = var(True, "model", "each block mixes the embedding back in, per channel")
+    residual: str = var("unet", "model", "residual topology: plain, with U-Net skips, hyper-connections, mHC",
+        choices=("plain", "unet", "hc", "mhc"))
+    unet_skips: bool = var(False, "model", "skips from the first half of the layers on the first lane",
+        when=lambda h: h.residual in ("hc", "mhc") and h.num_layers > 1)
+    backout: int = var(-1, "model", "layer whose output is taken off the last one's, times a learned factor; -1: none",
+        low=-1)
+    hc_lanes: int = var(2, "topology", "lanes", low=2, high=16, when=lambda h: h.residual == "hc")
+    hc_learn: str = var("keep,write,bias", "topology", "what is learned: keep, write, bias, read, mix; or none",
+        when=lambda h: h.residual == "hc")
+    hc_keep_init: float = var(1.1**0.5, "topology", "first factor on lanes at each sublayer", low=0,
+        when=lambda h: h.residual == "hc")
+    hc_keep_per_lane: bool = var(False, "topology", "each lane has a factor of its own",
+        when=lambda h: h.residual == "hc" and "keep" in h.hc_learned)
+    hc_x0_init: float = var(0.0, "topology", "first factor on the embedding in biases",
+        when=lambda h: h.residual == "hc" and "bias" in h.hc_learned)
+    hc_bigram_init: float = var(0.05, "topology", "first factor on n-grams in biases",
+        when=lambda h: h.residual == "hc" and "bias" in h.hc_learned and h.has_bigram_stream)
+    hc_detach: bool = var(False, "topology", "no gradient flows into the embedding through biases",
+        when=lambda h: h.residual == "hc" and "bias" in h.hc_learned)
+    hc_start: int = var(0, "topology", "layer from which on there is more than one lane", low=0,
+        when=lambda h: h.residual == "hc")
+    hc_lr: float = var(0.008, "optimizer", "AdamW rate of hyper-connections; five times this for keep", low=0,
+        when=lambda h: h.residual == "hc" and bool(h.hc_learned))
+    mhc_n: int = var(2, "topology", "streams", low=2, high=8, when=lambda h: h.residual == "mhc")
+    mhc_mode: str = var("lite", "topology", "mixing matrices: by Sinkhorn, or lite, a mean of permutations",
+        choices=("lite", "sinkhorn"), when=lambda h: h.residual == "mhc")
+    mhc_logits: str = var("static", "topology", "mixing of a sublayer: the same for all tokens, or for each its own",
+        choices=("static", "dynamic"), when=lambda h: h.residual == "mhc")
+    mhc_gate: str = var("scalar", "topology", "share of the mixing: one for a sublayer, or for each token its own",
+        choices=("scalar", "token"), when=lambda h: h.residual == "mhc")
+    mhc_gate_init: float = var(0.01, "topology", "first share of the mixing", low=1e-6, high=0.999999,
+        when=lambda h: h.residual == "mhc")
+    mhc_gate_noise: float = var(0.0, "optimizer", "noise on mHC's gate logits in training, standard deviation", low=0,
+        when=lambda h: h.residual == "mhc")
+    mhc_tau: float = var(1.0, "topology", "temperature that mixing logits are divided by", low=1e-3,
+        when=lambda h: h.residual == "mhc")
+    mhc_init_offdiag: float = var(-2.0, "topology", "first logits off the diagonal, divided by MHC_TAU",
+        when=lambda h: h.residual == "mhc" and h.mhc_mode == "sinkhorn")
+    mhc_init_others: float = var(-8.0, "topology", "first logits of permutations but the identity, divided by MHC_TAU",
+        when=lambda h: h.residual == "mhc" and h.mhc_mode == "lite")
+    mhc_read_apart: float = var(4.0, "topology", "first logit of the stream that a sublayer reads, less of the others",
+        when=lambda h: h.residual == "mhc")
+    mhc_write_apart: float = var(0.1, "topology", "the same of the stream that a sublayer writes more than the others",
+        when=lambda h: h.residual == "mhc")
+    sinkhorn_iters: int = var(20, "topology", "iterations of Sinkhorn", low=1,
+        when=lambda h: h.residual == "mhc" and h.mhc_mode == "sinkhorn" and h.mhc_n > 2)
+    mhc_lr: float = var(0.01, "optimizer", "Adam rate of mHC", low=0, when=lambda h: h.residual == "mhc")
+    resid_mix: bool = var(True, "model", "each block mixes the embedding back in, per channel",
+        when=lambda h: h.residual in ("plain", "unet"))
     embed_dim: int = var(0, "model", "width of factored embeddings; 0: MODEL_DIM", low=0)
     bigram_hash_buckets: int = var(0, "model", "rows of each hashed n-gram table; 0: no such tables", low=0)
     bigram_hash_dim: int = var(64, "model", "width of a token's hashed n-grams, over all orders", "channels", low=1,
@@ -162,6 +212,10 @@ class Hyperparameters:
     yarn_original: int = var(0, "model", "context the model was trained at; 0: TRAIN_SEQ_LEN", "tokens", low=0,
         when=lambda h: h.yarn_factor > 1)
     qk_norm: bool = var(True, "model", "RMS-normalize queries and keys per head", when=lambda h: "attn" in h.mixers)
+    attn_init: str = var("uniform", "model", "first queries and keys; mimetic: their product is like the identity",
+        choices=("uniform", "mimetic"), when=lambda h: "attn" in h.mixers)
+    value_embed: int = var(0, "model", "attention layers, the first and last so many, whose values add a learned row "
+        "of each token; 0: none", low=0, when=lambda h: "attn" in h.mixers)
     qk_gain_init: float = var(1.5, "model", "initial learned gain of each query head", low=0,
         when=lambda h: "attn" in h.mixers)
     logit_softcap: float = var(30.0, "model", "logits are cap * tanh(z / cap); 0: no cap", low=0, high=1000)
@@ -175,8 +229,10 @@ class Hyperparameters:
         "channels", low=0)
     proj_norm: bool = var(False, "model", "inputs of attention's and MLPs' output projections are normed, with a gain")
     ln_scale: bool = var(False, "model", "normed inputs of layer l are divided by sqrt(l + 1)")
-    attn_window: int = var(0, "model", "keys a query may see, itself included; 0: all", "tokens", low=0)
-    doc_mask: bool = var(False, "model", "attention stays inside its document")
+    attn_window: int = var(0, "model", "keys a query may see, itself included; 0: all", "tokens", low=0,
+        when=lambda h: "attn" in h.mixers)
+    doc_mask: bool = var(False, "model", "attention and induction stay inside their document",
+        when=lambda h: "attn" in h.mixers or bool(h.matched_orders))
     attn_impl: str = var("auto", "model", "attention backend", choices=("auto", "fa3", "fa2", "blocks", "sdpa"))
     grad_checkpoint: int = var(0, "model", "recompute activations of every k sites in backward; 0: off", "sites", low=0)
 
@@ -297,6 +353,8 @@ class Hyperparameters:
     val_loss_every: int = var(1000, "evaluation", "validate every so many steps; 0: only at the end", "steps", low=0)
     diag_every: int = var(0, "evaluation", "measure gates, norms and weights every so many steps; 0: never", "steps",
         low=0)
+    mhc_log_every: int = var(100, "evaluation", "the same, where there are mHC's streams to measure", "steps", low=0,
+        when=lambda h: h.residual == "mhc")
     train_log_every: int = var(200, "evaluation", "log the training loss every so many steps", "steps", low=1)
     max_val_tokens: int = var(0, "evaluation", "validation tokens to score; 0: all", "tokens", low=0)
     eval_seq_len: int = var(0, "evaluation", "evaluation window; 0: TRAIN_SEQ_LEN", "tokens", low=0)
@@ -394,6 +452,31 @@ class Hyperparameters:
         return tuple(MIXER_LETTERS[letter] for letter in self.letters)
 
     @property
+    def measured_every(self) -> tuple[int, ...]:
+        """Numbers of steps after which something is measured."""
+        return tuple(n for n in (self.diag_every, self.mhc_log_every * (self.residual == "mhc")) if n)
+
+    @property
+    def has_skips(self) -> bool:
+        """Whether layers of the first half are added to those of the second."""
+        return self.residual == "unet" or (self.residual in ("hc", "mhc") and self.unet_skips)
+
+    @property
+    def mixes_input(self) -> bool:
+        """Whether layers mix the embedding into their input."""
+        return self.resid_mix and self.residual in ("plain", "unet")
+
+    @property
+    def has_bigram_stream(self) -> bool:
+        """Whether the embedding's n-grams are at hand beside it."""
+        return self.bigram_hash_buckets > 0 and not self.has_engram
+
+    @property
+    def hc_learned(self) -> tuple[str, ...]:
+        """Names of HC_LEARN."""
+        return tuple(name for name in self.hc_learn.split(",") if name != "none")
+
+    @property
     def has_skc(self) -> bool:
         """Whether some layer's mixer is SKC."""
         return "skc" in self.mixers
@@ -458,8 +541,9 @@ class Hyperparameters:
         """Which entries of each registry this configuration reaches; the extractor keeps only those."""
         kinds = {"matrix": True, "embed": True, "head": self.has_head, "table": bool(self.ngram_orders), "scalar": True}
         kinds |= {"koopman": self.capsule_bank and self.feedback_passes > 0}
+        kinds |= {"hc": self.residual == "hc", "mhc": self.residual == "mhc"}
         groups = tuple(name for name, there in kinds.items() if there)
-        more = {"koopman_diagonal": kinds["koopman"], "expert": "moe" in self.feeds}
+        more = {"koopman_diagonal": kinds["koopman"], "expert": "moe" in self.feeds, "hc_keep": kinds["hc"]}
         more["router"] = more["expert"]
         return {
             "ROLE_KINDS": (*groups, *(name for name, there in more.items() if there)),
@@ -522,6 +606,7 @@ LOCAL_FLOAT: dict[str, Any] = {
     "val_loss_every": 500, "train_log_every": 25, "save_every": 500, "max_wallclock_seconds": 300.0,
     "muon_momentum_warmup_steps": 100,
 }
+LOCAL_TERNARY: dict[str, Any] = {**LOCAL_FLOAT, "matrix_codec": "ternary", "group_size": 32}
 SP8192: dict[str, Any] = {
     "vocab_size": 8192, "embed_dim": 256, "data_path": "./data/datasets/fineweb10B_sp8192",
     "tokenizer_path": "./data/tokenizers/fineweb_8192_bpe.model", "fp_storage": "fp8", "matrix_codec": "ternary",
@@ -536,9 +621,9 @@ SKC_STACK: dict[str, Any] = {
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "local_float": LOCAL_FLOAT,
-    "local": {**LOCAL_FLOAT, "matrix_codec": "ternary", "group_size": 32},
+    "local": LOCAL_TERNARY,
     "local_hour": {
-        **LOCAL_FLOAT, "matrix_codec": "ternary", "group_size": 32, "num_layers": 6, "model_dim": 384, "num_heads": 6,
+        **LOCAL_TERNARY, "num_layers": 6, "model_dim": 384, "num_heads": 6,
         "num_kv_heads": 6, "train_batch_tokens": 4096, "micro_batch_tokens": 4096, "val_loss_every": 250,
         "max_wallclock_seconds": 3600.0,
     },
@@ -553,7 +638,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "train_batch_tokens": 131072,
     },
     "skc_small": {
-        **LOCAL_FLOAT, "matrix_codec": "ternary", "group_size": 32, "layer_pattern": "skc", "capsule_dim": 64,
+        **LOCAL_TERNARY, "layer_pattern": "skc", "capsule_dim": 64,
         "capsule_num": 16,
     },
     "hybrid": {
@@ -561,9 +646,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_kv_heads": 6, "mlp_mult": 3.0, "partial_rope_dims": 32, "matrix_lr": 0.025,
     },
     "hybrid_mac": {
-        **LOCAL_FLOAT, "matrix_codec": "ternary", "group_size": 32, "layer_pattern": "hybrid", "num_layers": 8,
+        **LOCAL_TERNARY, "layer_pattern": "hybrid", "num_layers": 8,
         "model_dim": 192, "num_heads": 3, "num_kv_heads": 3, "shared_blocks": 2, "moe_experts": 3,
         "moe_layer_frac": 1.0, "capsule_bank": True, "matrix_lr": 0.035,
+    },
+    "hc": {
+        **SP8192, "num_layers": 11, "model_dim": 768, "num_heads": 12, "num_kv_heads": 6, "mlp_mult": 3.0,
+        "bigram_hash_buckets": 4096, "bigram_hash_dim": 256, "residual": "hc", "backout": 6, "attn_init": "mimetic",
+        "batch_stages": "0:131072,0.33:262144,0.66:393216", "warmdown_fraction": 0.55, "matrix_lr": 0.03,
+    },
+    "mhc_lite": {**LOCAL_TERNARY, "residual": "mhc"},
+    "mhc_static": {**LOCAL_TERNARY, "residual": "mhc", "mhc_mode": "sinkhorn", "mhc_n": 4},
+    "mhc_dynamic": {
+        **LOCAL_TERNARY, "residual": "mhc", "mhc_mode": "sinkhorn", "mhc_n": 4, "mhc_logits": "dynamic",
+    },
+    "mhc_d20": {
+        **LOCAL_TERNARY, "residual": "mhc", "mhc_mode": "sinkhorn", "mhc_n": 4, "mhc_logits": "dynamic",
+        "num_layers": 20, "model_dim": 64, "max_wallclock_seconds": 900.0,
     },
     "tiny": {
         "precision": "fp32",  # the same numbers on every machine
@@ -697,6 +796,12 @@ def validate(h: Hyperparameters) -> None:
             f"RECURRENCE_LAYERS={h.recurrence_layers} must lie within the layers 0-{h.num_layers - 1}"),
         (h.recurrence_layers and not h.looped,
             f"RECURRENCE_LAYERS={h.recurrence_layers} must rise, like 3-5"),
+        (h.residual == "mhc" and h.num_layers < 2, "RESIDUAL=mhc needs NUM_LAYERS of at least 2"),
+        (set(h.hc_learned) - set(HC_PARTS), f"HC_LEARN={h.hc_learn} must name some of {', '.join(HC_PARTS)}"),
+        (h.residual == "hc" and h.hc_start >= h.num_layers,
+            f"HC_START={h.hc_start} must be less than NUM_LAYERS={h.num_layers}"),
+        (h.backout >= max(0, h.num_layers - 1),
+            f"BACKOUT={h.backout} must be less than the last layer, NUM_LAYERS-1={h.num_layers - 1}"),
         (h.engram_inject_layer >= h.num_layers,
             f"ENGRAM_INJECT_LAYER={h.engram_inject_layer} must be less than NUM_LAYERS={h.num_layers}"),
         ((h.has_scans or h.capsule_bank) and h.capsule_dim & (h.capsule_dim - 1),
@@ -1932,7 +2037,7 @@ class Ctx(NamedTuple):
     rotary: tuple[Tensor, Tensor]  # cosine and sine, each (B, T, 1, rope_dims / 2)
     is_memory: Tensor | None  # (B, T) bool: positions that are no text, or None where there are none
     v0: Tensor | None  # (B, T, Hkv, Dh) values of the first attention layer
-    memory: dict[str, Any]  # what sites and passes leave for later ones: engram, capsules, sketch, top
+    memory: dict[str, Any]  # what sites and passes leave for later ones: values, engram, capsules, ...
     moment: Moment | None  # where in training this batch stands; None in evaluation
     variant: Variant  # structural switches, static
     observe: Callable[[str, Tensor], None] | None  # called with (parameter name, input); eager only
@@ -1985,6 +2090,9 @@ ROLE_KINDS: dict[str, Callable[[Hyperparameters], Role]] = {
     "router": lambda h: Role(h.scalar_codec, "scalar", lr_mult=0.1, decay=0.0),  # at the full rate it is sure at once
     "koopman": lambda h: Role(h.scalar_codec, "koopman", decay=0.0),
     "koopman_diagonal": lambda h: Role(h.scalar_codec, "koopman", decay=0.0, bound=0.989),
+    "hc": lambda h: Role(h.scalar_codec, "hc", decay=0.0),
+    "hc_keep": lambda h: Role(h.scalar_codec, "hc", lr_mult=5.0, decay=0.0),
+    "mhc": lambda h: Role(h.scalar_codec, "mhc", decay=0.0),
 }
 
 
@@ -2313,8 +2421,10 @@ class Embedding(Module):
 
     def __init__(self, h: Hyperparameters, bos: int) -> None:
         super().__init__()
-        self.kinds = {"weight": "embed"}  # type: ignore[misc]
+        self.kinds = {"weight": "embed", "value_rows": "embed"}  # type: ignore[misc]
         self.weight = nn.Parameter(torch.empty(h.vocab_size, h.embed_width))
+        values = h.num_kv_heads * h.head_dim
+        self.value_rows = nn.Parameter(torch.empty(h.vocab_size, values)) if h.value_embed else None
         self.up = Linear("embed.up", h.embed_width, h.model_dim) if h.embed_dim else None
         self.smear = Smear(h) if h.smear_gate else None
         self.ngrams = NgramEmbedding(h) if h.ngram_orders and not h.has_engram else None
@@ -2912,10 +3022,11 @@ class Attention(Module):
     """Causal grouped-query attention with partial rotary positions (Ainslie et al. 2023; Su et al. 2021).
 
     Queries and keys are RMS-normalized per head, queries times a learned gain. With VALUE_RESIDUAL, later layers use
-    v <- s v + (1 - s) v0, s = sigmoid(learned), v0 the first attention layer's values (Zhou et al. 2024).
+    v <- s v + (1 - s) v0, s = sigmoid(learned), v0 the first attention layer's values (Zhou et al. 2024). VALUE_EMBED's
+    layers add a learned multiple of the token's row in one table that they share.
     """
 
-    kinds: ClassVar[dict[str, str]] = {"q_gain": "scalar", "v_mix": "scalar"}
+    kinds: ClassVar[dict[str, str]] = dict.fromkeys(("q_gain", "v_mix", "v_rows"), "scalar")
 
     def __init__(self, h: Hyperparameters, layer: int, name: str) -> None:
         super().__init__()
@@ -2930,6 +3041,9 @@ class Attention(Module):
         blocks = h.shared_blocks or h.num_layers
         later = [place for place in places[1:] if place % blocks == layer % blocks]
         self.v_mix = nn.Parameter(torch.empty(1)) if h.value_residual and later else None
+        valued = [*places[: h.value_embed], *places[max(0, len(places) - h.value_embed) :]]
+        here = any(place % blocks == layer % blocks for place in valued)
+        self.v_rows = nn.Parameter(torch.empty(1)) if h.value_embed and here else None
         self.xsa = layer in places[len(places) - min(h.xsa_layers, len(places)) :]
         self.gate = Linear(name + ".gate", h.attn_gate, h.num_heads, "scalar") if h.attn_gate else None
 
@@ -2944,6 +3058,8 @@ class Attention(Module):
         if self.v_mix is not None and ctx.v0 is not None:
             share = torch.sigmoid(self.v_mix).to(v.dtype)
             v = share * v + (1 - share) * v0
+        if self.v_rows is not None:
+            v = v + self.v_rows.to(v.dtype) * ctx.memory["values"].to(v.dtype).view(v.shape)
         y, state = self.attend(q, k, v, ctx.documents, state)
         y = without_own_value(y, v) if self.xsa else y
         gate = None
@@ -3233,72 +3349,359 @@ class Site(NamedTuple):
         return (self.layer, self.loop, self.pass_)
 
 
-class PlainResidual(Module):
-    """x <- x + scale * f(norm x); at a layer's first site x <- m0 x + m1 x0 with RESID_MIX.
+class Stream(NamedTuple):
+    """The residual state R, immutable: lanes (B, T, D) each, x0, and what was kept or made once on the way."""
 
-    R is the tuple (x, x0, stored), all (B, T, D). Parameters are indexed by (layer, sublayer), shared over loops.
+    lanes: tuple[Tensor, ...]
+    x0: Tensor
+    skips: tuple[Tensor, ...] = ()  # first lane after each layer of the first half
+    early: tuple[Tensor, ...] = ()  # first lane after layer BACKOUT
+    made: tuple = ()  # what a topology makes once for a forward pass
+    notes: tuple[Tensor, ...] = ()  # what a topology measures on the way
+
+
+class PlainResidual(Module):
+    """x <- x + scale * f(norm x), and what all topologies have in common, on their first lane.
+
+    At a layer's first site x <- m0 x + m1 x0 with RESID_MIX. With skips, layers of the first half store their outputs
+    for the second half, last in first out: there a layer begins with x <- x + skip * stored, per channel (the field's
+    baseline), in every loop and pass; a layer that is repeated stores its last output. At the end x <- x - b * (x after
+    layer BACKOUT). Parameters are indexed by (layer, sublayer), shared over loops.
     """
 
-    kinds: ClassVar[dict[str, str]] = {"scale": "scalar", "mix": "scalar", "skip": "scalar"}
+    kinds: ClassVar[dict[str, str]] = dict.fromkeys(("scale", "mix", "skip", "backout"), "scalar")
 
     def __init__(self, h: Hyperparameters, sites: Sequence[Site]) -> None:
         super().__init__()
+        self.h, self.count = h, 1
+        # Sublayers that read, in order: beside another site there is nothing to read.
+        readers = sorted({2 * site.layer + site.sub for site in sites if site.sub >= 0 and not site.beside})
+        self.order = {o: place for place, o in enumerate(readers)}
         self.first = {site.visit: site.id for site in reversed(sites) if site.sub >= 0}
         self.last = {site.visit: site.id for site in sites if site.sub >= 0}
+        self.depth = h.num_layers // 2 if h.has_skips else 0
+        self.build(h, sites)
+        self.mix = nn.Parameter(torch.empty(h.num_layers, 2, h.model_dim)) if h.mixes_input else None
+        self.skip = nn.Parameter(torch.empty(self.depth, h.model_dim)) if self.depth else None
+        self.backout = nn.Parameter(torch.empty(1)) if h.backout >= 0 else None
+
+    def build(self, h: Hyperparameters, sites: Sequence[Site]) -> None:
+        """The parameters of this topology alone."""
         self.scale = nn.Parameter(torch.empty(h.num_layers, 2, h.model_dim))
-        self.mix = nn.Parameter(torch.empty(h.num_layers, 2, h.model_dim)) if h.resid_mix else None
 
-    def open(self, x0: Tensor, e2: Tensor | None, moment: Moment | None) -> tuple:
-        return (x0, x0, ())
+    def open(self, x0: Tensor, e2: Tensor | None, ctx: Ctx) -> Stream:
+        """R before the first site, from the embedding x0 and the part e2 of it that comes from n-grams."""
+        early = () if self.backout is None else (x0,)
+        return self.prepare(Stream((x0,) * self.count, x0, (x0,) * self.depth, early), e2, ctx)
 
-    def read(self, r: tuple, site: Site) -> tuple[Tensor, tuple, None]:
-        x, x0, stored = r
-        if self.mix is not None and self.first[site.visit] == site.id:
-            mix = self.mix[site.layer].to(x.dtype)
-            x = torch.addcmul(x * mix[0], x0, mix[1])
-        return x, (x, x0, stored), None
+    def prepare(self, r: Stream, e2: Tensor | None, ctx: Ctx) -> Stream:
+        return r
 
-    def write(self, r: tuple, site: Site, y: Tensor, link: Any) -> tuple:
-        x, x0, stored = r
+    def read(self, r: Stream, site: Site, ctx: Ctx) -> tuple[Tensor, Stream, Any]:
+        """The input of a site before its norm, R, and what write is to know of this reading."""
+        if self.first.get(site.visit) == site.id:
+            x, place = r.lanes[0], site.layer - self.depth
+            if self.skip is not None and 0 <= place < self.depth:
+                x = torch.addcmul(x, r.skips[self.depth - 1 - place], self.skip[place].to(x.dtype))
+            if self.mix is not None:
+                mix = self.mix[site.layer].to(x.dtype)
+                x = torch.addcmul(x * mix[0], r.x0, mix[1])
+            r = r._replace(lanes=(x, *r.lanes[1:]))
+        return self.gather(r, site, ctx)
+
+    def gather(self, r: Stream, site: Site, ctx: Ctx) -> tuple[Tensor, Stream, Any]:
+        return r.lanes[0], r, None
+
+    def write(self, r: Stream, site: Site, y: Tensor, link: Any) -> Stream:
+        """R after a site's output y (B, T, D)."""
+        r = r._replace(lanes=self.spread(r, site, y.to(r.x0.dtype), link))
+        if self.last.get(site.visit) == site.id:
+            if site.layer < self.depth:
+                r = r._replace(skips=(*r.skips[: site.layer], r.lanes[0], *r.skips[site.layer + 1 :]))
+            if self.backout is not None and site.layer == self.h.backout:
+                r = r._replace(early=(r.lanes[0],))
+        return r
+
+    def spread(self, r: Stream, site: Site, y: Tensor, link: Any) -> tuple[Tensor, ...]:
         if site.sub < 0:
-            return (x + y.to(x.dtype), x0, stored)
-        scale = self.scale[site.layer, site.sub].to(x.dtype)
-        return (torch.addcmul(x, y.to(x.dtype), scale), x0, stored)
+            return (r.lanes[0] + y, *r.lanes[1:])
+        return (torch.addcmul(r.lanes[0], y, self.scale[site.layer, site.sub].to(y.dtype)),)
 
-    def close(self, r: tuple) -> tuple[Tensor, dict[str, Tensor]]:
-        return r[0], {}
+    def close(self, r: Stream) -> tuple[Tensor, dict[str, Tensor]]:
+        """The output (B, T, D), the mean of the lanes, and diagnostics."""
+        x = functools.reduce(torch.add, r.lanes) / len(r.lanes) if len(r.lanes) > 1 else r.lanes[0]
+        x = x if self.backout is None else torch.addcmul(x, r.early[0], -self.backout.to(x.dtype))
+        return x, self.measured(r)
+
+    def measured(self, r: Stream) -> dict[str, Tensor]:
+        return {}
+
+    def ranges(self) -> dict[str, tuple[float, float, float, float]]:
+        """Ranges of diagnostics for Health."""
+        return {}
 
 
-class UNetResidual(PlainResidual):
-    """Plain, and the first half of the layers stores its outputs for the second half, last in first out.
+def vectors(scalars: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+    """Each scalar as a vector (D,) in the dtype of `like`, in order.
 
-    A decoder layer begins with x <- x + skip * stored, per channel (the field's baseline), in every loop and pass; an
-    encoder layer that is repeated stores its last output.
+    The gradient of a product with it is then a column sum, as cheap as a channel scale's, and one sum over (scalars, D)
+    gives all of them: a reduction of a whole activation for each scalar was most of the cost of hyper-connections.
+    """
+    return scalars.unsqueeze(-1).expand(*scalars.shape, like.shape[-1]).to(like.dtype).flatten(0, -2).unbind(0)
+
+
+def added(x: Tensor, weights: Sequence[Tensor], lanes: Sequence[Tensor]) -> Tensor:
+    """x plus the sum of weights times lanes; weights (D,) or (B, T, 1)."""
+    for weight, lane in zip(weights, lanes, strict=True):
+        x = torch.addcmul(x, lane, weight)
+    return x
+
+
+def blended(weights: Sequence[Tensor], lanes: Sequence[Tensor]) -> Tensor:
+    """The sum of weights times lanes; weights (D,) or (B, T, 1)."""
+    return added(lanes[0] * weights[0], weights[1:], lanes[1:])
+
+
+class HyperConnections(PlainResidual):
+    """HC_LANES lanes (Zhu et al. 2024, arXiv 2409.19606), most of them frozen: the form that won on modded-nanogpt.
+
+    Sublayer o reads lane o mod n, o counted among those that read, and then, for each lane k, l_k <- r_o l_k + p_ok y +
+    b_ok, where b_ok = beta x0 + delta e2 for a layer's first sublayer and else is absent. HC_LEARN says which of keep
+    (r), write (p), bias (beta, delta), read (sum_j a_oj l_j in place of one lane) and mix (sum_j m_okj l_j in place of
+    l_k) are learned. Before layer HC_START there is one lane, and x <- x + y. The embedding holds e2 already, so
+    layer 0 has no delta. Where lanes begin they are alike, and what is read has no effect under a norm: that is never
+    learned. Sites beside the sublayers read and write lane 0.
     """
 
-    def __init__(self, h: Hyperparameters, sites: Sequence[Site]) -> None:
-        super().__init__(h, sites)
-        self.depth = h.num_layers // 2
-        self.skip = nn.Parameter(torch.empty(self.depth, h.model_dim)) if self.depth else None
+    kinds: ClassVar[dict[str, str]] = {
+        **PlainResidual.kinds,
+        "keep": "hc_keep",
+        **dict.fromkeys(("give", "x0_bias", "e2_bias", "take", "cross"), "hc"),
+    }
 
-    def open(self, x0: Tensor, e2: Tensor | None, moment: Moment | None) -> tuple:
-        return (x0, x0, (x0,) * self.depth)
+    def build(self, h: Hyperparameters, sites: Sequence[Site]) -> None:
+        n, layers, learned = h.hc_lanes, h.num_layers - h.hc_start, h.hc_learned
+        self.lanes, self.count = n, n if h.hc_start == 0 else 1
+        self.order = {o: place for place, o in enumerate(o for o in self.order if o >= 2 * h.hc_start)}
 
-    def read(self, r: tuple, site: Site) -> tuple[Tensor, tuple, None]:
-        place = site.layer - self.depth
-        if self.skip is not None and 0 <= place < self.depth and self.first[site.visit] == site.id:
-            x, x0, stored = r
-            r = (torch.addcmul(x, stored[self.depth - 1 - place], self.skip[place].to(x.dtype)), x0, stored)
-        return super().read(r, site)
+        def parameter(name: str, *shape: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(*shape)) if name in learned else None
 
-    def write(self, r: tuple, site: Site, y: Tensor, link: Any) -> tuple:
-        x, x0, stored = super().write(r, site, y, link)
-        if site.layer < self.depth and self.last[site.visit] == site.id:
-            stored = (*stored[: site.layer], x, *stored[site.layer + 1 :])
-        return (x, x0, stored)
+        self.keep = parameter("keep", layers, 2, n if h.hc_keep_per_lane else 1)
+        self.give = parameter("write", layers, 2, n)
+        self.x0_bias = parameter("bias", layers, n)
+        delayed = layers - (h.hc_start == 0)
+        self.e2_bias = parameter("bias", delayed, n) if h.has_bigram_stream and delayed else None
+        self.take, self.cross = parameter("read", len(self.order) - 1, n), parameter("mix", layers, 2, n, n)
+
+    def prepare(self, r: Stream, e2: Tensor | None, ctx: Ctx) -> Stream:
+        x0, parts = r.x0, (self.keep, self.give, self.take, self.cross)
+        keep, give, take, cross = (() if part is None else vectors(part, x0) for part in parts)
+        biases: tuple[Tensor, ...] = ()
+        if self.x0_bias is not None:
+            if self.h.hc_detach:
+                x0, e2 = x0.detach(), None if e2 is None else e2.detach()
+            biases = tuple(x0 * beta for beta in vectors(self.x0_bias, x0))
+            if self.e2_bias is not None and e2 is not None:
+                deltas = vectors(self.e2_bias, x0)
+                early = len(biases) - len(deltas)
+                late = (torch.addcmul(b, e2.to(b.dtype), d) for b, d in zip(biases[early:], deltas, strict=True))
+                biases = (*biases[:early], *late)
+        return r._replace(made=(keep, give, take, cross, biases))
+
+    def gather(self, r: Stream, site: Site, ctx: Ctx) -> tuple[Tensor, Stream, None]:
+        if site.sub < 0 or site.layer < self.h.hc_start:
+            return r.lanes[0], r, None
+        n, place, take = self.lanes, self.order.get(2 * site.layer + site.sub), r.made[2]
+        r = r._replace(lanes=r.lanes * n) if len(r.lanes) < n else r
+        if place is None or not (place and take):
+            return r.lanes[(place or 0) % n], r, None
+        return blended(take[(place - 1) * n :][:n], r.lanes), r, None
+
+    def spread(self, r: Stream, site: Site, y: Tensor, link: None) -> tuple[Tensor, ...]:
+        n, layer = self.lanes, site.layer - self.h.hc_start
+        if site.sub < 0 or layer < 0:
+            return (r.lanes[0] + y, *r.lanes[1:])
+        (keep, give, _, cross, biases), o, found = r.made, 2 * layer + site.sub, []
+        for k in range(n):
+            lane = blended(cross[(o * n + k) * n :][:n], r.lanes) if cross else r.lanes[k]
+            if keep:
+                lane = lane * keep[o * n + k if self.h.hc_keep_per_lane else o]
+            elif self.h.hc_keep_init != 1:
+                lane = lane * self.h.hc_keep_init
+            lane = lane + biases[layer * n + k] if biases and site.sub == 0 else lane
+            found.append(torch.addcmul(lane, y, give[o * n + k]) if give else lane + y)
+        return tuple(found)
 
 
-RESIDUALS: dict[str, Any] = {"plain": PlainResidual, "unet": UNetResidual}
+def permutations_of(n: int) -> Tensor:
+    """Permutation matrices (K, n, n), the identity first: all of them for n <= 4, else all rotations and neighbours'
+    exchanges, which generate the rest."""
+    if n <= 4:
+        orders = list(itertools.permutations(range(n)))
+    else:
+        orders = [tuple((i + step) % n for i in range(n)) for step in range(n)]
+        orders += [(*range(i), i + 1, i, *range(i + 2, n)) for i in range(n - 1)]
+    return torch.eye(n)[torch.tensor(orders)]
+
+
+def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
+    """The doubly stochastic matrix that scales exp(logits) (..., n, n) (Sinkhorn 1964), in at least float32.
+
+    Columns and rows are normalized in turn, in logarithms; rows last. For n = 2 the solution is known.
+    """
+    a = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if a.shape[-1] == 2:
+        across = torch.sigmoid((a[..., 0, 1] + a[..., 1, 0] - a[..., 0, 0] - a[..., 1, 1]) / 2)
+        return torch.stack((1 - across, across, across, 1 - across), -1).unflatten(-1, (2, 2))
+    for _ in range(iterations):
+        a = a - a.logsumexp(-2, keepdim=True)
+        a = a - a.logsumexp(-1, keepdim=True)
+    return a.exp()
+
+
+class ManifoldConnections(PlainResidual):
+    """mHC: MHC_N streams mixed by doubly stochastic matrices, which neither grow nor shrink them (Xie et al. 2025).
+
+    x = sum_j pre_j X_j; X_k <- sum_j B_kj X_j + post_k y, B = I + g (R - I), pre = sigmoid(.), post = 2 sigmoid(.), the
+    gate g = sigmoid(.), or sigmoid(. + w norm(X_1 .. X_n)) with MHC_GATE=token. R is made of logits / MHC_TAU: by
+    Sinkhorn's iterations, or (MHC_MODE=lite) as a mean of permutation matrices, which needs none. With
+    MHC_LOGITS=dynamic the logits are base + alpha W norm(X_1 .. X_n), for each token.
+
+    At the start each sublayer reads one stream alone, in turn, and writes one a little more than the others: from a
+    symmetric start all streams get the same gradients and stay the same for ever. Rows of R - I add up to 0, and the
+    norm after the reading takes out the sum of pre, so both are made of the differences X_j - X_0: streams are nearly
+    the same at first, and gradients taken of X_j itself would be nothing but rounding errors. While streams are exactly
+    the same it has no effect which one is read and how they are mixed, nor how before their mean is taken: the first
+    sublayer reads stream 0, and neither it nor the last one mixes, unless loops come back to them. Sites beside the
+    sublayers read the mean and write all streams alike (R = I).
+    """
+
+    kinds: ClassVar[dict[str, str]] = {
+        **PlainResidual.kinds,
+        **dict.fromkeys(("take", "give", "gate", "base", "alpha", "look", "gate_look"), "mhc"),
+    }
+
+    def build(self, h: Hyperparameters, sites: Sequence[Site]) -> None:
+        n, last, wide = h.mhc_n, 2 * h.num_layers - 1, h.mhc_n * h.model_dim
+        looped = {site.layer for site in sites if site.loop}
+        begins, ends = 0 not in looped, h.num_layers - 1 not in looped
+        self.count = n
+        self.reads = {o: place - begins for o, place in self.order.items() if o or not begins}
+        self.mixes = {o: o - begins for o in range(begins, last + 1 - ends)}
+        inner, every = len(self.mixes), permutations_of(n)
+        width = len(every) if h.mhc_mode == "lite" else n * n
+        self.take, self.give = nn.Parameter(torch.empty(len(self.reads), n)), nn.Parameter(torch.empty(last + 1, n))
+        self.gate, self.base = nn.Parameter(torch.empty(inner)), nn.Parameter(torch.empty(inner, width))
+        dynamic, per_token = h.mhc_logits == "dynamic", h.mhc_gate == "token"
+        self.alpha = nn.Parameter(torch.empty(inner)) if dynamic else None
+        self.look = nn.Parameter(torch.empty(inner, width, wide)) if dynamic else None
+        self.gate_look = nn.Parameter(torch.empty(inner, wide)) if per_token else None
+        if h.mhc_mode == "lite":
+            self.register_buffer("changes", (every - every[0]).flatten(1), persistent=False)
+
+    changes: Tensor  # (K, n n)
+
+    def deviation(self, logits: Tensor) -> Tensor:
+        """R - I (..., n, n) of raw logits (..., K), in at least float32; of permutations, the mean of their changes."""
+        logits, n = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.h.mhc_tau, self.count
+        if self.h.mhc_mode == "lite":
+            with torch.autocast(logits.device.type, enabled=False):
+                return (logits.softmax(-1) @ self.changes.to(logits.dtype)).unflatten(-1, (n, n))
+        mixing = sinkhorn(logits.unflatten(-1, (n, n)), self.h.sinkhorn_iters)
+        return mixing - torch.eye(n, dtype=mixing.dtype, device=mixing.device)
+
+    def opened(self, logits: Tensor, sublayers: Tensor, ctx: Ctx) -> Tensor:
+        """g of gate logits, in training with noise: one draw for each sublayer, or of one sublayer for each row."""
+        if self.h.mhc_gate_noise and ctx.moment is not None:
+            rows = ctx.moment.rows
+            keys = (sublayers,) if sublayers.ndim else (sublayers.expand_as(rows), rows)
+            drawn = keyed_uniform(self.h.seed + 1, ctx.moment.step, *keys)
+            normal = math.sqrt(2) * torch.erfinv((2 * drawn - 1).clamp(-0.999999, 0.999999)).to(logits.dtype)
+            logits = logits + self.h.mhc_gate_noise * normal.view(*drawn.shape, *[1] * (logits.ndim - drawn.ndim))
+        return torch.sigmoid(logits)
+
+    def noted(self, r: Stream, change: Tensor, gate: Tensor, ctx: Ctx) -> Stream:
+        """R with the gate's mean, the diagonal's mean and the largest error of a column's sum, if they are wanted."""
+        if not ctx.variant.measures:
+            return r
+        error, diagonal = change.sum(-2).abs().amax(), 1 + change.diagonal(dim1=-2, dim2=-1).mean()
+        note = torch.stack((gate.to(error.dtype).mean(), diagonal, error))
+        return r._replace(notes=(*r.notes, note))
+
+    def prepare(self, r: Stream, e2: Tensor | None, ctx: Ctx) -> Stream:
+        """pre, post, and B of all sublayers at once where it does not depend on the token."""
+        pre, post = torch.sigmoid(self.take), vectors(2 * torch.sigmoid(self.give), r.x0)
+        take = vectors((pre / pre.sum(1, keepdim=True))[:, 1:], r.x0)
+        if self.look is not None or self.gate_look is not None:
+            return r._replace(made=(take, post, ()))
+        gate = self.opened(self.gate, torch.arange(len(self.gate), device=r.x0.device), ctx)
+        change = self.deviation(self.base)
+        mixing = vectors((gate[:, None, None] * change)[..., 1:], r.x0)
+        return self.noted(r._replace(made=(take, post, mixing)), change, gate, ctx)
+
+    def gather(self, r: Stream, site: Site, ctx: Ctx) -> tuple[Tensor, Stream, tuple]:
+        if site.sub < 0:
+            return functools.reduce(torch.add, r.lanes) / self.count, r, ((), ())
+        m, o = self.count - 1, 2 * site.layer + site.sub
+        row, place, (take, _, mixing) = self.reads.get(o), self.mixes.get(o), r.made
+        if row is None and place is None:
+            return r.lanes[0], r, ((), ())
+        apart = tuple(lane - r.lanes[0] for lane in r.lanes[1:])
+        x = r.lanes[0] if row is None else added(r.lanes[0], take[row * m :][:m], apart)
+        if place is None:
+            return x, r, ((), ())
+        if mixing:
+            return x, r, (mixing[place * (m + 1) * m :][: (m + 1) * m], apart)
+        change, r = self.by_token(r, place, ctx)
+        return x, r, (change[..., 1:].to(x.dtype).flatten(-2).unsqueeze(-2).unbind(-1), apart)  # each (B, T, 1)
+
+    def by_token(self, r: Stream, place: int, ctx: Ctx) -> tuple[Tensor, Stream]:
+        """g (R - I) of each token (B, T, n, n) for a mixing sublayer, and R with what was noted."""
+        seen = rms_norm(torch.cat(r.lanes, -1))  # (B, T, n D)
+        logits, gate = self.base[place], self.gate[place].expand(seen.shape[:2])
+        if self.gate_look is not None:
+            gate = gate + (seen @ self.gate_look[place].to(seen.dtype)).to(gate.dtype)
+        if self.look is not None and self.alpha is not None:
+            logits = logits + self.alpha[place] * F.linear(seen, self.look[place].to(seen.dtype)).to(logits.dtype)
+        gate = self.opened(gate, torch.full((), place, device=seen.device), ctx)
+        change = self.deviation(logits)
+        return gate[..., None, None] * change, self.noted(r, change, gate, ctx)
+
+    def spread(self, r: Stream, site: Site, y: Tensor, link: tuple) -> tuple[Tensor, ...]:
+        if site.sub < 0:
+            return tuple(lane + y for lane in r.lanes)
+        n, (mixing, apart) = self.count, link
+        give = r.made[1][(2 * site.layer + site.sub) * n :][:n]
+        lanes = tuple(torch.addcmul(lane, y, share) for lane, share in zip(r.lanes, give, strict=True))
+        if not mixing:
+            return lanes
+        return tuple(added(lane, mixing[k * (n - 1) :][: n - 1], apart) for k, lane in enumerate(lanes))
+
+    def measured(self, r: Stream) -> dict[str, Tensor]:
+        """Mean cosine of pairs of streams; of the sublayers, means and the largest error of this batch."""
+        if not r.notes:
+            return {}
+        gate, diagonal, error = torch.cat([note.view(-1, 3) for note in r.notes]).unbind(-1)
+        unit = [F.normalize(lane.to(gate.dtype), dim=-1) for lane in r.lanes]
+        among = functools.reduce(torch.add, unit).square().sum(-1).mean()
+        similarity = (among - self.count) / (self.count * (self.count - 1))
+        found = {"stream_similarity": similarity, "gate": gate.mean(), "diagonal": diagonal.mean()}
+        return {**found, "column_error": error.max()}
+
+    def ranges(self) -> dict[str, tuple[float, float, float, float]]:
+        """Streams that are alike, or a mixing that is the identity or the mean of all, have learned nothing."""
+        return {
+            "residual.stream_similarity": (-1.0, 0.2, -1.0, 0.4),
+            "residual.gate": (0.3, 0.7, 0.0, 0.99),
+            "residual.diagonal": (max(0.4, 1 / self.count + 0.01), 0.8, 1 / self.count + 0.01, 0.9999),
+            "residual.column_error": (0.0, 1e-6, 0.0, 0.01),
+        }
+
+
+RESIDUALS: dict[str, Any] = {
+    "plain": PlainResidual, "unet": PlainResidual, "hc": HyperConnections, "mhc": ManifoldConnections,
+}  # fmt: skip
 
 
 # ==== 8. MEMORY ==============================================================
@@ -3633,15 +4036,18 @@ class GPT(Module):
         blocks = lay_blocks(self.h.skc_block_size, positions, documents, stream) if self.h.has_blocks else None
         age = positions - begins if begins is not None else None
         place = (self.bos, tokens, history, positions, documents, age, blocks, rotary)
-        return Ctx(*place, None, None, {}, moment, variant, observe, adapters)
+        rows = self.embed.value_rows
+        memory = {} if rows is None else {"values": F.embedding(tokens, rows)}
+        return Ctx(*place, None, None, memory, moment, variant, observe, adapters)
 
     def run_sites(
         self, sites: Sequence[Site], r: tuple, ctx: Ctx, states: tuple | None, trace: Trace
     ) -> tuple[tuple, Ctx, Trace]:
         """Pass the residual state through some sites; what sites leave goes into the context and the trace."""
         for site in sites:
+            seen, r, link = self.residual.read(r, site, ctx)
             if not site.beside:
-                stream, r, link = self.residual.read(r, site)
+                stream = seen
                 x, ctx = self.site_input(site, stream, ctx)
             out = self.site(site)(x, ctx, None if states is None else states[1 + site.id])
             if out.y is not None:
@@ -3689,11 +4095,8 @@ class GPT(Module):
         sites, half = self.plans[ctx.variant.looped, ctx.variant.speculates], self.h.num_layers // 2
         entry = next(i for i, site in enumerate(sites) if site.kind == "bank" or site.layer >= half)
         x0, e2, metrics = self.embed(ctx)
-        opened, trace = (
-            self.residual.open(x0, e2, ctx.moment),
-            Trace({}, {}, {f"embed.{n}": m for n, m in metrics.items()}),
-        )
-        saved, ctx, trace = self.run(sites[:entry], opened, ctx, states, trace)
+        trace = Trace({}, {}, {f"embed.{n}": m for n, m in metrics.items()})
+        saved, ctx, trace = self.run(sites[:entry], self.residual.open(x0, e2, ctx), ctx, states, trace)
         if ctx.moment is None and self.h.feedback_halt and self.h.capsule_bank and sites[-1].pass_ > 1:
             stopped = torch.zeros_like(ctx.tokens, dtype=torch.bool).unsqueeze(-1)
             ctx = ctx._replace(memory={**ctx.memory, "inputs": {}, "stopped": stopped})
@@ -3801,11 +4204,13 @@ def initial_value(h: Hyperparameters, name: str, shape: Sequence[int], generator
     constants = {"q_gain": h.qk_gain_init, "v_mix": 4.0, "scale": 1.0, "skip": 1.0, "found": 0.0, "amount": 0.0}
     constants |= {"gain": 0.1 if leaf[0] == "induction" else 1.0, "local_decay": 1.0}
     constants |= {"route_logit": -2.0, "breadth": -2.0, "bend": -4.0, "sharpness": 0.0, "bias": 0.0, "gate": 0.2}
-    constants |= {"diagonal": 0.9, "blend": h.capsule_blend_init}
+    constants |= {"v_rows": 0.5, "value_rows": 0.0, "backout": 0.5, "diagonal": 0.9, "blend": h.capsule_blend_init}
     if name.endswith("sketch.hold"):
         return torch.full(tuple(shape), 2.0)
     if name == "residual.mix":
         return torch.stack((torch.ones(shape[0], shape[2]), torch.zeros(shape[0], shape[2])), 1)
+    if leaf[0] == "residual" and h.residual in ("hc", "mhc") and leaf[-1] not in ("skip", "backout"):
+        return initial_connection(h, leaf[-1], shape, generator)
     if leaf[-1] in constants:
         return torch.full(tuple(shape), constants[leaf[-1]])
     if leaf[-1] in ("decay", "hold"):  # memories from one block to a training window, evenly over the logarithm
@@ -3826,8 +4231,53 @@ def initial_value(h: Hyperparameters, name: str, shape: Sequence[int], generator
     closed = leaf[0] in ("proj", "down") and name.startswith("blocks")
     if closed or leaf[0] == "table" or name in ("head.weight", "embed.ngrams.weight"):
         return torch.zeros(*shape)
+    if leaf[0] == "qkv" and h.attn_init == "mimetic":
+        return mimetic_qkv(h, shape, generator)
     bound = math.sqrt(3.0 / shape[-1])
     return (torch.rand(*shape, generator=generator) * 2 - 1) * bound
+
+
+def mimetic_qkv(h: Hyperparameters, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Queries and keys whose product is like a trained network's, 0.7 (Z + I), Z Gaussian (Trockman and Kolter 2023).
+
+    Of each head only, as its width allows: on the space that the keys of its group span, which two power iterations
+    bring near the product's largest singular vectors. The paper's other half, values times projection like -I, is left
+    out: projections start at zero here.
+    """
+    width, size = h.head_dim, shape[1]
+    keys: list[Tensor] = []
+    queries: list[Tensor] = []
+    for _ in range(h.num_kv_heads):
+        noise = torch.randn(h.num_heads // h.num_kv_heads, size, size, generator=generator) / math.sqrt(size)
+        products = 0.7 * (noise + torch.eye(size))
+        basis = torch.randn(size, width, generator=generator)
+        for _ in range(3):
+            basis = torch.linalg.qr(products[0].T @ (products[0] @ basis)).Q  # (D, Dh)
+        keys.append(basis.T)
+        queries += (products @ basis).mT.unbind()
+    values = (torch.rand(len(keys) * width, size, generator=generator) * 2 - 1) * math.sqrt(3.0 / size)
+    return torch.cat((*queries, *keys, values))
+
+
+def initial_connection(h: Hyperparameters, leaf: str, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """First value of a parameter of hyper-connections or mHC; sublayer o reads lane o mod n."""
+    constants = {"keep": h.hc_keep_init, "x0_bias": h.hc_x0_init, "e2_bias": h.hc_bigram_init, "alpha": 0.01}
+    constants |= {"gate": math.log(h.mhc_gate_init / (1 - h.mhc_gate_init)), "gate_look": 0.0}
+    if h.residual == "hc":
+        constants["give"] = 1.0
+    if leaf in constants:
+        return torch.full(tuple(shape), constants[leaf])
+    if leaf == "look":
+        return torch.randn(*shape, generator=generator) / math.sqrt(shape[-1])
+    if leaf == "base":
+        first = torch.eye(h.mhc_n).flatten() if h.mhc_mode == "sinkhorn" else torch.eye(shape[-1])[0]
+        other = h.mhc_init_offdiag if h.mhc_mode == "sinkhorn" else h.mhc_init_others
+        return ((1 - first) * other).expand(*shape).clone()
+    if leaf == "cross":
+        return torch.eye(shape[-1]).expand(*shape).clone()
+    reads = leaf == "take"  # from the second one on
+    chosen = torch.eye(shape[1])[torch.tensor([(o + reads) % shape[1] for o in range(shape[0])], dtype=torch.int64)]
+    return chosen if h.residual == "hc" else (h.mhc_read_apart if reads else h.mhc_write_apart) * (2 * chosen - 1)
 
 
 def parameter_seed(seed: int, name: str) -> int:
@@ -4084,6 +4534,8 @@ GROUPS: dict[str, Callable[[Hyperparameters], Group]] = {
     "table": lambda h: Group("adagrad", h.bigram_hash_lr),
     "scalar": lambda h: Group("adamw", h.scalar_lr, h.adam_wd, *h.adam),
     "koopman": lambda h: Group("adamw", h.koopman_lr, 0.0, *h.adam),
+    "hc": lambda h: Group("adamw", h.hc_lr, 0.0, 0.9, 0.95, h.adam_eps),
+    "mhc": lambda h: Group("adamw", h.mhc_lr, 0.0, 0.9, 0.95, 1e-12),  # first gradients of R are some 1e-10
 }
 
 
@@ -4372,7 +4824,7 @@ def structure_config(h: Hyperparameters) -> dict[str, Any]:
 
 def structure_fields() -> list[str]:
     """Names of the fields that shape the network or its file."""
-    names = [s.name for s in FIELDS.values() if s.metadata["group"] in ("model", "skc", "weights")]
+    names = [s.name for s in FIELDS.values() if s.metadata["group"] in ("model", "skc", "topology", "weights")]
     return [n for n in [*names, "vocab_size", "train_seq_len"] if n not in ("attn_impl", "grad_checkpoint")]
 
 
@@ -5218,7 +5670,7 @@ def compile_warmup(s: Session, step: Callable, state: TrainState) -> None:
     }
     times = (0.0, h.untie_at_fraction, h.moe_start_fraction, h.recurrence_start_fraction, 1.0)
     variants = list(dict.fromkeys((state.variant, *(variant_at(h, time) for time in sorted(times)))))
-    variants += [variant._replace(measures=True) for variant in variants if h.diag_every]
+    variants += [variant._replace(measures=True) for variant in variants if h.measured_every]
     # A carried attention cache has a new length until its window is full.
     fill = 2 + -(-h.attn_window // h.train_seq_len) if h.carry_train else 1
     shapes = [(tokens, length) for _, tokens in h.stages for length in dict(h.lengths).values()]
@@ -5284,7 +5736,7 @@ def train_loop(s: Session, state: TrainState) -> None:
     s.weights.materialize(start)
     if h.carry_train and state.carry is None:
         state.carry = s.model.init_state(stage_at(h.stages, 0.0) // h.train_seq_len // rt.world)
-    window, fresh = LossWindow(state), state.step
+    window, health, fresh = LossWindow(state), Health(log, s.model.residual.ranges()), state.step
     clock.start()
     while True:
         tokens = stage_at(h.stages, progress_of(h, state.step, clock.seconds()))
@@ -5301,7 +5753,7 @@ def train_loop(s: Session, state: TrainState) -> None:
         if state.carry is not None and s.loader.position.epoch > state.position.epoch:
             state.carry = s.model.init_state(len(batch.tokens))  # rows begin anew: nothing comes before them
         s.weights.disturb(progress, state.step)
-        measures = h.diag_every > 0 and (state.step + 1) % h.diag_every == 0
+        measures = any((state.step + 1) % every == 0 for every in h.measured_every)
         variant = state.variant._replace(measures=measures)
         nats, state.carry, metrics = step(batch, dataclasses.replace(state, variant=variant), progress)
         average = h.ema_decay > 0 and progress >= h.ema_start_fraction
@@ -5314,7 +5766,8 @@ def train_loop(s: Session, state: TrainState) -> None:
         state.token_seconds = max(pace.recent)
         window.add(nats, tokens)
         if measures:
-            log.metric("diagnostics", step=state.step, **{name: float(value) for name, value in metrics.items()})
+            metrics["train_loss_nats"] = nats * rt.world / tokens  # of this rank
+            health.look(state.step, {name: float(value) for name, value in metrics.items()})
         state.seconds = clock.seconds()
         log.progress(progress, f"step {state.step} eta {eta_text(h, state)}")
         if state.step % h.train_log_every == 0 or state.step <= 5:
@@ -5339,6 +5792,31 @@ def pause_for(s: Session, state: TrainState, clock: Clock) -> None:
     if saves:
         try_to_save(s, state)
     clock.start()
+
+
+class Health:
+    """Writes diagnostics down, and says it when one of them leaves its range or comes back.
+
+    A range is (good from, good to, bad below, bad above); metrics.jsonl has them at the start. A resumed run says anew
+    what is amiss.
+    """
+
+    def __init__(self, log: Log, ranges: dict[str, tuple[float, float, float, float]]) -> None:
+        self.log, self.ranges, self.amiss = log, ranges, set[str]()
+        if ranges:
+            names = ("good_from", "good_to", "bad_below", "bad_above")
+            log.metric("ranges", **{name: dict(zip(names, limits, strict=True)) for name, limits in ranges.items()})
+
+    def look(self, step: int, metrics: dict[str, float]) -> None:
+        self.log.metric("diagnostics", step=step, **metrics)
+        for name, (good_from, good_to, below, above) in self.ranges.items():
+            amiss = not below <= metrics[name] <= above  # NaN, too
+            if amiss != (name in self.amiss):
+                self.amiss ^= {name}
+                state = f"out of its range {below:g} to {above:g}" if amiss else "back in its range"
+                self.log.line(
+                    f"health step:{step} {name}:{metrics[name]:.4g} {state}; good: {good_from:g} to {good_to:g}"
+                )
 
 
 class LossWindow:

@@ -43,6 +43,19 @@ def scramble(model: Any) -> Any:
 
 
 # Jobs that switch on what SKC adds, each with state, noise or structure that changes during the run.
+# Jobs that switch on other residual topologies, on the same terms.
+TOPOLOGIES: dict[str, dict[str, str]] = {
+    "hyper-connections, n-grams": {
+        "RESIDUAL": "hc", "HC_LEARN": "keep,write,bias,read,mix", "BIGRAM_HASH_BUCKETS": "64", "BIGRAM_HASH_DIM": "8",
+        "VALUE_EMBED": "1", "ATTN_INIT": "mimetic", "BACKOUT": "0", "UNET_SKIPS": "1", "STOCHASTIC_DEPTH": "0.2",
+    },
+    "mhc, dynamic, feedback": {
+        "RESIDUAL": "mhc", "MHC_N": "3", "MHC_MODE": "sinkhorn", "MHC_LOGITS": "dynamic", "MHC_GATE": "token",
+        "MHC_GATE_NOISE": "0.1", "MHC_LOG_EVERY": "3", "LAYER_PATTERN": "SA", "CAPSULE_DIM": "8", "CAPSULE_NUM": "3",
+        "SKC_BLOCK_SIZE": "8", "CAPSULE_BANK": "1", "FEEDBACK_PASSES": "1", "FEEDBACK_DIM": "8",
+    },
+    "mhc lite, experts": {"RESIDUAL": "mhc", "MHC_LOG_EVERY": "0", "MOE_EXPERTS": "2", "MOE_LAYER_FRAC": "1"},
+}  # fmt: skip
 SKC_KINDS: dict[str, dict[str, str]] = {
     "skc, bank, feedback, engram": {
         "LAYER_PATTERN": "SA", "CAPSULE_DIM": "8", "CAPSULE_NUM": "3", "SKC_BLOCK_SIZE": "8", "CAPSULE_BANK": "1",

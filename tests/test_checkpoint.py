@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SKC_KINDS
+from conftest import SKC_KINDS, TOPOLOGIES
 
 import train_gpt as t
 
@@ -50,6 +50,7 @@ KINDS: dict[str, dict[str, str]] = {
     "float64": {"PRECISION": "fp64", **AVERAGE},
     "bf16": {"PRECISION": "bf16", **AVERAGE},
     **SKC_KINDS,
+    **TOPOLOGIES,
 }  # fmt: skip
 
 

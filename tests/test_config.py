@@ -508,6 +508,13 @@ SETTINGS: list[dict[str, Any]] = [
     {"moe_experts": 4},
     {"recurrence_layers": "1-2"},
     {"ternary_noise_scale": 0.02},
+    {"layer_pattern": "K", "induction_orders": "1,2"},
+    {"residual": "hc"},
+    {"residual": "hc", "hc_learn": "write"},
+    {"residual": "hc", "bigram_hash_buckets": 64},
+    {"residual": "mhc"},
+    {"residual": "mhc", "mhc_mode": "sinkhorn"},
+    {"residual": "mhc", "mhc_mode": "sinkhorn", "mhc_n": 3},
 ]
 
 

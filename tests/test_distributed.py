@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SKC_KINDS
+from conftest import SKC_KINDS, TOPOLOGIES
 
 import train_gpt as t
 
@@ -38,6 +38,7 @@ KINDS: dict[str, dict[str, str]] = {
         "MICRO_BATCH_TOKENS": "64", "INDUCTION_ORDERS": "1,2", "INDUCTION_WINDOW": "50",
     },
     **SKC_KINDS,
+    **TOPOLOGIES,
     "one layer, uncapped": {"NUM_LAYERS": "1", "LOGIT_SOFTCAP": "0", "EMBED_DIM": "16", "MATRIX_CODEC": "int8"},
 }  # fmt: skip
 

@@ -38,6 +38,10 @@ ENGRAM: dict[str, object] = {
     "BIGRAM_HASH_BUCKETS": 37, "BIGRAM_HASH_ORDERS": "2,3", "BIGRAM_HASH_DIM": 16, "BIGRAM_HASH_HEADS": 2,
     "ENGRAM_INJECT_LAYER": 0,
 }  # fmt: skip
+STACK: dict[str, object] = {
+    **BANK, **FEEDBACK, "NUM_LAYERS": 4, "FEEDBACK_HALT": 0, "RECURRENCE_LAYERS": "0-1", "BIGRAM_HASH_BUCKETS": 9,
+    "BIGRAM_HASH_DIM": 8, "UNET_SKIPS": 1, "BACKOUT": 1,
+}  # fmt: skip
 # (layer pattern, variables) of what SKC and the frontier's parts add
 PARTS: dict[str, tuple[str, dict[str, object]]] = {
     "koopman": ("K", {}),
@@ -67,9 +71,29 @@ PARTS: dict[str, tuple[str, dict[str, object]]] = {
     "stopping": ("AS", {**BANK, **FEEDBACK, "FEEDBACK_HALT": 0.7, "NUM_LAYERS": 2}),
     "feedback": ("A", {**FEEDBACK, "DOC_MASK": 1, "FEEDBACK_EVERY": 2, "RESIDUAL": "plain"}),
     "speculates": ("S", {**BANK, **FEEDBACK, "CAPSULE_SPECULATE": 1}),
+    "value_rows": ("A", {"VALUE_EMBED": 1, "VALUE_RESIDUAL": 1, "ATTN_WINDOW": 3, "XSA_LAYERS": 1}),
+    "value_rows_shared": ("A", {"VALUE_EMBED": 2, "SHARED_BLOCKS": 2, "ATTN_INIT": "mimetic"}),
+    "hc_stack": ("SKPA", {**STACK, "RESIDUAL": "hc", "HC_LANES": 3, "HC_LEARN": "keep,write,bias,read,mix"}),
+    "hc_later": ("AK", {"RESIDUAL": "hc", "HC_START": 1, "STOCHASTIC_DEPTH": 0.2}),
+    "mhc_stack": ("SKPA", {**STACK, "RESIDUAL": "mhc", "MHC_N": 3, "MHC_LOGITS": "dynamic"}),
+    "mhc_shared": (
+        "KA",
+        {
+            "RESIDUAL": "mhc",
+            "MHC_MODE": "sinkhorn",
+            "MHC_N": 4,
+            "MHC_GATE": "token",
+            "SHARED_BLOCKS": 2,
+            "NUM_LAYERS": 4,
+            "ENGRAM_INJECT_LAYER": 0,
+            "BIGRAM_HASH_BUCKETS": 9,
+            "BIGRAM_HASH_DIM": 8,
+        },
+    ),
     "shared": ("S", {"SHARED_BLOCKS": 1, "NUM_LAYERS": 3}),
     "loops": ("SK", {"RECURRENCE_LAYERS": "0", "RECURRENCE_DEPTH": 3}),
 }
+LAYERED = ("value_rows_shared", "hc_stack", "hc_later", "mhc_stack", "mhc_shared")  # not of one layer
 NAMED = {**{option: ("A", variables) for option, variables in OPTIONS.items()}, **PARTS}
 cases = pytest.mark.parametrize(("kind", "option"), [(pattern, option) for option, (pattern, _) in NAMED.items()])
 OPTIONS |= {option: variables for option, (_, variables) in PARTS.items()}
@@ -192,6 +216,7 @@ def documents_of(tokens: Tensor) -> list[int]:
 @torch.no_grad()
 def test_every_visible_token_matters_and_no_other(kind: str, option: str, layers: int, split: int) -> None:
     """Each layer reaches ATTN_WINDOW - 1 tokens further back; DOC_MASK ends the view at the document's start."""
+    layers = max(layers, 2 if option in LAYERED else 1)
     model = scrambled_model(kind, {**OPTIONS[option], "NUM_LAYERS": layers})
     tokens = some_tokens(1, 14, starts=0)
     tokens[0, [3, 9]] = BOS
@@ -466,3 +491,44 @@ def test_a_package_that_cannot_be_imported_is_passed_over(tmp_path: Path, monkey
     assert t.choose_attention(t.load_config({"PRESET": "attn"}), rt)[0] == "fa2"
     with pytest.raises(t.UserError, match="no bf16 on CUDA"):
         t.choose_attention(t.load_config({"PRESET": "attn", "ATTN_IMPL": "fa2"}), rt._replace(autocast=False))
+
+
+# ---- rows of tokens in values, and queries that look at their own
+
+
+@pytest.mark.parametrize(("count", "layers"), [(1, {0, 4}), (2, {0, 1, 3, 4}), (9, {0, 1, 2, 3, 4})])
+@torch.no_grad()
+def test_values_add_the_row_of_their_token(count: int, layers: set[int]) -> None:
+    """v + s e(token) in the first and last layers, all from one table; nothing else changes."""
+    model = scrambled_model("A", {"VALUE_EMBED": count, "NUM_LAYERS": 5})
+    assert {i for i, block in enumerate(model.blocks) if block["attn"].v_rows is not None} == layers
+    tokens = some_tokens(2, 9)
+    ctx, layer = model.context(tokens, None, t.Variant()), model.blocks[0]["attn"]
+    x = torch.randn(2, 9, model.h.model_dim, dtype=torch.float64)
+    heads = (model.h.num_heads + model.h.num_kv_heads) * model.h.head_dim
+    seen: list[Tensor] = []
+    real = layer.attend
+    layer.attend = lambda q, k, v, documents, state: (seen.append(v), real(q, k, v, documents, state))[1]
+    layer(x, ctx, None)
+    values = x @ layer.qkv.weight[heads:].T + layer.v_rows * model.embed.value_rows[tokens]
+    torch.testing.assert_close(seen[0].flatten(2), values, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
+def test_mimetic_queries_look_at_their_own_keys(heads: int, kv_heads: int) -> None:
+    """Of each head W_q^T W_k is 0.7 (Z + I) on the space of its keys; uniform ones have no such diagonal."""
+    found = {}
+    for init in ("uniform", "mimetic"):
+        h = config("A", {"NUM_HEADS": heads, "NUM_KV_HEADS": kv_heads, "MODEL_DIM": 48 * heads, "ATTN_INIT": init})
+        generator = torch.Generator().manual_seed(0)
+        shape = ((heads + 2 * kv_heads) * 48, 48 * heads)
+        first = t.initial_value(h, "blocks.0.attn.qkv.weight", shape, generator)
+        assert first.shape == shape and first.isfinite().all()
+        q, k, v = first.split([heads * 48, kv_heads * 48, kv_heads * 48])
+        q, k = q.view(heads, 48, -1), k.view(kv_heads, 48, -1).repeat_interleave(heads // kv_heads, 0)
+        found[init] = [float((q[i] * k[i]).sum() / 48) for i in range(heads)]
+        assert abs(float(v.square().mean()) * shape[1] - 1) < 0.1
+        if init == "mimetic":
+            torch.testing.assert_close(k[0] @ k[0].T, torch.eye(48), rtol=0, atol=1e-4)
+            assert len({round(float(one.sum()), 3) for one in q}) == heads, "heads differ, even those of one group"
+    assert all(abs(one) < 0.3 for one in found["uniform"]) and all(0.5 < one < 1.5 for one in found["mimetic"])

@@ -329,7 +329,7 @@ LEAKS: dict[str, tuple[dict[str, object], type, str, Callable]] = {
     "capsules pooled over T": ({"LAYER_PATTERN": "S"}, t.SKC, "capsules", capsules_of_everything),
     "bank over all time": ({"CAPSULE_BANK": 1}, t.CapsuleBank, "observed", bank_over_all_time),
     "sketch of the whole sequence": (FEEDBACK, t.Sketch, "forward", sketch_of_everything),
-    "halting by all capsules": ({**FEEDBACK, "FEEDBACK_HALT": 1.6}, t.GPT, "after_pass", halting_by_the_whole_sequence),
+    "halting by all capsules": ({**FEEDBACK, "FEEDBACK_HALT": 1.1}, t.GPT, "after_pass", halting_by_the_whole_sequence),
     "places by the last block": ({"LAYER_PATTERN": "S"}, t.SKC, "routes", places_by_the_last_block),
 }
 
@@ -976,6 +976,9 @@ COMPILED = {
     "parallel experts": {"LAYER_PATTERN": "PA", "MOE_EXPERTS": 3, "MOE_LAYER_FRAC": 1},
     "feedback": {**FEEDBACK, "LAYER_PATTERN": "S"},
     "engram": {"BIGRAM_HASH_BUCKETS": 9, "BIGRAM_HASH_DIM": 8, "ENGRAM_INJECT_LAYER": 1, "RECURRENCE_LAYERS": "1-1"},
+    "hyper-connections": {"RESIDUAL": "hc", "HC_LEARN": "keep,write,bias,read,mix", "VALUE_EMBED": 1},
+    "static connections": {"RESIDUAL": "mhc", "MHC_GATE_NOISE": 0.1, "LAYER_PATTERN": "SA", "UNET_SKIPS": 1},
+    "dynamic connections": {"RESIDUAL": "mhc", "MHC_N": 4, "MHC_MODE": "sinkhorn", "MHC_LOGITS": "dynamic"},
 }
 
 

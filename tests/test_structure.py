@@ -191,9 +191,11 @@ def test_attributes_of_layers_are_set_when_they_are_built() -> None:
     for node in (n for n in TREE.body if isinstance(n, ast.ClassDef)):  # a class stands below its base
         if layers & {base.id for base in node.bases if isinstance(base, ast.Name)}:
             layers.add(node.name)
-            methods = [part for part in node.body if isinstance(part, Function) and part.name != "__init__"]
+            methods = [
+                part for part in node.body if isinstance(part, Function) and part.name not in ("__init__", "build")
+            ]
             found += [w for method in methods for w in writes(method) if ast.unparse(w.value) == "self"]
-    assert {"GPT", "Attention", "UNetResidual"} < layers
+    assert {"GPT", "Attention", "ManifoldConnections"} < layers
     found += [w for w in writes(TREE) if ast.unparse(w.value).split(".")[-1] == "model"]
     assert not found, [place(write) for write in found]
 
@@ -255,7 +257,7 @@ def test_everything_is_annotated() -> None:
 
 
 def test_file_and_lines_stay_within_bounds() -> None:
-    assert len(LINES) <= 6000
+    assert len(LINES) <= 6400
     long = [number for number, line in enumerate(LINES, 1) if len(line) > 120]
     assert not long, long
 
@@ -310,7 +312,9 @@ def test_every_argument_is_used() -> None:
         "forward": "layers and autograd functions",
         "backward": "autograd functions",
         "setup_context": "autograd functions",
-        **dict.fromkeys(("open", "read", "write", "close"), "residual topologies"),
+        **dict.fromkeys(
+            ("open", "prepare", "read", "gather", "write", "spread", "close", "measured"), "residual topologies"
+        ),
         **dict.fromkeys(("begin", "lora", "weights", "wrap", "learn"), "adapters"),
         **dict.fromkeys(("quantize", "decode", "decode_numpy", "scale_shape"), "codecs"),
         **dict.fromkeys(("__init__", "init_state"), "sites are built and started alike"),
@@ -347,6 +351,8 @@ SMALL = {
     "PARTIAL_ROPE_DIMS": "0",
     "CAPSULE_DIM": "8",
     "ENGRAM_INJECT_LAYER": "0",
+    "BACKOUT": "0",
+    "BATCH_STAGES": "0:64",
     "VOCAB_SIZE": "256",
     "TRAIN_SEQ_LEN": "16",
     "SKC_BLOCK_SIZE": "4",

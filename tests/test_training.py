@@ -814,7 +814,7 @@ def snapshot(s: t.Session) -> dict[str, Any]:
 
 
 @pytest.mark.slow  # a minute each: that a preset of full size works and fits is not seen at any other size
-@pytest.mark.parametrize("preset", ["skc", "skc_proxy", "hybrid"])
+@pytest.mark.parametrize("preset", ["skc", "skc_proxy", "hybrid", "hc"])
 def test_preset_of_full_size_trains_exports_within_its_limit_and_reloads(preset: str) -> None:
     """Two real optimizer steps on 1 x 256 tokens; the packed bound is of any weights, so trained ones fit, too."""
     h = t.load_config({"PRESET": preset, "DEVICE": "cpu", "COMPILE": "0", "PRECISION": "fp32"})
