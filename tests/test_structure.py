@@ -313,7 +313,7 @@ def test_every_argument_is_used() -> None:
         "backward": "autograd functions",
         "setup_context": "autograd functions",
         **dict.fromkeys(
-            ("open", "prepare", "read", "gather", "write", "spread", "close", "measured"), "residual topologies"
+            ("build", "open", "prepare", "read", "gather", "write", "spread", "close", "measured"), "residual topologies"
         ),
         **dict.fromkeys(("begin", "lora", "weights", "wrap", "learn"), "adapters"),
         **dict.fromkeys(("quantize", "decode", "decode_numpy", "scale_shape"), "codecs"),
@@ -352,7 +352,6 @@ SMALL = {
     "CAPSULE_DIM": "8",
     "ENGRAM_INJECT_LAYER": "0",
     "BACKOUT": "0",
-    "BATCH_STAGES": "0:64",
     "VOCAB_SIZE": "256",
     "TRAIN_SEQ_LEN": "16",
     "SKC_BLOCK_SIZE": "4",
@@ -363,7 +362,8 @@ SMALL = {
     "DEVICE": "cpu",
     "COMPILE": "0",
 }
-CHOICES = [{"PRESET": preset} for preset in t.PRESETS]
+STAGED = {"BATCH_STAGES": "0:64"}
+CHOICES = [{"PRESET": name, **(STAGED if "batch_stages" in values else {})} for name, values in t.PRESETS.items()]
 variable: str
 registry: dict[str, Any]
 for variable, registry in (("MATRIX_CODEC", t.CODECS), ("FP_STORAGE", t.CODECS), ("MLP_ACT", t.ACTIVATIONS)):
