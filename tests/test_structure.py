@@ -313,7 +313,8 @@ def test_every_argument_is_used() -> None:
         "backward": "autograd functions",
         "setup_context": "autograd functions",
         **dict.fromkeys(
-            ("build", "open", "prepare", "read", "gather", "write", "spread", "close", "measured"), "residual topologies"
+            ("build", "open", "prepare", "read", "gather", "write", "spread", "close", "measured"),
+            "residual topologies",
         ),
         **dict.fromkeys(("begin", "lora", "weights", "wrap", "learn"), "adapters"),
         **dict.fromkeys(("quantize", "decode", "decode_numpy", "scale_shape"), "codecs"),
