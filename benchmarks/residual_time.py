@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--only", default=",".join(VARIANTS), help="names, comma-separated; plain is always there")
     options = parser.parse_args(argv)
+    torch._dynamo.config.recompile_limit = 4 * len(VARIANTS)  # all variants are one function to the compiler
     names = list(dict.fromkeys(["plain", *options.only.split(",")]))
     steps = {name: Step(options, VARIANTS[name]) for name in names}
     for step in steps.values():
