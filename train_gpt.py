@@ -5644,6 +5644,8 @@ def make_step(s: Session) -> Callable[[Batch, TrainState, float], StepOut]:
             carries.append(map_state(out.state, Tensor.detach))
             for name, value in out.metrics.items():
                 metrics[name] = metrics.get(name, 0.0) + value.detach().float() * len(batch.tokens[part]) / rows
+        if metrics:
+            metrics["step_loss_nats"] = total.detach().float() / batch.tokens.numel()
         if rt.world > 1 and metrics:
             means = torch.stack([*metrics.values()])
             dist.all_reduce(means)
@@ -5766,7 +5768,6 @@ def train_loop(s: Session, state: TrainState) -> None:
         state.token_seconds = max(pace.recent)
         window.add(nats, tokens)
         if measures:
-            metrics["train_loss_nats"] = nats * rt.world / tokens  # of this rank
             health.look(state.step, {name: float(value) for name, value in metrics.items()})
         state.seconds = clock.seconds()
         log.progress(progress, f"step {state.step} eta {eta_text(h, state)}")

@@ -109,7 +109,7 @@ def test_header_rebuilds_the_network_alone() -> None:
 
     Those at their defaults too: a reader of another version, or another program, does not know ours.
     """
-    fields = {s.name for s in t.FIELDS.values() if s.metadata["group"] in ("model", "skc", "weights")}
+    fields = {s.name for s in t.FIELDS.values() if s.metadata["group"] in ("model", "skc", "topology", "weights")}
     kept = set(opened(tiny_file())[0]["config"])
     assert fields - kept == {"attn_impl", "grad_checkpoint"} and kept - fields == {"vocab_size", "train_seq_len"}
 

@@ -40,7 +40,7 @@ ENGRAM: dict[str, object] = {
 }  # fmt: skip
 STACK: dict[str, object] = {
     **BANK, **FEEDBACK, "NUM_LAYERS": 4, "FEEDBACK_HALT": 0, "RECURRENCE_LAYERS": "0-1", "BIGRAM_HASH_BUCKETS": 9,
-    "BIGRAM_HASH_DIM": 8, "UNET_SKIPS": 1, "BACKOUT": 1,
+    "BIGRAM_HASH_DIM": 8, "UNET_SKIPS": 1, "BACKOUT": 0,
 }  # fmt: skip
 # (layer pattern, variables) of what SKC and the frontier's parts add
 PARTS: dict[str, tuple[str, dict[str, object]]] = {

@@ -388,6 +388,8 @@ SMALL = {
     "TRAIN_SEQ_LEN": 16,
     "SKC_BLOCK_SIZE": 4,
     "TRAIN_BATCH_TOKENS": 32,
+    "BACKOUT": 0,
+    "BATCH_STAGES": "0:32",
 }
 COMPILED: dict[str, dict[str, object]] = {
     **{

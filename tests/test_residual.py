@@ -611,7 +611,7 @@ def test_a_run_writes_what_its_streams_do(run_cli: Callable, tiny_env: dict[str,
     measured = [one for one in written if one["kind"] == "diagnostics"]
     assert len(ranges) == 1 and [one["step"] for one in measured] == [5, 10]
     assert all(name in one for one in measured for name in ranges[0] if name.startswith("residual."))
-    assert all(2 < one["train_loss_nats"] < 7 for one in measured)
+    assert all(2 < one["step_loss_nats"] < 7 for one in measured)
 
 
 def test_health_speaks_once_when_a_measurement_leaves_its_range(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

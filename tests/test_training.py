@@ -554,8 +554,8 @@ def test_metrics_of_parts_reach_the_metrics_file(
             return out._replace(metrics=metrics, losses={"small": self.q_gain.square().sum()})
 
     class Watched(t.PlainResidual):
-        def close(self, r: tuple) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            return r[0], {"width": torch.tensor(float(r[0].shape[-1]))}
+        def close(self, r: t.Stream) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            return r.lanes[0], {"width": torch.tensor(float(r.x0.shape[-1]))}
 
     monkeypatch.setitem(t.SITE_KINDS, "attn", Measuring)
     monkeypatch.setitem(t.RESIDUALS, "plain", Watched)
