@@ -74,8 +74,8 @@ def var(
 
 BYTE_VOCABULARIES = (256, 260)  # sizes at which tokens are bytes, without a tokenizer file
 HC_PARTS = ("keep", "write", "bias", "read", "mix")
-MIXER_LETTERS = {"A": "attn", "K": "koopman", "S": "skc", "P": "skc"}  # P: beside its MLP
-PATTERNS = {"attn": "A", "skc": "S", "hybrid": "KA", "skc_competition": "PPPA"}  # layer patterns, repeated
+MIXER_LETTERS = {"A": "attn", "N": "nsa", "K": "koopman", "S": "skc", "P": "skc"}  # P: beside its MLP
+PATTERNS = {"attn": "A", "nsa": "N", "skc": "S", "hybrid": "KA", "skc_competition": "PPPA"}  # layer patterns, repeated
 CODEC_NAMES = ("ternary", "int4", "int5", "int6", "int7", "int8", "fp8", "bf16", "fp16", "exact")
 
 
@@ -129,8 +129,8 @@ class Hyperparameters:
     num_kv_heads: int = var(4, "model", "key and value heads", low=1)
     mlp_mult: float = var(2.0, "model", "MLP hidden width as a multiple of MODEL_DIM", low=0.01)
     mlp_act: str = var("relu2", "model", "MLP nonlinearity", choices=("relu2", "leaky_relu2", "swiglu"))
-    layer_pattern: str = var("attn", "model", "mixers of the layers: attn, skc, hybrid, skc_competition, or letters "
-        "that repeat: A attention, K Koopman, S SKC, P SKC beside its MLP")
+    layer_pattern: str = var("attn", "model", "mixers of the layers: attn, nsa, skc, hybrid, skc_competition, or "
+        "letters that repeat: A attention, N sparse attention, K Koopman, S SKC, P SKC beside its MLP")
     shared_blocks: int = var(0, "model", "blocks that the layers share in turn; 0: each layer its own", low=0)
     recurrence_layers: str = var("", "model", "layers that run again, as first-last, e.g. 3-5; empty: none")
     recurrence_depth: int = var(2, "model", "times that they run", low=2, high=64, when=lambda h: bool(h.looped))
@@ -211,13 +211,13 @@ class Hyperparameters:
     yarn_factor: float = var(1.0, "model", "context extension by YaRN; 1: none", "times", low=1)
     yarn_original: int = var(0, "model", "context the model was trained at; 0: TRAIN_SEQ_LEN", "tokens", low=0,
         when=lambda h: h.yarn_factor > 1)
-    qk_norm: bool = var(True, "model", "RMS-normalize queries and keys per head", when=lambda h: "attn" in h.mixers)
+    qk_norm: bool = var(True, "model", "RMS-normalize queries and keys per head", when=lambda h: h.has_queries)
     attn_init: str = var("uniform", "model", "first queries and keys; mimetic: their product is like the identity",
         choices=("uniform", "mimetic"), when=lambda h: "attn" in h.mixers)
     value_embed: int = var(0, "model", "attention layers, the first and last so many, whose values add a learned row "
         "of each token; 0: none", low=0, when=lambda h: "attn" in h.mixers)
     qk_gain_init: float = var(1.5, "model", "initial learned gain of each query head", low=0,
-        when=lambda h: "attn" in h.mixers)
+        when=lambda h: h.has_queries)
     logit_softcap: float = var(30.0, "model", "logits are cap * tanh(z / cap); 0: no cap", low=0, high=1000)
     value_residual: bool = var(False, "model", "attention layers mix in the first attention layer's values",
         when=lambda h: h.mixers.count("attn") > 1)
@@ -232,9 +232,29 @@ class Hyperparameters:
     attn_window: int = var(0, "model", "keys a query may see, itself included; 0: all", "tokens", low=0,
         when=lambda h: "attn" in h.mixers)
     doc_mask: bool = var(False, "model", "attention and induction stay inside their document",
-        when=lambda h: "attn" in h.mixers or bool(h.matched_orders))
+        when=lambda h: h.has_queries or bool(h.matched_orders))
     attn_impl: str = var("auto", "model", "attention backend", choices=("auto", "fa3", "fa2", "blocks", "sdpa"))
     grad_checkpoint: int = var(0, "model", "recompute activations of every k sites in backward; 0: off", "sites", low=0)
+
+    # Native sparse attention
+    nsa_block: int = var(32, "nsa", "tokens that one compressed key stands for", "tokens", low=1,
+        when=lambda h: "nsa" in h.mixers)
+    nsa_stride: int = var(16, "nsa", "tokens from one compressed key to the next", "tokens", low=1,
+        when=lambda h: "nsa" in h.mixers)
+    nsa_select_block: int = var(64, "nsa", "size of the blocks that queries choose", "tokens", low=1,
+        when=lambda h: "nsa" in h.mixers)
+    nsa_select: int = var(16, "nsa", "blocks of a query, three of them fixed: its document's first, its own and the "
+        "one before", low=3, when=lambda h: "nsa" in h.mixers)
+    nsa_window: int = var(512, "nsa", "near keys of a query, itself included", "tokens", low=1,
+        when=lambda h: "nsa" in h.mixers)
+    nsa_pool: str = var("mlp", "nsa", "compressed keys and values: means, or those and an MLP", choices=("mlp", "mean"),
+        when=lambda h: "nsa" in h.mixers)
+    nsa_gates: str = var("sigmoid", "nsa", "gates of the three branches: each for itself, or shares of one",
+        choices=("sigmoid", "softmax"), when=lambda h: "nsa" in h.mixers)
+    nsa_impl: str = var("auto", "nsa", "backend: by gathers, or by masks over all pairs",
+        choices=("auto", "gather", "masked"), when=lambda h: "nsa" in h.mixers)
+    nsa_strict: bool = var(False, "nsa", "check before each read that it is not of a later key (COMPILE=0)",
+        when=lambda h: "nsa" in h.mixers)
 
     # SKC stack
     skc_block_size: int = var(64, "skc", "positions of a block, a power of two", "tokens", low=1,
@@ -487,6 +507,16 @@ class Hyperparameters:
         return self.has_skc or "koopman" in self.mixers
 
     @property
+    def has_queries(self) -> bool:
+        """Whether some layer's mixer is attention, full or sparse."""
+        return "attn" in self.mixers or "nsa" in self.mixers
+
+    @property
+    def has_ages(self) -> bool:
+        """Whether some layer's mixer has to know where documents begin, as a number."""
+        return self.has_scans or ("nsa" in self.mixers and self.doc_mask)
+
+    @property
     def has_blocks(self) -> bool:
         """Whether some part works block by block."""
         return self.has_skc or self.capsule_bank or self.feedback_passes > 0
@@ -554,6 +584,7 @@ class Hyperparameters:
             "SITE_KINDS": self.site_kinds,
             "RESIDUALS": (self.residual,),
             "BATCH_MODES": (self.batch_mode,),
+            "NSA_BACKENDS": ("gather" if self.nsa_impl == "auto" else self.nsa_impl,) if "nsa" in self.mixers else (),
             "ATTENTION": ("fa3", "fa2", "blocks", "sdpa") if self.attn_impl == "auto" else (self.attn_impl, "sdpa"),
             "ADAPTERS": ("temperature",) if self.temp_scaling else (),
         }
@@ -786,6 +817,12 @@ def validate(h: Hyperparameters) -> None:
         (h.carry_train and h.batch_mode != "streams", "CARRY_TRAIN=1 needs BATCH_MODE=streams, so that rows continue"),
         ((h.carry_train or h.carry_eval) and "attn" in h.mixers and not h.attn_window,
             "CARRY_TRAIN/CARRY_EVAL with attention needs ATTN_WINDOW, or its cache grows without end"),
+        ((h.carry_train or h.carry_eval) and "nsa" in h.mixers,
+            "CARRY_TRAIN/CARRY_EVAL are not for sparse attention: what may be chosen grows without end"),
+        (h.nsa_block % h.nsa_stride or h.nsa_select_block % h.nsa_stride or h.nsa_select_block < h.nsa_block,
+            f"NSA_STRIDE={h.nsa_stride} must divide NSA_BLOCK={h.nsa_block} and NSA_SELECT_BLOCK={h.nsa_select_block}, "
+            "and the first be at most the second"),
+        (h.nsa_strict and h.compile == "1", "NSA_STRICT=1 needs COMPILE=0"),
         (h.carry_eval and h.sliding_eval, "CARRY_EVAL=1 and SLIDING_EVAL=1 exclude each other"),
         (h.sliding_eval and h.sliding_eval_stride > h.eval_window,
             f"SLIDING_EVAL_STRIDE={h.sliding_eval_stride} must be at most the window {h.eval_window}"),
@@ -3098,6 +3135,449 @@ class Attention(Module):
         return seen.unsqueeze(-3) if seen.ndim == 3 else seen[None, None]
 
 
+class Ranges(NamedTuple):
+    """Which keys queries may see: those from low up to, not including, high (B or 1, T); neither ever falls along T.
+
+    parts: (start, stop, first, last), queries start..stop see at most keys first..last, whatever their documents are.
+    """
+
+    low: Tensor
+    high: Tensor
+    parts: tuple[tuple[int, int, int, int], ...]
+
+    def hides(self, part: tuple[int, int, int, int]) -> Tensor:
+        """(B or 1, t, s) bool, True where a key is not seen; a query that sees none sees all: `sees` mends that."""
+        start, stop, first, last = part
+        low, high = self.low[:, start:stop, None], self.high[:, start:stop, None]
+        key = torch.arange(first, last, device=low.device)
+        return ((key < low) | (key >= high)) & (low < high)
+
+    def counted(self) -> Tensor:
+        """(B or 1, T) int64, how many keys each query sees, counted in the masks."""
+        seen = [(~self.hides(part)).sum(-1) * self.sees(*part[:2]) for part in self.parts]
+        return torch.cat(seen, 1)
+
+    def sees(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """(B or 1, t) bool, whether a query sees a key."""
+        return self.low[:, start:stop] < self.high[:, start:stop]
+
+
+def shares(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
+    """Softmax of q k^T (B, Hkv, G, t, s) in at least float32; q (B, Hkv, G, t, Dh) is scaled, k (B, Hkv, 1, s, Dh)."""
+    scores = q @ k.mT
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return scores.masked_fill_(hidden[:, None, None], -math.inf).softmax(-1)
+
+
+def by_groups(x: Tensor, groups: int) -> Tensor:
+    """(B, T, H, Dh) as (B, groups, H / groups, T, Dh), contiguous."""
+    return x.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).contiguous()
+
+
+class RangedAttentionFunction(torch.autograd.Function):
+    """Softmax attention of queries over ranges of keys, zero for a query that sees none, by matrix products.
+
+    q (B, T, H, Dh), k and v (B, S, Hkv, Dh). Shares are made again in the backward pass, as in FlashAttention (Dao et
+    al. 2022): dP = dO V^T, dS = P (dP - rowsum(dO O)), dQ = dS K, dK = dS^T Q.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, parts: tuple) -> Tensor:
+        ctx.parts, ctx.scale, groups, ranges = parts, q.shape[-1] ** -0.5, k.shape[2], Ranges(low, high, parts)
+        q, k, v = by_groups(q * ctx.scale, groups), by_groups(k, groups), by_groups(v, groups)
+        y = torch.zeros_like(q)
+        for part in parts:
+            start, stop, first, last = part
+            p = shares(q[..., start:stop, :], k[..., first:last, :], ranges.hides(part)).to(v.dtype)
+            y[..., start:stop, :] = p @ v[..., first:last, :]
+        y = y * ranges.sees()[:, None, None, :, None]
+        ctx.save_for_backward(q, k, v, y, low, high)
+        return y.flatten(1, 2).transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        q, k, v, y, low, high = ctx.saved_tensors
+        ranges = Ranges(low, high, ctx.parts)
+        dy = by_groups(grad, k.shape[1]) * ranges.sees()[:, None, None, :, None]
+        along = torch.linalg.vecdot(dy, y).unsqueeze(-1)
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for part in ctx.parts:
+            start, stop, first, last = part
+            queries, keys, dpart = q[..., start:stop, :], k[..., first:last, :], dy[..., start:stop, :]
+            p = shares(queries, keys, ranges.hides(part)).to(v.dtype)
+            ds = (dpart @ v[..., first:last, :].mT).sub_(along[..., start:stop, :]).mul_(p)
+            dq[..., start:stop, :] = ds @ keys
+            dk[..., first:last, :] += (ds.mT @ queries).sum(2, keepdim=True)
+            dv[..., first:last, :] += (p.mT @ dpart).sum(2, keepdim=True)
+        dq, dk, dv = (x.flatten(1, 2).transpose(1, 2) for x in (dq * ctx.scale, dk, dv))
+        return dq, dk, dv, None, None, None
+
+
+class SelectedAttentionFunction(torch.autograd.Function):
+    """Softmax attention of each query over its own blocks of keys, gathered some queries at a time.
+
+    q (B, T, H, Dh), k and v (B, S, Hkv, Dh), chosen (B, Hkv, T, n) numbers of blocks of `size` keys, -1: none; a query
+    sees those of their keys from low up to, not including, high (B or 1, T). The block of key high - 1 is chosen.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, low: Tensor, high: Tensor, size: int, step: int
+    ) -> Tensor:
+        ctx.sizes, ctx.scale, ctx.length = (k.shape[2], size, step), q.shape[-1] ** -0.5, k.shape[1]
+        q = (q * ctx.scale).unflatten(2, (k.shape[2], -1)).transpose(1, 2).contiguous()  # (B, Hkv, T, G, Dh)
+        k, v = (lay_keys(x, size) for x in (k, v))  # (B Hkv J, size Dh)
+        y = torch.empty_like(q)
+        for start in range(0, q.shape[2], step):
+            some = slice(start, start + step)
+            rows, hidden = chosen_keys(chosen[:, :, some], low[:, some], high[:, some], len(k), size)
+            keys, values = (x.index_select(0, rows).view(*hidden.shape, -1) for x in (k, v))
+            y[:, :, some] = shares_of_few(q[:, :, some], keys, hidden).to(v.dtype) @ values
+        ctx.save_for_backward(q, k, v, y, chosen, low, high)
+        return y.transpose(1, 2).flatten(2, 3)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        q, k, v, y, chosen, low, high = ctx.saved_tensors
+        groups, size, step = ctx.sizes
+        dy = grad.unflatten(2, (groups, -1)).transpose(1, 2).contiguous()
+        along = torch.linalg.vecdot(dy, y).unsqueeze(-1)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for start in range(0, q.shape[2], step):
+            some = slice(start, start + step)
+            rows, hidden = chosen_keys(chosen[:, :, some], low[:, some], high[:, some], len(k), size)
+            keys, values = (x.index_select(0, rows).view(*hidden.shape, -1) for x in (k, v))
+            p = shares_of_few(q[:, :, some], keys, hidden).to(v.dtype)
+            ds = (dy[:, :, some] @ values.mT).sub_(along[:, :, some]).mul_(p)
+            dq[:, :, some] = ds @ keys
+            dk.index_add_(0, rows, (ds.mT @ q[:, :, some]).view(len(rows), -1))
+            dv.index_add_(0, rows, (p.mT @ dy[:, :, some]).view(len(rows), -1))
+        dk, dv = (pick_keys(x, grad.shape[0], groups, size)[:, : ctx.length] for x in (dk, dv))
+        return (dq * ctx.scale).transpose(1, 2).flatten(2, 3), dk, dv, None, None, None, None, None
+
+
+def lay_keys(x: Tensor, size: int) -> Tensor:
+    """Keys (B, S, Hkv, Dh) as blocks (B Hkv J, size Dh), the last one filled up with zeros."""
+    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % size)).transpose(1, 2).contiguous()
+    return x.view(-1, size * x.shape[-1])
+
+
+def pick_keys(x: Tensor, rows: int, groups: int, size: int) -> Tensor:
+    """The inverse, (B, J size, Hkv, Dh)."""
+    return x.view(rows, groups, len(x) // (rows * groups) * size, -1).transpose(1, 2)
+
+
+def chosen_keys(chosen: Tensor, low: Tensor, high: Tensor, blocks: int, size: int) -> tuple[Tensor, Tensor]:
+    """Rows among all `blocks` (B Hkv t n), and which of their keys are not seen, (B, Hkv, t, n size) bool."""
+    rows, groups = chosen.shape[:2]
+    each = torch.arange(0, blocks, blocks // (rows * groups), device=chosen.device).view(rows, groups, 1, 1)
+    place = chosen.unsqueeze(-1) * size + torch.arange(size, device=chosen.device)
+    seen = (place >= low[:, None, :, None, None]) & (place < high[:, None, :, None, None])
+    return (chosen.clamp(min=0) + each).flatten(), ~(seen & (chosen >= 0).unsqueeze(-1)).flatten(-2)
+
+
+def shares_of_few(q: Tensor, keys: Tensor, hidden: Tensor) -> Tensor:
+    """Softmax of q keys^T (B, Hkv, t, G, s); q (B, Hkv, t, G, Dh), keys (B, Hkv, t, s, Dh), hidden (B, Hkv, t, s)."""
+    scores = q @ keys.mT
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return scores.masked_fill_(hidden.unsqueeze(-2), -math.inf).softmax(-1)
+
+
+def masked_ranges(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges) -> Tensor:
+    """RangedAttentionFunction by torch's attention with a mask for all pairs."""
+    mask = ~ranges.hides((0, q.shape[1], 0, k.shape[1]))
+    return sdpa(q, k, v, mask[:, None], False) * ranges.sees()[:, :, None, None].to(q.dtype)
+
+
+def masked_blocks(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, ranges: Ranges, size: int) -> Tensor:
+    """SelectedAttentionFunction by torch's attention with a mask for all pairs and heads."""
+    blocks = -(-k.shape[1] // size)
+    taken = (chosen.unsqueeze(-1) == torch.arange(blocks, device=q.device)).any(-2)  # (B, Hkv, T, J)
+    mask = taken.repeat_interleave(size, -1)[..., : k.shape[1]]
+    mask = mask & ~ranges.hides((0, q.shape[1], 0, k.shape[1]))[:, None]
+    return sdpa(q, k, v, mask.repeat_interleave(q.shape[2] // k.shape[2], 1), False)
+
+
+def some_at_a_time(length: int, device: torch.device) -> int:
+    """How many queries to take together: few enough for a processor's cache, or for a graph that is soon compiled."""
+    return RANGE_STEP if device.type == "cpu" else max(RANGE_STEP, -(-length // 16))
+
+
+RANGE_STEP = 128
+
+
+class NSABackend(NamedTuple):
+    """Attention over ranges of keys, and over chosen blocks."""
+
+    ranged: Callable[[Tensor, Tensor, Tensor, Ranges], Tensor]
+    chosen: Callable[[Tensor, Tensor, Tensor, Tensor, Ranges, int], Tensor]
+
+
+NSA_BACKENDS: dict[str, NSABackend] = {
+    "gather": NSABackend(
+        lambda q, k, v, ranges: RangedAttentionFunction.apply(q, k, v, *ranges),
+        lambda q, k, v, chosen, ranges, size: SelectedAttentionFunction.apply(
+            q, k, v, chosen, ranges.low, ranges.high, size, some_at_a_time(q.shape[1], q.device)
+        ),
+    ),
+    "masked": NSABackend(masked_ranges, masked_blocks),
+}
+
+
+class Choice(NamedTuple):
+    """The blocks that queries chose (-1: none) and the shares of the compressed blocks on them, (B, Hkv, T, n) each."""
+
+    blocks: Tensor
+    importance: Tensor
+
+
+@torch.no_grad()
+def choose_blocks(q: Tensor, k: Tensor, ranges: Ranges, tokens: Ranges, h: Hyperparameters) -> Choice:
+    """The NSA_SELECT blocks of NSA_SELECT_BLOCK tokens that each query sees, the same for the heads of a group.
+
+    q (B, T, H, Dh), compressed keys k (B, C, Hkv, Dh) with their ranges, and those of all tokens. The block in which
+    the document begins, the query's own and the one before are chosen always. A block's importance is the sum of shares
+    of the compressed blocks, each times the part of it that lies in the block, over the group's heads (equation 9 of
+    the paper, 0-based); among equals the lower number is chosen.
+    """
+    size, stride, groups, found = h.nsa_select_block, h.nsa_stride, k.shape[2], list[Choice]()
+    first, last = tokens.low // size, (tokens.high - 1) // size
+    q, k = by_groups(q * q.shape[-1] ** -0.5, groups), by_groups(k, groups)
+    starts = torch.arange(0, size, stride, device=q.device)
+    inside = (size - starts).clamp(max=h.nsa_block).float() / h.nsa_block
+    split = torch.stack((inside, 1 - inside), -1)  # (R, 2): parts in the block it begins in, and in the next one
+    for part in ranges.parts:
+        start, stop, _, seen = part
+        p = shares(q[..., start:stop, :], k[..., :seen, :], ranges.hides(part)).sum(2).float()
+        p = p * ranges.sees(start, stop)[:, None, :, None]  # (B, Hkv, t, seen)
+        more = (h.nsa_block + size - 1) // stride  # so that the blocks reach the last query
+        here, over = (F.pad(p, (0, more - (seen + more) % len(split))).unflatten(-1, (-1, len(split))) @ split).unbind(
+            -1
+        )
+        importance = here + F.pad(over, (1, 0))[..., :-1]
+        found.append(best_blocks(importance, first[:, start:stop], last[:, start:stop], h.nsa_select))
+    return Choice(*(torch.cat(parts, 2) for parts in zip(*found, strict=True)))
+
+
+def best_blocks(importance: Tensor, first: Tensor, last: Tensor, count: int) -> Choice:
+    """The `count` best of blocks with importance (B, Hkv, t, J), of those from first to last (B or 1, t)."""
+    blocks = importance.shape[-1]
+    block = torch.arange(blocks, device=first.device)
+    first, last = first[:, None, :, None], last[:, None, :, None]
+    # The bits of a float that is not negative order like its value; below them the number, the lower the better.
+    key = importance.contiguous().view(torch.int32).long() << 31 | (blocks - 1 - block)
+    key = torch.where((block == first) | (block >= last - 1), key | 1 << 62, key)
+    key = torch.where((block < first) | (block > last), -1, key)
+    best = key.topk(min(count, blocks), -1)
+    chosen = F.pad(torch.where(best.values < 0, -1, best.indices), (0, max(0, count - blocks)), value=-1)
+    taken = importance.gather(-1, chosen.clamp(min=0)) * (chosen >= 0)
+    return Choice(chosen, taken)
+
+
+class NSAState(NamedTuple):
+    """What NSA keeps of the past: all that may still be chosen, and what a window or an open block needs."""
+
+    keys: Tensor  # (B, S, Hkv, Dh) of the selected branch
+    values: Tensor
+    block_keys: Tensor  # (B, C, Hkv, Dh), compressed
+    block_values: Tensor
+    open_keys: Tensor  # (B, < NSA_BLOCK, Hkv, Dh), of tokens from the next compressed block on
+    open_values: Tensor
+    near_keys: Tensor  # (B, < NSA_WINDOW, Hkv, Dh)
+    near_values: Tensor
+
+
+def portion(part: Tensor, whole: Tensor) -> Tensor:
+    """The share of True in `part` among those in `whole`; 0 of none."""
+    return part.sum() / whole.sum().clamp(min=1)
+
+
+class BlockPool(Module):
+    """One key or value of each NSA_BLOCK tokens, every NSA_STRIDE: their mean, and of NSA_POOL=mlp plus an MLP of them.
+
+    The MLP reads them one after the other, with a learned vector added for each place in the block.
+    """
+
+    kinds: ClassVar[dict[str, str]] = {"place": "scalar"}
+
+    def __init__(self, h: Hyperparameters, name: str) -> None:
+        super().__init__()
+        self.size, self.stride, self.mlp = h.nsa_block, h.nsa_stride, h.nsa_pool == "mlp"
+        if self.mlp:
+            self.place = nn.Parameter(torch.empty(h.nsa_block, h.head_dim))
+            self.up = Linear(name + ".up", h.nsa_block * h.head_dim, h.head_dim)
+            self.down = Linear(name + ".down", h.head_dim, h.head_dim)
+
+    def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
+        """(B, S, Hkv, Dh) to (B, C, Hkv, Dh), block i of the tokens from i NSA_STRIDE on."""
+        if x.shape[1] < self.size:
+            return x[:, :0]
+        blocks = x.unfold(1, self.size, self.stride).mT  # (B, C, Hkv, l, Dh)
+        mean = blocks.mean(-2)
+        if not self.mlp:
+            return mean
+        inner = self.up((blocks + self.place.to(x.dtype)).flatten(-2), ctx)
+        return mean + self.down(F.relu(inner).square(), ctx)
+
+
+class NSA(Module):
+    """Native sparse attention (Yuan et al. 2025, arXiv 2502.11089): compressed, selected and near keys, each gated.
+
+    Query t of a document sees, in branches with keys and values of their own: the compressed blocks that lie in the
+    document up to t; the tokens up to t of the blocks that choose_blocks chose by the first branch's shares; and the
+    last NSA_WINDOW tokens. y = sum_c g_c o_c with three gates a head, made by an MLP; sigmoids, or NSA_GATES=softmax.
+    A branch that sees nothing is zero.
+    """
+
+    kinds: ClassVar[dict[str, str]] = {"q_gain": "scalar"}
+    BRANCHES: ClassVar[tuple[str, ...]] = ("compressed", "selected", "near")
+
+    def __init__(self, h: Hyperparameters, layer: int, name: str) -> None:
+        super().__init__()
+        self.h, width = h, h.head_dim
+        self.backend = NSA_BACKENDS["gather" if h.nsa_impl == "auto" else h.nsa_impl]
+        self.qkv = Linear(name + ".qkv", h.model_dim, (h.num_heads + 6 * h.num_kv_heads) * width)
+        projection = NormedLinear if h.proj_norm else Linear
+        self.proj = projection(name + ".proj", h.num_heads * width, h.model_dim)
+        self.q_gain = nn.Parameter(torch.empty(h.num_heads))
+        self.key_pool, self.value_pool = (BlockPool(h, f"{name}.{part}_pool") for part in ("key", "value"))
+        self.gate_in = Linear(name + ".gate_in", h.model_dim, width)
+        self.gate = Linear(name + ".gate", width, 3 * h.num_heads)
+
+    def init_state(self, batch: int, dtype: torch.dtype) -> NSAState:
+        return NSAState(*[self.q_gain.new_zeros((batch, 0, self.h.num_kv_heads, self.h.head_dim), dtype=dtype)] * 8)
+
+    def forward(self, x: Tensor, ctx: Ctx, state: NSAState | None) -> Out:
+        h, old = self.h, self.init_state(x.shape[0], x.dtype) if state is None else state
+        qkv = self.qkv(x, ctx).unflatten(-1, (-1, h.head_dim))  # (B, T, H + 6 Hkv, Dh)
+        q, k, v = QKVFunction.apply(qkv, self.q_gain, *ctx.rotary, h.qk_norm)
+        new = self.appended(old, k.chunk(3, 2), v.chunk(3, 2), ctx)
+        views = self.views(old.keys.shape[1], old.near_keys.shape[1], ctx)
+        choice = choose_blocks(q, new.block_keys, views[0], views[1], h)
+        if h.nsa_strict:
+            self.check(views, choice, old.keys.shape[1])
+        branches = (
+            self.backend.ranged(q, new.block_keys, new.block_values, views[0]),
+            self.backend.chosen(q, new.keys, new.values, choice.blocks, views[1], h.nsa_select_block),
+            self.backend.ranged(q, new.near_keys, new.near_values, views[2]),
+        )
+        gates = self.gates(x, views[0].sees(), ctx)  # three of (B, T, H, 1)
+        mixed = added(branches[0] * gates[0], gates[1:], branches[1:])
+        metrics = self.measured(gates, choice, views) if ctx.variant.measures else {}
+        return Out(self.proj(mixed.flatten(-2), ctx), None if state is None else self.kept(new), metrics=metrics)
+
+    def appended(self, old: NSAState, k: Sequence[Tensor], v: Sequence[Tensor], ctx: Ctx) -> NSAState:
+        """All that is at hand: the state's keys and values and the new ones, of each branch (B, T, Hkv, Dh)."""
+        after = (*k[1:], *v[1:])
+        before = (old.keys, old.near_keys, old.values, old.near_values)
+        keys, near_keys, values, near_values = (torch.cat(pair, 1) for pair in zip(before, after, strict=True))
+        open_keys, open_values = torch.cat((old.open_keys, k[0]), 1), torch.cat((old.open_values, v[0]), 1)
+        block_keys = torch.cat((old.block_keys, self.key_pool(open_keys, ctx)), 1)
+        block_values = torch.cat((old.block_values, self.value_pool(open_values, ctx)), 1)
+        return NSAState(keys, values, block_keys, block_values, open_keys, open_values, near_keys, near_values)
+
+    def kept(self, new: NSAState) -> NSAState:
+        """Of all that a later query may see."""
+        done = new.block_keys.shape[1] * self.h.nsa_stride - (new.keys.shape[1] - new.open_keys.shape[1])
+        near = max(0, new.near_keys.shape[1] - self.h.nsa_window + 1)
+        opened = (part[:, done:].contiguous() for part in (new.open_keys, new.open_values))
+        return NSAState(*new[:4], *opened, *(part[:, near:].contiguous() for part in new[6:]))
+
+    def views(self, before: int, kept: int, ctx: Ctx) -> tuple[Ranges, Ranges, Ranges]:
+        """What queries may see of compressed blocks, of all tokens, and of near ones; the state has some of each."""
+        h, length = self.h, ctx.tokens.shape[1]
+        step = some_at_a_time(length, ctx.tokens.device)
+        spans = [(start, min(length, start + step)) for start in range(0, length, step)]
+        place = before + torch.arange(length, device=ctx.tokens.device).unsqueeze(0)
+        begin = place - ctx.age if h.doc_mask and ctx.age is not None else torch.zeros_like(place)
+        whole = ((place - h.nsa_block + 1) // h.nsa_stride + 1).clamp(min=0)
+        shift = before - kept
+        return (
+            Ranges(
+                (begin + h.nsa_stride - 1) // h.nsa_stride,
+                whole,
+                tuple((a, b, 0, max(0, (before + b - h.nsa_block) // h.nsa_stride + 1)) for a, b in spans),
+            ),
+            Ranges(begin, place + 1, tuple((a, b, 0, before + b) for a, b in spans)),
+            Ranges(
+                torch.maximum(begin, place - h.nsa_window + 1) - shift,
+                place + 1 - shift,
+                tuple((a, b, max(0, kept + a - h.nsa_window + 1), kept + b) for a, b in spans),
+            ),
+        )
+
+    def gates(self, x: Tensor, seen: Tensor, ctx: Ctx) -> tuple[Tensor, ...]:
+        """Three of (B, T, H, 1); where no compressed block is seen (B or 1, T) its gate is 0, and not counted."""
+        inner = F.relu(self.gate_in(x, ctx)).square()
+        logits = self.gate(inner, ctx).unflatten(-1, (-1, 3))  # (B, T, H, 3)
+        unseen = F.pad(~seen[..., None, None], (0, 2))
+        if self.h.nsa_gates == "softmax":
+            gates = logits.masked_fill(unseen, -math.inf).softmax(-1)
+        else:
+            gates = torch.sigmoid(logits).masked_fill(unseen, 0.0)
+        return gates.to(x.dtype).split(1, -1)
+
+    def check(self, views: Sequence[Ranges], choice: Choice, before: int) -> None:
+        """NSA_STRICT: raise RuntimeError if a branch is about to read a key from after its query."""
+        h, length = self.h, choice.blocks.shape[2]
+        place = before + torch.arange(length, device=choice.blocks.device)
+        last = (
+            (views[0].high - 1) * h.nsa_stride + h.nsa_block - 1,
+            torch.maximum(choice.blocks.amax((1, 3)) * h.nsa_select_block, views[1].high - 1),
+            views[2].high - 1 + max(0, before - h.nsa_window + 1),
+        )
+        for branch, reads, view in zip(self.BRANCHES, last, views, strict=True):
+            if bool(((reads > place) & view.sees()).any()):
+                raise RuntimeError(f"NSA reads a later key in its {branch} branch")
+
+    def measured(self, gates: Sequence[Tensor], choice: Choice, views: Sequence[Ranges]) -> dict[str, Tensor]:
+        """How the gates share, what is chosen, and how many keys a query reads, foreseen and counted."""
+        h, tokens = self.h, views[1]
+        share = torch.cat([*gates], -1).float()
+        share = share / (share.sum(-1, keepdim=True) + 1e-12)  # (B, T, H, 3)
+        entropy = -(share * (share + 1e-12).log()).sum(-1) / math.log(3)
+        most = share.amax(-1)
+        found = {
+            "gate_entropy": entropy.mean(),
+            "gate_max": most.mean(),
+            "gate_collapsed": (most > 0.95).float().mean(),
+        }
+        found |= {f"share_{name}": part.mean() for name, part in zip(self.BRANCHES, share.unbind(-1), strict=True)}
+        first, last = (bound // h.nsa_select_block for bound in (tokens.low, tokens.high - 1))
+        first, last = first[:, None, :, None], last[:, None, :, None]
+        there = last - first + 1
+        free = (choice.blocks > first) & (choice.blocks < last - 1) & (there > h.nsa_select)
+        weak = free & (choice.importance * h.num_kv_heads / h.num_heads < 0.5 / there)
+        found |= {"blocks": (choice.blocks >= 0).float().sum(-1).mean(), "weak_choices": portion(weak, free)}
+        found["unchosen"] = self.unchosen(choice.blocks, free, first, last - 1, there > h.nsa_select)
+        return {**found, **self.reads(choice.blocks, views)}
+
+    def unchosen(self, chosen: Tensor, free: Tensor, first: Tensor, last: Tensor, picky: Tensor) -> Tensor:
+        """Share of the blocks that some query could leave out, between first and last, that none of them chose."""
+        rows, groups, length, _ = chosen.shape
+        edges = torch.zeros(rows, groups, length + 2, device=chosen.device)
+        taken = edges.scatter_add(2, chosen.clamp(min=0).flatten(2), free.float().flatten(2))
+        first, last, picky = (part.expand(rows, groups, length, 1).squeeze(-1) for part in (first, last, picky))
+        edges = edges.scatter_add(2, first + 1, picky.float()).scatter_add(2, last.clamp(min=0), -picky.float())
+        open_ = edges.cumsum(2) > 0
+        return portion(open_ & (taken == 0), open_)
+
+    def reads(self, chosen: Tensor, views: Sequence[Ranges]) -> dict[str, Tensor]:
+        """Keys of a group that a query reads, by the formula from its document's length and counted in the masks."""
+        h, (blocks, tokens, near) = self.h, views
+        begin, end, size, stride = tokens.low, tokens.high, h.nsa_select_block, h.nsa_stride
+        first, last, age = begin // size, (end - 1) // size, end - begin
+        inner = (
+            (last - first + 1).clamp(max=h.nsa_select) - 2
+        ) * size  # the first and the current block may be cut off
+        selected = torch.where(first == last, age, (first + 1) * size - begin + inner + end - last * size)
+        compressed = ((age - (-begin) % stride - h.nsa_block) // stride + 1).clamp(min=0)
+        foreseen = compressed + selected + age.clamp(max=h.nsa_window)
+        _, hidden = chosen_keys(chosen, tokens.low, tokens.high, chosen.shape[0] * chosen.shape[1], size)
+        done = blocks.counted() + near.counted() + (~hidden).float().sum(-1).mean(1)
+        return {"reads_foreseen": foreseen.float().mean(), "reads_done": done.float().mean()}
+
+
 class KoopmanState(NamedTuple):
     """What a Koopman mixer keeps of the past."""
 
@@ -3867,7 +4347,7 @@ class Feedback(Module):
 
 # A site is what the residual stream passes, built by (h, layer, parameter name prefix).
 SITE_KINDS: dict[str, Any] = {
-    "attn": Attention, "koopman": Koopman, "skc": SKC, "mlp": MLP, "moe": MoE,
+    "attn": Attention, "nsa": NSA, "koopman": Koopman, "skc": SKC, "mlp": MLP, "moe": MoE,
     "engram": Engram, "bank": CapsuleBank, "sketch": Sketch, "feedback": Feedback,
 }  # fmt: skip
 
@@ -4030,7 +4510,7 @@ class GPT(Module):
         positions = steps.unsqueeze(0) if stream is None else stream.position.unsqueeze(1) + steps
         rotary, positions = self.rotary(positions), positions.expand_as(tokens)
         documents = starts.cumsum(1) if stream is None else starts.cumsum(1) + stream.document.unsqueeze(1)
-        begins = torch.where(starts, positions, 0).cummax(1).values if self.h.has_scans else None
+        begins = torch.where(starts, positions, 0).cummax(1).values if self.h.has_ages else None
         if begins is not None and stream is not None:
             begins = begins.clamp(min=stream.begin.unsqueeze(1))
         blocks = lay_blocks(self.h.skc_block_size, positions, documents, stream) if self.h.has_blocks else None
@@ -4204,7 +4684,14 @@ def initial_value(h: Hyperparameters, name: str, shape: Sequence[int], generator
     constants = {"q_gain": h.qk_gain_init, "v_mix": 4.0, "scale": 1.0, "skip": 1.0, "found": 0.0, "amount": 0.0}
     constants |= {"gain": 0.1 if leaf[0] == "induction" else 1.0, "local_decay": 1.0}
     constants |= {"route_logit": -2.0, "breadth": -2.0, "bend": -4.0, "sharpness": 0.0, "bias": 0.0, "gate": 0.2}
-    constants |= {"v_rows": 0.5, "value_rows": 0.0, "backout": 0.5, "diagonal": 0.9, "blend": h.capsule_blend_init}
+    constants |= {
+        "place": 0.0,
+        "v_rows": 0.5,
+        "value_rows": 0.0,
+        "backout": 0.5,
+        "diagonal": 0.9,
+        "blend": h.capsule_blend_init,
+    }
     if name.endswith("sketch.hold"):
         return torch.full(tuple(shape), 2.0)
     if name == "residual.mix":

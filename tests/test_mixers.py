@@ -42,8 +42,15 @@ STACK: dict[str, object] = {
     **BANK, **FEEDBACK, "NUM_LAYERS": 4, "FEEDBACK_HALT": 0, "RECURRENCE_LAYERS": "0-1", "BIGRAM_HASH_BUCKETS": 9,
     "BIGRAM_HASH_DIM": 8, "UNET_SKIPS": 1, "BACKOUT": 0,
 }  # fmt: skip
+NSA: dict[str, object] = {
+    "NSA_BLOCK": 4, "NSA_STRIDE": 2, "NSA_SELECT_BLOCK": 4, "NSA_SELECT": 3, "NSA_WINDOW": 3, "NSA_STRICT": 1,
+}  # fmt: skip
 # (layer pattern, variables) of what SKC and the frontier's parts add
 PARTS: dict[str, tuple[str, dict[str, object]]] = {
+    "nsa": ("N", NSA),
+    "nsa_documents": ("N", {**NSA, "DOC_MASK": 1, "NSA_BLOCK": 4, "NSA_SELECT_BLOCK": 4, "NUM_KV_HEADS": 1}),
+    "nsa_mean": ("NA", {**NSA, "DOC_MASK": 1, "NSA_POOL": "mean", "NSA_GATES": "softmax", "NUM_KV_HEADS": 4}),
+    "nsa_masked": ("NK", {**NSA, "NSA_IMPL": "masked", "NSA_BLOCK": 2, "DOC_MASK": 1}),
     "koopman": ("K", {}),
     "koopman_one_tap": ("K", {"SKC_CONV": 1, "RESIDUAL": "plain"}),
     "skc": ("S", {}),
@@ -103,6 +110,7 @@ OPTIONS |= {option: variables for option, (_, variables) in PARTS.items()}
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks of queries in the short sequences of these tests."""
     monkeypatch.setattr(t.BlockAttentionFunction, "BLOCK", 4)
+    monkeypatch.setattr(t, "RANGE_STEP", 4)
 
 
 def config(kind: str, variables: dict[str, object]) -> t.Hyperparameters:
@@ -221,7 +229,7 @@ def test_every_visible_token_matters_and_no_other(kind: str, option: str, layers
     tokens = some_tokens(1, 14, starts=0)
     tokens[0, [3, 9]] = BOS
     found, documents, h = depends(model, tokens, split), documents_of(tokens), model.h
-    across = "attn" in h.mixers[: h.num_layers] and not h.doc_mask
+    across = h.has_queries and not h.doc_mask
     width = h.skc_block_size
     blockwise = (h.has_skc and h.skc_local == "off") or option in ("bank_alone", "feedback_alone")
     reach = (h.attn_window - 1) * layers if h.attn_window and set(h.mixers) == {"attn"} else 99
@@ -268,7 +276,7 @@ def test_state_does_not_grow_beyond_its_window(kind: str, option: str) -> None:
         parts = t.flatten_state(state)
         sizes.append(sum(part.numel() for part in parts))
         assert all(len(part) == 2 for part in parts), "the batch comes first in every tensor of a state"
-    assert (sizes[0] == sizes[1]) or ("attn" in model.h.mixers and not model.h.attn_window)
+    assert (sizes[0] == sizes[1]) or (model.h.has_queries and not model.h.attn_window)
     stream = state[0]
     assert torch.equal(stream.position, torch.tensor([90, 90]))
     assert torch.equal(stream.document, (some_tokens(2, 90) == BOS).sum(1))
