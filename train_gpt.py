@@ -2952,55 +2952,160 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> 
     return y.transpose(1, 2)
 
 
-class BlockAttentionFunction(torch.autograd.Function):
-    """Causal softmax attention by matrix products: BLOCK queries at a time against the keys up to the last of them.
+class Part(NamedTuple):
+    """Queries start..stop and the keys first..last that they may see, all of them those from sure_from to sure_to."""
 
-    q (B, T, H, Dh), k and v (B, T, Hkv, Dh). For bf16 on a CPU and a few hundred tokens: torch's fused kernel takes
-    twice as long there. The probabilities P are kept: dP = dO V^T, dS = P (dP - rowsum(dO O)), dQ = dS K, dK = dS^T Q.
+    start: int
+    stop: int
+    first: int
+    last: int
+    sure_from: int
+    sure_to: int
+
+
+class Ranges(NamedTuple):
+    """Which keys queries may see: those from low up to, not including, high (B or 1, T); neither ever falls along T."""
+
+    low: Tensor
+    high: Tensor
+    parts: tuple[Part, ...]
+
+    def hides(self, queries: slice, keys: slice) -> Tensor:
+        """(B or 1, t, s) bool, True where a key is not seen; False of a query that sees none: `sees` mends that."""
+        low, high = self.low[:, queries, None], self.high[:, queries, None]
+        key = torch.arange(keys.start, keys.stop, device=low.device)
+        return ((key < low) | (key >= high)) & (low < high)
+
+    def sees(self, queries: slice = slice(None)) -> Tensor:
+        """(B or 1, t) bool, whether a query sees a key."""
+        return self.low[:, queries] < self.high[:, queries]
+
+    def counted(self) -> Tensor:
+        """(B or 1, T) int64, how many keys each query sees, counted in the masks."""
+        found = []
+        for part in self.parts:
+            queries = slice(part.start, part.stop)
+            found.append((~self.hides(queries, slice(part.first, part.last))).sum(-1) * self.sees(queries))
+        return torch.cat(found, 1)
+
+    def shares(self, q: Tensor, k: Tensor, part: Part) -> Tensor:
+        """A part's softmax of q k^T (B, Hkv, t G, s), in at least float32; q (B, Hkv, t G, Dh), k (B, Hkv, s, Dh)."""
+        scores = q @ k.mT
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        grid = scores.unflatten(2, (part.stop - part.start, -1))
+        for first, last in ((part.first, part.sure_from), (part.sure_to, part.last)):
+            if first < last:
+                hidden = self.hides(slice(part.start, part.stop), slice(first, last))
+                grid[..., first - part.first : last - part.first].masked_fill_(hidden[:, None, :, None], -math.inf)
+        return scores.softmax(-1)
+
+
+RANGE_STEP = 128  # queries of a part on a CPU: their shares stay in its cache
+
+
+def ranges_of(
+    low: Tensor, high: Tensor, exact: bool, bounds: Callable[[int], tuple[int, int]], window: int = 0
+) -> Ranges:
+    """Ranges of queries in parts; query i sees at most keys bounds(i), and exactly those if `exact`.
+
+    Elsewhere than on a CPU there are few parts: each is a piece of a graph to compile.
+    """
+    length, parts = max(low.shape[1], high.shape[1]), list[Part]()
+    step = max(RANGE_STEP, -(-length // 16)) if low.device.type != "cpu" else min(RANGE_STEP, window or RANGE_STEP)
+    for start in range(0, length, step):
+        stop = min(length, start + step)
+        (first, sure_to), (sure_from, last) = bounds(start), bounds(stop - 1)
+        sure = (sure_from, sure_to) if exact and sure_from < sure_to else (first, first)
+        parts.append(Part(start, stop, first, last, *sure))
+    return Ranges(low, high, tuple(parts))
+
+
+def by_groups(x: Tensor, groups: int) -> Tensor:
+    """(B, T, H, Dh) as (B, groups, T H / groups, Dh), contiguous: a group's heads read the same keys."""
+    return x.unflatten(2, (groups, -1)).transpose(1, 2).flatten(2, 3).contiguous()
+
+
+def by_heads(x: Tensor, length: int) -> Tensor:
+    """The inverse."""
+    return x.unflatten(2, (length, -1)).transpose(1, 2).flatten(2, 3)
+
+
+class RangedAttentionFunction(torch.autograd.Function):
+    """Softmax attention of queries over ranges of keys, zero for a query that sees none, by matrix products.
+
+    q (B, T, H, Dh), k and v (B, S, Hkv, Dh). Also returns, if `blocks` describes them, the importance of blocks for
+    NSA's choice (B, Hkv, T, J) float32. On a CPU with bf16 and a few hundred tokens torch's fused kernel takes twice as
+    long. dP = dO V^T, dS = P (dP - rowsum(dO O)), dQ = dS K, dK = dS^T Q; P is kept if there is little of it, else made
+    again as in FlashAttention (Dao et al. 2022).
     """
 
-    BLOCK: ClassVar[int] = 128
+    KEPT: ClassVar[int] = 2**24  # numbers of P in one layer
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        ctx.scale, shape = q.shape[-1] ** -0.5, (k.shape[2], -1)
-        # (B, Hkv, H / Hkv, T, Dh), and (B, Hkv, 1, T, Dh)
-        q, k, v = (x.unflatten(2, shape).permute(0, 2, 3, 1, 4).contiguous() for x in (q * ctx.scale, k, v))
-        y, kept = torch.empty_like(q), []
-        for start in range(0, q.shape[-2], BlockAttentionFunction.BLOCK):
-            block = q[..., start : start + BlockAttentionFunction.BLOCK, :]
-            stop = start + block.shape[-2]
-            scores = block @ k[..., :stop, :].mT
-            scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-            scores[..., start:] += torch.full_like(scores[0, 0, 0, :, start:], -math.inf).triu_(1)
-            kept.append(scores.softmax(-1).to(v.dtype))
-            y[..., start:stop, :] = kept[-1] @ v[..., :stop, :]
-        ctx.save_for_backward(q, k, v, y, *kept)
-        return y.flatten(1, 2).transpose(1, 2)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, parts: tuple[Part, ...], blocks: Any
+    ) -> tuple[Tensor, Tensor]:
+        ctx.parts, ctx.scale, groups, ranges = parts, q.shape[-1] ** -0.5, k.shape[2], Ranges(low, high, parts)
+        pairs = sum((part.stop - part.start) * (part.last - part.first) for part in parts)
+        keeps, (length, heads) = pairs * q.shape[0] * q.shape[2] <= RangedAttentionFunction.KEPT, q.shape[1:3]
+        q, k, v = by_groups(q * ctx.scale, groups), by_groups(k, groups), by_groups(v, groups)
+        y, kept, importance = torch.empty_like(q), list[Tensor](), [q.new_empty(0, dtype=torch.float32)]
+        for part in parts:
+            some, keys = slice(part.start * heads // groups, part.stop * heads // groups), slice(part.first, part.last)
+            p = ranges.shares(q[:, :, some], k[:, :, keys], part)
+            if blocks is not None:
+                importance = [*importance, importance_of(p, ranges.sees(slice(part.start, part.stop)), *blocks)]
+            p = p.to(v.dtype)
+            y[:, :, some] = p @ v[:, :, keys]
+            kept += [p] if keeps else []
+        y = by_heads(y, length) * ranges.sees()[:, :, None, None]
+        ctx.save_for_backward(q, k, v, y, low, high, *kept)
+        found = torch.cat(importance[1:], 2) if blocks is not None else importance[0]
+        ctx.mark_non_differentiable(found)
+        return y, found
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, y, *kept = ctx.saved_tensors
-        dy = grad.unflatten(2, q.shape[1:3]).permute(0, 2, 3, 1, 4).contiguous()
-        along = torch.linalg.vecdot(dy, y).unsqueeze(-1)
-        dq, dk, dv, start = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v), 0
-        for p in kept:
-            stop = start + p.shape[-2]
-            part = dy[..., start:stop, :]
-            ds = (part @ v[..., :stop, :].mT).sub_(along[..., start:stop, :]).mul_(p)
-            dq[..., start:stop, :] = ds @ k[..., :stop, :]
-            dk[..., :stop, :] += (ds.mT @ q[..., start:stop, :]).sum(2, keepdim=True)
-            dv[..., :stop, :] += (p.mT @ part).sum(2, keepdim=True)
-            start = stop
-        dq, dk, dv = (x.flatten(1, 2).transpose(1, 2) for x in (dq * ctx.scale, dk, dv))
-        return dq, dk, dv
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
+        q, k, v, y, low, high, *kept = ctx.saved_tensors
+        ranges, (length, heads), groups = Ranges(low, high, ctx.parts), y.shape[1:3], k.shape[1]
+        grad = grad * ranges.sees()[:, :, None, None]
+        dy, along = by_groups(grad, groups), by_groups(torch.linalg.vecdot(grad, y).unsqueeze(-1), groups)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for number, part in enumerate(ctx.parts):
+            some, keys = slice(part.start * heads // groups, part.stop * heads // groups), slice(part.first, part.last)
+            p = kept[number] if kept else ranges.shares(q[:, :, some], k[:, :, keys], part).to(v.dtype)
+            ds = (dy[:, :, some] @ v[:, :, keys].mT).sub_(along[:, :, some]).mul_(p)
+            dq[:, :, some] = ds @ k[:, :, keys]
+            dk[:, :, keys] += ds.mT @ q[:, :, some]
+            dv[:, :, keys] += p.mT @ dy[:, :, some]
+        return by_heads(dq * ctx.scale, length), dk.transpose(1, 2), dv.transpose(1, 2), None, None, None, None
+
+
+def block_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention by RangedAttentionFunction."""
+    place = torch.arange(q.shape[1], device=q.device).unsqueeze(0)
+    return RangedAttentionFunction.apply(q, k, v, *ranges_of(0 * place, place + 1, True, lambda i: (0, i + 1)), None)[0]
+
+
+def importance_of(p: Tensor, seen: Tensor, block: int, stride: int, size: int, count: int) -> Tensor:
+    """How important `count` blocks of `size` tokens are, (B, Hkv, t, count), by shares p of blocks (B, Hkv, t G, s).
+
+    The sum of the shares of compressed blocks, each times the part of it that lies in the block, over the group's heads
+    (Yuan et al. 2025, equation 9 read 0-based); `seen` (B or 1, t) says which queries see any.
+    """
+    p = (p.unflatten(2, (seen.shape[1], -1)).sum(3) * seen[:, None, :, None]).float()
+    starts = torch.arange(0, size, stride, device=p.device)
+    inside = (size - starts).clamp(max=block).float() / block
+    split = torch.stack((inside, 1 - inside), -1)  # (R, 2): parts in the block where it begins, and in the next one
+    halves = F.pad(p, (0, count * len(split) - p.shape[-1])).unflatten(-1, (count, -1)) @ split
+    return halves[..., 0] + F.pad(halves[..., 1], (1, 0))[..., :-1]
 
 
 # Causal attention of (B, T, H, Dh) tensors within a window (0: all), without document mask or cache.
 ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
     "fa3": flash3,
     "fa2": flash2,
-    "blocks": lambda q, k, v, window: BlockAttentionFunction.apply(q, k, v),
+    "blocks": lambda q, k, v, window: block_attention(q, k, v),
     "sdpa": lambda q, k, v, window: sdpa(q, k, v, None, True),  # a window takes the masked path instead
 }
 ATTENTION_PACKAGES = {"fa3": "flash_attn_interface", "fa2": "flash_attn"}
@@ -3135,84 +3240,6 @@ class Attention(Module):
         return seen.unsqueeze(-3) if seen.ndim == 3 else seen[None, None]
 
 
-class Ranges(NamedTuple):
-    """Which keys queries may see: those from low up to, not including, high (B or 1, T); neither ever falls along T.
-
-    parts: (start, stop, first, last), queries start..stop see at most keys first..last, whatever their documents are.
-    """
-
-    low: Tensor
-    high: Tensor
-    parts: tuple[tuple[int, int, int, int], ...]
-
-    def hides(self, part: tuple[int, int, int, int]) -> Tensor:
-        """(B or 1, t, s) bool, True where a key is not seen; a query that sees none sees all: `sees` mends that."""
-        start, stop, first, last = part
-        low, high = self.low[:, start:stop, None], self.high[:, start:stop, None]
-        key = torch.arange(first, last, device=low.device)
-        return ((key < low) | (key >= high)) & (low < high)
-
-    def counted(self) -> Tensor:
-        """(B or 1, T) int64, how many keys each query sees, counted in the masks."""
-        seen = [(~self.hides(part)).sum(-1) * self.sees(*part[:2]) for part in self.parts]
-        return torch.cat(seen, 1)
-
-    def sees(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """(B or 1, t) bool, whether a query sees a key."""
-        return self.low[:, start:stop] < self.high[:, start:stop]
-
-
-def shares(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
-    """Softmax of q k^T (B, Hkv, G, t, s) in at least float32; q (B, Hkv, G, t, Dh) is scaled, k (B, Hkv, 1, s, Dh)."""
-    scores = q @ k.mT
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    return scores.masked_fill_(hidden[:, None, None], -math.inf).softmax(-1)
-
-
-def by_groups(x: Tensor, groups: int) -> Tensor:
-    """(B, T, H, Dh) as (B, groups, H / groups, T, Dh), contiguous."""
-    return x.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).contiguous()
-
-
-class RangedAttentionFunction(torch.autograd.Function):
-    """Softmax attention of queries over ranges of keys, zero for a query that sees none, by matrix products.
-
-    q (B, T, H, Dh), k and v (B, S, Hkv, Dh). Shares are made again in the backward pass, as in FlashAttention (Dao et
-    al. 2022): dP = dO V^T, dS = P (dP - rowsum(dO O)), dQ = dS K, dK = dS^T Q.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, parts: tuple) -> Tensor:
-        ctx.parts, ctx.scale, groups, ranges = parts, q.shape[-1] ** -0.5, k.shape[2], Ranges(low, high, parts)
-        q, k, v = by_groups(q * ctx.scale, groups), by_groups(k, groups), by_groups(v, groups)
-        y = torch.zeros_like(q)
-        for part in parts:
-            start, stop, first, last = part
-            p = shares(q[..., start:stop, :], k[..., first:last, :], ranges.hides(part)).to(v.dtype)
-            y[..., start:stop, :] = p @ v[..., first:last, :]
-        y = y * ranges.sees()[:, None, None, :, None]
-        ctx.save_for_backward(q, k, v, y, low, high)
-        return y.flatten(1, 2).transpose(1, 2)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        q, k, v, y, low, high = ctx.saved_tensors
-        ranges = Ranges(low, high, ctx.parts)
-        dy = by_groups(grad, k.shape[1]) * ranges.sees()[:, None, None, :, None]
-        along = torch.linalg.vecdot(dy, y).unsqueeze(-1)
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for part in ctx.parts:
-            start, stop, first, last = part
-            queries, keys, dpart = q[..., start:stop, :], k[..., first:last, :], dy[..., start:stop, :]
-            p = shares(queries, keys, ranges.hides(part)).to(v.dtype)
-            ds = (dpart @ v[..., first:last, :].mT).sub_(along[..., start:stop, :]).mul_(p)
-            dq[..., start:stop, :] = ds @ keys
-            dk[..., first:last, :] += (ds.mT @ queries).sum(2, keepdim=True)
-            dv[..., first:last, :] += (p.mT @ dpart).sum(2, keepdim=True)
-        dq, dk, dv = (x.flatten(1, 2).transpose(1, 2) for x in (dq * ctx.scale, dk, dv))
-        return dq, dk, dv, None, None, None
-
-
 class SelectedAttentionFunction(torch.autograd.Function):
     """Softmax attention of each query over its own blocks of keys, gathered some queries at a time.
 
@@ -3222,8 +3249,9 @@ class SelectedAttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, low: Tensor, high: Tensor, size: int, step: int
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, low: Tensor, high: Tensor, size: int
     ) -> Tensor:
+        step = RANGE_STEP if q.device.type == "cpu" else max(RANGE_STEP, -(-q.shape[1] // 16))
         ctx.sizes, ctx.scale, ctx.length = (k.shape[2], size, step), q.shape[-1] ** -0.5, k.shape[1]
         q = (q * ctx.scale).unflatten(2, (k.shape[2], -1)).transpose(1, 2).contiguous()  # (B, Hkv, T, G, Dh)
         k, v = (lay_keys(x, size) for x in (k, v))  # (B Hkv J, size Dh)
@@ -3253,7 +3281,7 @@ class SelectedAttentionFunction(torch.autograd.Function):
             dk.index_add_(0, rows, (ds.mT @ q[:, :, some]).view(len(rows), -1))
             dv.index_add_(0, rows, (p.mT @ dy[:, :, some]).view(len(rows), -1))
         dk, dv = (pick_keys(x, grad.shape[0], groups, size)[:, : ctx.length] for x in (dk, dv))
-        return (dq * ctx.scale).transpose(1, 2).flatten(2, 3), dk, dv, None, None, None, None, None
+        return (dq * ctx.scale).transpose(1, 2).flatten(2, 3), dk, dv, None, None, None, None
 
 
 def lay_keys(x: Tensor, size: int) -> Tensor:
@@ -3283,44 +3311,48 @@ def shares_of_few(q: Tensor, keys: Tensor, hidden: Tensor) -> Tensor:
     return scores.masked_fill_(hidden.unsqueeze(-2), -math.inf).softmax(-1)
 
 
-def masked_ranges(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges) -> Tensor:
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges) -> Tensor:
     """RangedAttentionFunction by torch's attention with a mask for all pairs."""
-    mask = ~ranges.hides((0, q.shape[1], 0, k.shape[1]))
+    mask = ~ranges.hides(slice(0, q.shape[1]), slice(0, k.shape[1]))
     return sdpa(q, k, v, mask[:, None], False) * ranges.sees()[:, :, None, None].to(q.dtype)
 
 
-def masked_blocks(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, ranges: Ranges, size: int) -> Tensor:
+def masked_compressed(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, blocks: tuple) -> tuple[Tensor, Tensor]:
+    """The same with the importance of blocks."""
+    length, groups = q.shape[1], k.shape[2]
+    whole, scale = Part(0, length, 0, k.shape[1], 0, 0), q.shape[-1] ** -0.5
+    with torch.no_grad():
+        p = ranges.shares(by_groups(q * scale, groups), by_groups(k, groups), whole)
+        importance = importance_of(p, ranges.sees(), *blocks)
+    return masked_attention(q, k, v, ranges) if k.shape[1] else torch.zeros_like(q), importance
+
+
+def masked_selected(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, ranges: Ranges, size: int) -> Tensor:
     """SelectedAttentionFunction by torch's attention with a mask for all pairs and heads."""
     blocks = -(-k.shape[1] // size)
     taken = (chosen.unsqueeze(-1) == torch.arange(blocks, device=q.device)).any(-2)  # (B, Hkv, T, J)
     mask = taken.repeat_interleave(size, -1)[..., : k.shape[1]]
-    mask = mask & ~ranges.hides((0, q.shape[1], 0, k.shape[1]))[:, None]
+    mask = mask & ~ranges.hides(slice(0, q.shape[1]), slice(0, k.shape[1]))[:, None]
     return sdpa(q, k, v, mask.repeat_interleave(q.shape[2] // k.shape[2], 1), False)
 
 
-def some_at_a_time(length: int, device: torch.device) -> int:
-    """How many queries to take together: few enough for a processor's cache, or for a graph that is soon compiled."""
-    return RANGE_STEP if device.type == "cpu" else max(RANGE_STEP, -(-length // 16))
-
-
-RANGE_STEP = 128
-
-
 class NSABackend(NamedTuple):
-    """Attention over ranges of keys, and over chosen blocks."""
+    """How NSA's branches attend: to compressed keys, with the importance of blocks, to chosen blocks, to near keys."""
 
-    ranged: Callable[[Tensor, Tensor, Tensor, Ranges], Tensor]
-    chosen: Callable[[Tensor, Tensor, Tensor, Tensor, Ranges, int], Tensor]
+    compressed: Callable[[Tensor, Tensor, Tensor, Ranges, tuple], tuple[Tensor, Tensor]]
+    selected: Callable[[Tensor, Tensor, Tensor, Tensor, Ranges, int], Tensor]
+    near: Callable[[Tensor, Tensor, Tensor, Ranges], Tensor]
 
 
 NSA_BACKENDS: dict[str, NSABackend] = {
     "gather": NSABackend(
-        lambda q, k, v, ranges: RangedAttentionFunction.apply(q, k, v, *ranges),
+        lambda q, k, v, ranges, blocks: RangedAttentionFunction.apply(q, k, v, *ranges, blocks),
         lambda q, k, v, chosen, ranges, size: SelectedAttentionFunction.apply(
-            q, k, v, chosen, ranges.low, ranges.high, size, some_at_a_time(q.shape[1], q.device)
+            q, k, v, chosen, ranges.low, ranges.high, size
         ),
+        lambda q, k, v, ranges: RangedAttentionFunction.apply(q, k, v, *ranges, None)[0],
     ),
-    "masked": NSABackend(masked_ranges, masked_blocks),
+    "masked": NSABackend(masked_compressed, masked_selected, masked_attention),
 }
 
 
@@ -3332,46 +3364,25 @@ class Choice(NamedTuple):
 
 
 @torch.no_grad()
-def choose_blocks(q: Tensor, k: Tensor, ranges: Ranges, tokens: Ranges, h: Hyperparameters) -> Choice:
-    """The NSA_SELECT blocks of NSA_SELECT_BLOCK tokens that each query sees, the same for the heads of a group.
+def best_blocks(importance: Tensor, tokens: Ranges, size: int, count: int) -> Choice:
+    """The `count` blocks of `size` tokens that each query reads, by importance (B, Hkv, T, J); of equals the first.
 
-    q (B, T, H, Dh), compressed keys k (B, C, Hkv, Dh) with their ranges, and those of all tokens. The block in which
-    the document begins, the query's own and the one before are chosen always. A block's importance is the sum of shares
-    of the compressed blocks, each times the part of it that lies in the block, over the group's heads (equation 9 of
-    the paper, 0-based); among equals the lower number is chosen.
+    Always among them: the block in which the query's document begins, its own and the one before; none from outside.
     """
-    size, stride, groups, found = h.nsa_select_block, h.nsa_stride, k.shape[2], list[Choice]()
-    first, last = tokens.low // size, (tokens.high - 1) // size
-    q, k = by_groups(q * q.shape[-1] ** -0.5, groups), by_groups(k, groups)
-    starts = torch.arange(0, size, stride, device=q.device)
-    inside = (size - starts).clamp(max=h.nsa_block).float() / h.nsa_block
-    split = torch.stack((inside, 1 - inside), -1)  # (R, 2): parts in the block it begins in, and in the next one
-    for part in ranges.parts:
-        start, stop, _, seen = part
-        p = shares(q[..., start:stop, :], k[..., :seen, :], ranges.hides(part)).sum(2).float()
-        p = p * ranges.sees(start, stop)[:, None, :, None]  # (B, Hkv, t, seen)
-        more = (h.nsa_block + size - 1) // stride  # so that the blocks reach the last query
-        here, over = (F.pad(p, (0, more - (seen + more) % len(split))).unflatten(-1, (-1, len(split))) @ split).unbind(
-            -1
-        )
-        importance = here + F.pad(over, (1, 0))[..., :-1]
-        found.append(best_blocks(importance, first[:, start:stop], last[:, start:stop], h.nsa_select))
+    blocks, found = importance.shape[-1], list[Choice]()
+    block = torch.arange(blocks, device=importance.device)
+    first, last = (bound[:, None, :, None] // size for bound in (tokens.low, tokens.high - 1))
+    for part in tokens.parts:
+        some = slice(part.start, part.stop)
+        first_here, last_here, here = first[:, :, some], last[:, :, some], importance[:, :, some].contiguous()
+        # The bits of a float that is not negative order like its value; below them the number, the lower the better.
+        key = here.view(torch.int32).long() << 31 | (blocks - 1 - block)
+        key = torch.where((block == first_here) | (block >= last_here - 1), key | 1 << 62, key)
+        key = torch.where((block < first_here) | (block > last_here), -1, key)
+        best = key.topk(min(count, blocks), -1)
+        chosen = F.pad(torch.where(best.values < 0, -1, best.indices), (0, max(0, count - blocks)), value=-1)
+        found.append(Choice(chosen, here.gather(-1, chosen.clamp(min=0)) * (chosen >= 0)))
     return Choice(*(torch.cat(parts, 2) for parts in zip(*found, strict=True)))
-
-
-def best_blocks(importance: Tensor, first: Tensor, last: Tensor, count: int) -> Choice:
-    """The `count` best of blocks with importance (B, Hkv, t, J), of those from first to last (B or 1, t)."""
-    blocks = importance.shape[-1]
-    block = torch.arange(blocks, device=first.device)
-    first, last = first[:, None, :, None], last[:, None, :, None]
-    # The bits of a float that is not negative order like its value; below them the number, the lower the better.
-    key = importance.contiguous().view(torch.int32).long() << 31 | (blocks - 1 - block)
-    key = torch.where((block == first) | (block >= last - 1), key | 1 << 62, key)
-    key = torch.where((block < first) | (block > last), -1, key)
-    best = key.topk(min(count, blocks), -1)
-    chosen = F.pad(torch.where(best.values < 0, -1, best.indices), (0, max(0, count - blocks)), value=-1)
-    taken = importance.gather(-1, chosen.clamp(min=0)) * (chosen >= 0)
-    return Choice(chosen, taken)
 
 
 class NSAState(NamedTuple):
@@ -3453,14 +3464,14 @@ class NSA(Module):
         q, k, v = QKVFunction.apply(qkv, self.q_gain, *ctx.rotary, h.qk_norm)
         new = self.appended(old, k.chunk(3, 2), v.chunk(3, 2), ctx)
         views = self.views(old.keys.shape[1], old.near_keys.shape[1], ctx)
-        choice = choose_blocks(q, new.block_keys, views[0], views[1], h)
+        size, count = h.nsa_select_block, -(-new.keys.shape[1] // h.nsa_select_block)
+        form = (h.nsa_block, h.nsa_stride, size, count)
+        coarse, importance = self.backend.compressed(q, new.block_keys, new.block_values, views[0], form)
+        choice = best_blocks(importance, views[1], size, h.nsa_select)
         if h.nsa_strict:
-            self.check(views, choice, old.keys.shape[1])
-        branches = (
-            self.backend.ranged(q, new.block_keys, new.block_values, views[0]),
-            self.backend.chosen(q, new.keys, new.values, choice.blocks, views[1], h.nsa_select_block),
-            self.backend.ranged(q, new.near_keys, new.near_values, views[2]),
-        )
+            self.check(views, choice.blocks, old.keys.shape[1])
+        fine = self.backend.selected(q, new.keys, new.values, choice.blocks, views[1], size)
+        branches = (coarse, fine, self.backend.near(q, new.near_keys, new.near_values, views[2]))
         gates = self.gates(x, views[0].sees(), ctx)  # three of (B, T, H, 1)
         mixed = added(branches[0] * gates[0], gates[1:], branches[1:])
         metrics = self.measured(gates, choice, views) if ctx.variant.measures else {}
@@ -3485,24 +3496,27 @@ class NSA(Module):
 
     def views(self, before: int, kept: int, ctx: Ctx) -> tuple[Ranges, Ranges, Ranges]:
         """What queries may see of compressed blocks, of all tokens, and of near ones; the state has some of each."""
-        h, length = self.h, ctx.tokens.shape[1]
-        step = some_at_a_time(length, ctx.tokens.device)
-        spans = [(start, min(length, start + step)) for start in range(0, length, step)]
-        place = before + torch.arange(length, device=ctx.tokens.device).unsqueeze(0)
-        begin = place - ctx.age if h.doc_mask and ctx.age is not None else torch.zeros_like(place)
-        whole = ((place - h.nsa_block + 1) // h.nsa_stride + 1).clamp(min=0)
-        shift = before - kept
+        h, place = self.h, before + torch.arange(ctx.tokens.shape[1], device=ctx.tokens.device).unsqueeze(0)
+        exact, shift = ctx.age is None or not h.doc_mask, before - kept
+        begin = 0 * place if ctx.age is None or exact else place - ctx.age
+
+        def whole(query: Any) -> Any:
+            return (query - h.nsa_block + 1) // h.nsa_stride + 1
+
         return (
-            Ranges(
+            ranges_of(
                 (begin + h.nsa_stride - 1) // h.nsa_stride,
-                whole,
-                tuple((a, b, 0, max(0, (before + b - h.nsa_block) // h.nsa_stride + 1)) for a, b in spans),
+                whole(place).clamp(min=0),
+                exact,
+                lambda i: (0, max(0, whole(before + i))),
             ),
-            Ranges(begin, place + 1, tuple((a, b, 0, before + b) for a, b in spans)),
-            Ranges(
+            ranges_of(begin, place + 1, exact, lambda i: (0, before + i + 1)),
+            ranges_of(
                 torch.maximum(begin, place - h.nsa_window + 1) - shift,
                 place + 1 - shift,
-                tuple((a, b, max(0, kept + a - h.nsa_window + 1), kept + b) for a, b in spans),
+                exact,
+                lambda i: (max(0, kept + i - h.nsa_window + 1), kept + i + 1),
+                h.nsa_window,
             ),
         )
 
@@ -3517,13 +3531,13 @@ class NSA(Module):
             gates = torch.sigmoid(logits).masked_fill(unseen, 0.0)
         return gates.to(x.dtype).split(1, -1)
 
-    def check(self, views: Sequence[Ranges], choice: Choice, before: int) -> None:
+    def check(self, views: Sequence[Ranges], chosen: Tensor, before: int) -> None:
         """NSA_STRICT: raise RuntimeError if a branch is about to read a key from after its query."""
-        h, length = self.h, choice.blocks.shape[2]
-        place = before + torch.arange(length, device=choice.blocks.device)
+        h, length = self.h, chosen.shape[2]
+        place = before + torch.arange(length, device=chosen.device)
         last = (
             (views[0].high - 1) * h.nsa_stride + h.nsa_block - 1,
-            torch.maximum(choice.blocks.amax((1, 3)) * h.nsa_select_block, views[1].high - 1),
+            torch.maximum(chosen.amax((1, 3)) * h.nsa_select_block, views[1].high - 1),
             views[2].high - 1 + max(0, before - h.nsa_window + 1),
         )
         for branch, reads, view in zip(self.BRANCHES, last, views, strict=True):

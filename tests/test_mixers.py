@@ -109,7 +109,6 @@ OPTIONS |= {option: variables for option, (_, variables) in PARTS.items()}
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks of queries in the short sequences of these tests."""
-    monkeypatch.setattr(t.BlockAttentionFunction, "BLOCK", 4)
     monkeypatch.setattr(t, "RANGE_STEP", 4)
 
 
