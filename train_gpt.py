@@ -552,13 +552,13 @@ class Hyperparameters:
     def stages(self) -> tuple[tuple[float, int], ...]:
         """(progress, tokens a step) pairs of BATCH_STAGES, or the one batch size."""
         found = stages_of("BATCH_STAGES", self.batch_stages, "0:131072,0.3:262144")
-        return found or ((0.0, self.train_batch_tokens),)
+        return tuple((at, int(tokens)) for at, tokens in found) or ((0.0, self.train_batch_tokens),)
 
     @property
     def lengths(self) -> tuple[tuple[float, int], ...]:
         """(progress, window) pairs of CURRICULUM_STAGES, or the one window."""
         stages = stages_of("CURRICULUM_STAGES", self.curriculum_stages, "0:4,0.15:2,0.4:1") or ((0.0, 1),)
-        return tuple((at, self.train_seq_len // divisor) for at, divisor in stages)
+        return tuple((at, int(self.train_seq_len / divisor)) for at, divisor in stages)
 
     @property
     def site_kinds(self) -> tuple[str, ...]:
@@ -604,17 +604,17 @@ def rising_orders(name: str, text: str) -> tuple[int, ...]:
     return orders
 
 
-def stages_of(name: str, text: str, example: str) -> tuple[tuple[float, int], ...]:
+def stages_of(name: str, text: str, example: str) -> tuple[tuple[float, float], ...]:
     """(progress, number) pairs of progress:number,...; they begin at 0 and rise to less than 1. Raises UserError."""
     try:
         pairs = [pair.split(":") for pair in text.split(",")] if text else []
-        stages = tuple((float(at), int(number)) for at, number in pairs)
+        stages = tuple((float(at), float(number)) for at, number in pairs)
     except ValueError:
         raise UserError(f"{name}={text} is not progress:number,...; try {example}") from None
     times = [at for at, _ in stages]
     if stages and (times[0] != 0.0 or times != sorted({at for at in times if 0 <= at < 1})):
         raise UserError(f"{name}={text} must start at progress 0 and rise to less than 1")
-    if any(number < 1 for _, number in stages):
+    if any(not 1 <= number < math.inf for _, number in stages):
         raise UserError(f"{name}={text} has a number below 1; try {example}")
     return stages
 
@@ -694,6 +694,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mhc_d20": {
         **LOCAL_TERNARY, "residual": "mhc", "mhc_mode": "sinkhorn", "mhc_n": 4, "mhc_logits": "dynamic",
         "num_layers": 20, "model_dim": 64, "max_wallclock_seconds": 900.0,
+    },
+    "nsa": {
+        **LOCAL_TERNARY, "layer_pattern": "nsa", "train_seq_len": 1024, "doc_mask": True, "nsa_block": 8,
+        "nsa_stride": 4, "nsa_select_block": 16, "nsa_select": 4, "nsa_window": 64,
+    },
+    "nsa_125m": {
+        "vocab_size": 8192, "data_path": "./data/datasets/fineweb10B_sp8192",
+        "tokenizer_path": "./data/tokenizers/fineweb_8192_bpe.model", "layer_pattern": "nsa", "doc_mask": True,
+        "num_layers": 12, "model_dim": 768, "num_heads": 12, "num_kv_heads": 3, "mlp_mult": 5.0,
+        "tie_embeddings": False, "train_seq_len": 3072, "train_batch_tokens": 491520, "micro_batch_tokens": 61440,
+        "curriculum_stages": "0:1.5,0.5:1", "save_every": 1000, "iterations": 10000, "max_wallclock_seconds": 0.0,
+        "hard_budget_bytes": 260_000_000,  # a model to study, not to submit
     },
     "tiny": {
         "precision": "fp32",  # the same numbers on every machine
@@ -798,8 +810,10 @@ def validate(h: Hyperparameters) -> None:
         (any(tokens % h.train_seq_len or tokens < h.train_seq_len for tokens in stage_tokens),
             f"TRAIN_BATCH_TOKENS={stage_tokens} must be a multiple of TRAIN_SEQ_LEN={h.train_seq_len}; "
             f"try {max(1, rows) * h.train_seq_len}"),
-        (windows[-1] != h.train_seq_len or any(length < 1 or h.train_seq_len % length for length in windows),
-            f"CURRICULUM_STAGES={h.curriculum_stages} must divide TRAIN_SEQ_LEN={h.train_seq_len} and end with 1"),
+        (windows[-1] != h.train_seq_len or any(length < 1 or tokens % length for length in windows
+                                               for tokens in stage_tokens),
+            f"CURRICULUM_STAGES={h.curriculum_stages} must make windows that divide TRAIN_BATCH_TOKENS={stage_tokens}, "
+            f"and end with 1; TRAIN_SEQ_LEN={h.train_seq_len} over its numbers makes {windows}"),
         (h.curriculum_stages and h.batch_mode == "streams",
             "CURRICULUM_STAGES changes the number of rows: not BATCH_MODE=streams"),
         (1 in h.ngram_orders, "BIGRAM_HASH_ORDERS must begin with at least 2: single tokens have the embedding"),
@@ -2116,6 +2130,10 @@ class Module(nn.Module):
 
     kinds: ClassVar[dict[str, str]] = {}
 
+    def ranges(self) -> dict[str, tuple[float, float, float, float]]:
+        """Ranges of its diagnostics, see Health."""
+        return {}
+
 
 ROLE_KINDS: dict[str, Callable[[Hyperparameters], Role]] = {
     "matrix": lambda h: Role(h.matrix_codec, "matrix"),
@@ -3096,9 +3114,9 @@ def importance_of(p: Tensor, seen: Tensor, block: int, stride: int, size: int, c
     p = (p.unflatten(2, (seen.shape[1], -1)).sum(3) * seen[:, None, :, None]).float()
     starts = torch.arange(0, size, stride, device=p.device)
     inside = (size - starts).clamp(max=block).float() / block
-    split = torch.stack((inside, 1 - inside), -1)  # (R, 2): parts in the block where it begins, and in the next one
-    halves = F.pad(p, (0, count * len(split) - p.shape[-1])).unflatten(-1, (count, -1)) @ split
-    return halves[..., 0] + F.pad(halves[..., 1], (1, 0))[..., :-1]
+    grid = F.pad(p, (0, count * len(starts) - p.shape[-1])).unflatten(-1, (count, -1))
+    here = (grid * inside).sum(-1)  # of blocks that begin in it; the rest of their shares is the next one's
+    return here + F.pad(grid.sum(-1) - here, (1, 0))[..., :-1]
 
 
 # Causal attention of (B, T, H, Dh) tensors within a window (0: all), without document mask or cache.
@@ -3566,6 +3584,13 @@ class NSA(Module):
         found["unchosen"] = self.unchosen(choice.blocks, free, first, last - 1, there > h.nsa_select)
         return {**found, **self.reads(choice.blocks, views)}
 
+    def ranges(self) -> dict[str, tuple[float, float, float, float]]:
+        """Gates that leave one branch alone are of no use."""
+        return {
+            "gate_entropy": (0.5, 1.0, 0.2, 1.001), "gate_max": (1 / 3, 0.9, 0.0, 0.97),
+            "gate_collapsed": (0.0, 0.01, 0.0, 0.5),
+        }  # fmt: skip
+
     def unchosen(self, chosen: Tensor, free: Tensor, first: Tensor, last: Tensor, picky: Tensor) -> Tensor:
         """Share of the blocks that some query could leave out, between first and last, that none of them chose."""
         rows, groups, length, _ = chosen.shape
@@ -3930,10 +3955,6 @@ class PlainResidual(Module):
     def measured(self, r: Stream) -> dict[str, Tensor]:
         return {}
 
-    def ranges(self) -> dict[str, tuple[float, float, float, float]]:
-        """Ranges of diagnostics for Health."""
-        return {}
-
 
 def vectors(scalars: Tensor, like: Tensor) -> tuple[Tensor, ...]:
     """Each scalar as a vector (D,) in the dtype of `like`, in order.
@@ -4186,10 +4207,10 @@ class ManifoldConnections(PlainResidual):
     def ranges(self) -> dict[str, tuple[float, float, float, float]]:
         """Streams that are alike, or a mixing that is the identity or the mean of all, have learned nothing."""
         return {
-            "residual.stream_similarity": (-1.0, 0.2, -1.0, 0.4),
-            "residual.gate": (0.3, 0.7, 0.0, 0.99),
-            "residual.diagonal": (max(0.4, 1 / self.count + 0.01), 0.8, 1 / self.count + 0.01, 0.9999),
-            "residual.column_error": (0.0, 1e-6, 0.0, 0.01),
+            "stream_similarity": (-1.0, 0.2, -1.0, 0.4),
+            "gate": (0.3, 0.7, 0.0, 0.99),
+            "diagonal": (max(0.4, 1 / self.count + 0.01), 0.8, 1 / self.count + 0.01, 0.9999),
+            "column_error": (0.0, 1e-6, 0.0, 0.01),
         }
 
 
@@ -4505,6 +4526,11 @@ class GPT(Module):
         """
         zeros = history.new_zeros(history.shape[0])
         return (StreamState(zeros, zeros, zeros, zeros, history),) if history.shape[1] else None
+
+    def ranges(self) -> dict[str, tuple[float, float, float, float]]:
+        """Ranges of all diagnostics that have one, by name."""
+        parts = {"residual": self.residual, **{site.label: self.site(site) for site in self.sites}}
+        return {f"{label}.{name}": limits for label, part in parts.items() for name, limits in part.ranges().items()}
 
     def site(self, site: Site) -> Any:
         return self.blocks[site.block][site.kind]  # type: ignore[index]
@@ -4834,10 +4860,17 @@ def flops_per_token(model: GPT) -> float:
     total += sum(size for name, size in matrices.items() if not name.startswith("blocks."))
     for site in model.sites:  # a layer counts as often as it is visited, and of its experts those that a token takes
         own = {n: size for n, size in matrices.items() if n.startswith(f"blocks.{site.block}.{site.kind}.")}
-        total += sum(size * (h.moe_top_k / h.moe_experts if ".experts." in n else 1) for n, size in own.items())
-    window = min(h.train_seq_len, h.attn_window or h.train_seq_len)
-    visits = sum(site.kind == "attn" for site in model.sites)
-    return 6.0 * total + 12.0 * visits * h.model_dim * window
+        total += sum(size * uses_of(h, name) for name, size in own.items())
+    length, sparse = h.train_seq_len, h.train_seq_len // h.nsa_stride + h.nsa_select * h.nsa_select_block + h.nsa_window
+    keys = {"attn": min(length, h.attn_window or length), "nsa": min(3 * length, sparse)}
+    return 6.0 * total + 12.0 * h.model_dim * sum(keys.get(site.kind, 0) for site in model.sites)
+
+
+def uses_of(h: Hyperparameters, name: str) -> float:
+    """How often a token uses a matrix: an expert by its chance; pools once for NSA_STRIDE tokens and each head."""
+    if "_pool." in name:
+        return h.num_kv_heads / h.nsa_stride
+    return h.moe_top_k / h.moe_experts if ".experts." in name else 1.0
 
 
 # ==== 10. OPTIMIZERS =========================================================
@@ -6019,12 +6052,11 @@ def read_validation(h: Hyperparameters) -> np.ndarray:
 
 def check_shares(h: Hyperparameters, rt: Runtime) -> None:
     """Raise UserError when a batch cannot be shared out evenly over ranks."""
-    for _, tokens in h.stages:
-        rows = tokens // h.train_seq_len
-        if rows % rt.world:  # windows of CURRICULUM_STAGES divide TRAIN_SEQ_LEN, and so have a multiple of these rows
+    for tokens, length in ((tokens, length) for _, tokens in h.stages for _, length in h.lengths):
+        if (tokens // length) % rt.world:
             raise UserError(
-                f"TRAIN_BATCH_TOKENS={tokens} gives {rows} rows of TRAIN_SEQ_LEN={h.train_seq_len}, not a multiple of "
-                f"{rt.world} ranks; try {max(1, rows // rt.world) * rt.world * h.train_seq_len}"
+                f"TRAIN_BATCH_TOKENS={tokens} gives {tokens // length} rows of {length} tokens, not a multiple of "
+                f"{rt.world} ranks; try {max(1, tokens // length // rt.world) * rt.world * length}"
             )
 
 
@@ -6239,7 +6271,7 @@ def train_loop(s: Session, state: TrainState) -> None:
     s.weights.materialize(start)
     if h.carry_train and state.carry is None:
         state.carry = s.model.init_state(stage_at(h.stages, 0.0) // h.train_seq_len // rt.world)
-    window, health, fresh = LossWindow(state), Health(log, s.model.residual.ranges()), state.step
+    window, health, fresh = LossWindow(state), Health(log, s.model.ranges()), state.step
     clock.start()
     while True:
         tokens = stage_at(h.stages, progress_of(h, state.step, clock.seconds()))
@@ -6312,6 +6344,8 @@ class Health:
     def look(self, step: int, metrics: dict[str, float]) -> None:
         self.log.metric("diagnostics", step=step, **metrics)
         for name, (good_from, good_to, below, above) in self.ranges.items():
+            if name not in metrics:
+                continue  # of a loop that has not begun
             amiss = not below <= metrics[name] <= above  # NaN, too
             if amiss != (name in self.amiss):
                 self.amiss ^= {name}
