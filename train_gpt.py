@@ -184,7 +184,7 @@ class Hyperparameters:
         when=lambda h: h.residual == "mhc")
     sinkhorn_iters: int = var(20, "topology", "iterations of Sinkhorn", low=1,
         when=lambda h: h.residual == "mhc" and h.mhc_mode == "sinkhorn" and h.mhc_n > 2)
-    mhc_lr: float = var(0.01, "optimizer", "Adam rate of mHC", low=0, when=lambda h: h.residual == "mhc")
+    mhc_lr: float = var(0.1, "optimizer", "Adam rate of mHC", low=0, when=lambda h: h.residual == "mhc")
     resid_mix: bool = var(True, "model", "each block mixes the embedding back in, per channel",
         when=lambda h: h.residual in ("plain", "unet"))
     embed_dim: int = var(0, "model", "width of factored embeddings; 0: MODEL_DIM", low=0)
