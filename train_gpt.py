@@ -218,6 +218,7 @@ class Hyperparameters:
         "of each token; 0: none", low=0, when=lambda h: "attn" in h.mixers)
     qk_gain_init: float = var(1.5, "model", "initial learned gain of each query head", low=0,
         when=lambda h: h.has_queries)
+    label_smoothing: float = var(0.0, "optimizer", "share of the training target that all tokens have", low=0, high=0.9)
     logit_softcap: float = var(30.0, "model", "logits are cap * tanh(z / cap); 0: no cap", low=0, high=1000)
     value_residual: bool = var(False, "model", "attention layers mix in the first attention layer's values",
         when=lambda h: h.mixers.count("attn") > 1)
@@ -255,6 +256,15 @@ class Hyperparameters:
         choices=("auto", "gather", "masked"), when=lambda h: "nsa" in h.mixers)
     nsa_strict: bool = var(False, "nsa", "check before each read that it is not of a later key (COMPILE=0)",
         when=lambda h: "nsa" in h.mixers)
+
+    # Recurrent memory
+    rmt_segment: int = var(0, "rmt", "tokens of a segment that reads and writes memory; 0: none", "tokens", low=0)
+    rmt_tokens: int = var(8, "rmt", "memory tokens, read before a segment and written after it", "tokens", low=1,
+        when=lambda h: h.rmt_segment > 0)
+    rmt_bptt: int = var(4, "rmt", "segments through which a gradient flows, its own included", "segments", low=2,
+        when=lambda h: h.rmt_segment > 0)
+    dataset_state_mode: str = var("full", "run", "what checkpoints hold of carried states: all, or light: none, and "
+        "resuming reads the last window again", choices=("full", "light"), when=lambda h: h.carry_train)
 
     # SKC stack
     skc_block_size: int = var(64, "skc", "positions of a block, a power of two", "tokens", low=1,
@@ -829,8 +839,12 @@ def validate(h: Hyperparameters) -> None:
         (h.batch_stages and h.batch_mode == "streams",
             "BATCH_STAGES needs a fixed number of rows: not BATCH_MODE=streams"),
         (h.carry_train and h.batch_mode != "streams", "CARRY_TRAIN=1 needs BATCH_MODE=streams, so that rows continue"),
-        ((h.carry_train or h.carry_eval) and "attn" in h.mixers and not h.attn_window,
+        ((h.carry_train or h.carry_eval) and "attn" in h.mixers and not h.attn_window and not h.rmt_segment,
             "CARRY_TRAIN/CARRY_EVAL with attention needs ATTN_WINDOW, or its cache grows without end"),
+        (h.rmt_segment and ("nsa" in h.mixers or h.attn_window),
+            "RMT_SEGMENT bounds attention by itself: not with sparse attention, and ATTN_WINDOW must be 0"),
+        (h.rmt_segment and any(length % h.rmt_segment for length in windows),
+            f"RMT_SEGMENT={h.rmt_segment} must divide training windows of {windows} tokens"),
         ((h.carry_train or h.carry_eval) and "nsa" in h.mixers,
             "CARRY_TRAIN/CARRY_EVAL are not for sparse attention: what may be chosen grows without end"),
         (h.nsa_block % h.nsa_stride or h.nsa_select_block % h.nsa_stride or h.nsa_select_block < h.nsa_block,
@@ -2049,22 +2063,33 @@ class Blocks(NamedTuple):
         return values[torch.arange(len(values), device=values.device), self.done]
 
 
-def lay_blocks(width: int, positions: Tensor, documents: Tensor, stream: Any) -> Blocks:
-    """Blocks of `width` positions for tokens at positions and documents (B, T), after a StreamState or None."""
+def lay_blocks(width: int, positions: Tensor, documents: Tensor, stream: Any, places: Sequence[int] = ()) -> Blocks:
+    """Blocks of `width` positions for tokens at positions and documents (B, T), after a StreamState or None.
+
+    With `places`, the tokens' positions and then that of the next one to come, there may be gaps: they leave blocks
+    partly empty, the same ones in all rows.
+    """
     rows, length = documents.shape
-    aligned, zero = stream is None, documents.new_zeros((rows, 1))
+    aligned, zero = stream is None and not places, documents.new_zeros((rows, 1))
     phase = zero if aligned else positions[:, :1] % width
-    count = -(-length // width) if aligned else (length + 2 * width - 2) // width
-    place = torch.arange(count * width, device=documents.device) - phase
+    if places:
+        first = places[0] // width
+        slots = torch.tensor(places[:-1], device=documents.device) - first * width
+        place = zero.new_full(((places[-2] // width - first + 1) * width,), -1)
+        place = place.index_copy(0, slots, torch.arange(length, device=documents.device)).expand(rows, -1)
+        spot, done = slots.expand(rows, -1), zero[:, 0] + places[-1] // width - first
+    else:
+        slots = torch.arange((-(-length // width) if aligned else (length + 2 * width - 2) // width) * width)
+        place = slots.to(documents.device) - phase
+        spot, done = torch.arange(length, device=documents.device) + phase, (phase[:, 0] + length) // width
     there = (place >= 0) & (place < length)
-    laid = torch.where(there, documents.gather(1, place.clamp(0, length - 1)), -1).unflatten(1, (count, width))
-    last, end = (zero, zero) if aligned else (stream.document.unsqueeze(1), stream.block_document.unsqueeze(1))
-    ends = torch.cat((end, laid.amax(-1)), 1)  # documents only rise
+    laid = torch.where(there, documents.gather(1, place.clamp(0, length - 1)), -1).unflatten(1, (-1, width))
+    last, end = (zero, zero) if stream is None else (stream.document.unsqueeze(1), stream.block_document.unsqueeze(1))
+    ends = torch.cat((end, laid.amax(-1)), 1).cummax(1).values  # documents only rise
     before, end = ends[:, :-1], ends[:, 1:]
-    done = (phase[:, 0] + length) // width
     return Blocks(
         None if aligned else place,
-        None if aligned else torch.arange(length, device=documents.device) + phase,
+        None if aligned else spot,
         positions[:, :1] // width,
         ((laid == end.unsqueeze(-1)) & (laid >= 0)).unsqueeze(-1),
         (laid == before.unsqueeze(-1)).unsqueeze(-1),
@@ -2083,10 +2108,11 @@ class Ctx(NamedTuple):
     history: Tensor  # (B, h.history) int64, the tokens before those; -1 where there are none
     positions: Tensor  # (B, T) int64, counted from the start of the stream
     documents: Tensor  # (B, T) int64, rises by one at each document start
-    age: Tensor | None  # (B, T) int64, tokens before it in its document, of this stream; where a recurrence needs it
+    age: Tensor | None  # (B, T) int64, tokens of its kind right before it in its document; where a mixer needs it
+    fresh: Tensor | None  # (B, T) bool, a document or the stream begins: a recurrence begins anew
     blocks: Blocks | None  # how the tokens lie in blocks, for parts that need it
     rotary: tuple[Tensor, Tensor]  # cosine and sine, each (B, T, 1, rope_dims / 2)
-    is_memory: Tensor | None  # (B, T) bool: positions that are no text, or None where there are none
+    writes: int  # so many of the last positions are written memory: they see all of the segment
     v0: Tensor | None  # (B, T, Hkv, Dh) values of the first attention layer
     memory: dict[str, Any]  # what sites and passes leave for later ones: values, engram, capsules, ...
     moment: Moment | None  # where in training this batch stands; None in evaluation
@@ -2356,7 +2382,7 @@ class HashedNgrams(Module):
         """Rows of the stacked tables, and whether each n-gram is whole, both (B, T, orders * heads)."""
         length, reach = tokens.shape[1], self.orders[-1] - 1
         stream = torch.cat((history[:, history.shape[1] - reach :], tokens), 1)
-        keys, whole = [tokens + 1] * self.heads, torch.ones_like(tokens, dtype=torch.bool)
+        keys, whole = [tokens + 1] * self.heads, tokens >= 0  # memory has no n-grams
         rows: list[Tensor] = []
         wholes: list[Tensor] = []
         for back in range(1, reach + 1):
@@ -2668,13 +2694,15 @@ class MoE(Module):
 class SoftcapCrossEntropy(torch.autograd.Function):
     """Sum over rows of -log softmax(cap * tanh(x W^T / cap))[target], rows with target -100 left out.
 
+    With smoothing e the target has 1 - e of the weight and e is spread over all tokens (Szegedy et al. 2016).
+
     Logits are made a few rows at a time and turned into their own gradient in place, so that the (N, V) matrix never
     exists and each block stays in cache (after Liger Kernel's fused linear cross-entropy, arXiv 2410.10989, 3.2).
     x (N, E), weight (V, E), targets (N,) int64. Returns a 0-dim float32 (float64 for float64 inputs).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, cap: float, smoothing: float) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         rows = max(128, (2**21 if x.device.type == "cpu" else 2**27) // weight.shape[0])
         total, matrix = x.new_zeros((), dtype=wide), weight.to(x.dtype)
@@ -2682,7 +2710,7 @@ class SoftcapCrossEntropy(torch.autograd.Function):
         for at in range(0, x.shape[0], rows):
             part = x[at : at + rows]
             z = ((part * (-2 / cap) if cap else part) @ matrix.T).to(wide)
-            loss, slope, share = capped_loss_and_slope(z, targets[at : at + rows], cap)
+            loss, slope, share = capped_loss_and_slope(z, targets[at : at + rows], cap, smoothing)
             total = total + loss
             slope, share = slope.to(part.dtype), share.to(part.dtype)
             dx[at : at + rows] = (slope @ matrix) * share
@@ -2691,12 +2719,14 @@ class SoftcapCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         dx, dw = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), dw * grad.to(dw.dtype), None, None
+        return dx * grad.to(dx.dtype), dw * grad.to(dw.dtype), None, None, None
 
 
-def capped_loss_and_slope(z: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor]:
+def capped_loss_and_slope(
+    z: Tensor, targets: Tensor, cap: float, smoothing: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of cross-entropies of the logits l = z for cap 0, l = cap * tanh(-z / 2) else, z (N, V); z is overwritten.
 
     Returns the sum, and its gradient by the logits before the cap as (N, V) times (N, 1): the division by the
@@ -2709,10 +2739,14 @@ def capped_loss_and_slope(z: Tensor, targets: Tensor, cap: float) -> tuple[Tenso
     # Under a small cap the largest logit need not be looked for: exp(-2 cap) is still far above the least float32.
     top = below.new_zeros((1, 1)) if 0 < cap <= 40 else below.amax(1, keepdim=True)
     picked = below.gather(1, index) - top
+    if smoothing:
+        picked = (1 - smoothing) * picked + smoothing * (below.mean(1, keepdim=True) - top)
     weight = (below if 0 < cap <= 40 else below - top).exp_()
     norm = weight.sum(1, keepdim=True)
     loss = ((norm.log() - picked).squeeze(1) * keep).sum()
-    weight.scatter_add_(1, index, -norm)
+    weight.scatter_add_(1, index, (smoothing - 1) * norm)
+    if smoothing:
+        weight.sub_(norm * (smoothing / z.shape[1]))
     if cap:
         weight.mul_(z).addcmul_(weight, z, value=-1)
     return loss, weight, keep.unsqueeze(1) * (4.0 if cap else 1.0) / norm
@@ -3220,7 +3254,7 @@ class Attention(Module):
             v = share * v + (1 - share) * v0
         if self.v_rows is not None:
             v = v + self.v_rows.to(v.dtype) * ctx.memory["values"].to(v.dtype).view(v.shape)
-        y, state = self.attend(q, k, v, ctx.documents, state)
+        y, state = self.attend(q, k, v, ctx, state)
         y = without_own_value(y, v) if self.xsa else y
         gate = None
         if self.gate is not None:
@@ -3229,28 +3263,30 @@ class Attention(Module):
         return Out(self.proj(y.flatten(-2), ctx), state, v0, metrics=watched(ctx, gate=gate))
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, documents: Tensor, state: AttentionState | None
+        self, q: Tensor, k: Tensor, v: Tensor, ctx: Ctx, state: AttentionState | None
     ) -> tuple[Tensor, AttentionState | None]:
         """Attend to the state's keys and the new ones; the new state keeps what a later query may still see."""
         if state is None and not self.doc_mask and (self.backend != "sdpa" or not self.window):
-            return ATTENTION[self.backend](q, k, v, self.window), None
-        key_documents = documents
+            y = ATTENTION[self.backend](q, k, v, self.window)
+            text = k.shape[1] - ctx.writes
+            return torch.cat((y[:, :text], sdpa(q[:, text:], k, v, None, False)), 1) if ctx.writes else y, None
+        key_documents = ctx.documents
         if state is not None:
             k, v = torch.cat((state.k, k), 1), torch.cat((state.v, v), 1)
-            key_documents = torch.cat((state.documents, documents), 1)
-        y = sdpa(q, k, v, self.mask(documents, key_documents), False)
+            key_documents = torch.cat((state.documents, ctx.documents), 1)
+        y = sdpa(q, k, v, self.mask(ctx.documents, key_documents, ctx.writes), False)
         if state is None:
             return y, None
         keep = slice(max(0, k.shape[1] - self.window + 1) if self.window else 0, None)
         # Contiguous, or the whole history stays in memory and every length of it compiles anew.
         return y, AttentionState(*(part[:, keep].contiguous() for part in (k, v, key_documents)))
 
-    def mask(self, documents: Tensor, key_documents: Tensor) -> Tensor:
-        """(B or 1, 1, T, S) bool: not later, within the window, in the same document."""
+    def mask(self, documents: Tensor, key_documents: Tensor, writes: int) -> Tensor:
+        """(B or 1, 1, T, S) bool: not later, within the window, in the same document; the last `writes` see later."""
         length, keys = documents.shape[1], key_documents.shape[1]
         query = torch.arange(keys - length, keys, device=documents.device).unsqueeze(1)
         key = torch.arange(keys, device=documents.device)
-        seen = key <= query
+        seen = (key <= query) | (query >= keys - writes)
         if self.window:
             seen = seen & (key > query - self.window)
         if self.doc_mask:
@@ -3649,12 +3685,12 @@ class Koopman(Module):
         return KoopmanState(tail, self.u.new_zeros((batch, self.width), dtype=wide))
 
     def forward(self, x: Tensor, ctx: Ctx, state: KoopmanState | None) -> Out:
-        assert ctx.age is not None
+        assert ctx.fresh is not None
         given = self.init_state(x.shape[0], x.dtype) if state is None else state
         u, gate, pace = self.inputs(x, ctx).chunk(3, -1)  # (B, T, S) each
         u, tail = self.conv(u, ctx, given.tail)
         keep, gate = torch.sigmoid(-pace.to(given.h.dtype)), torch.sigmoid(gate)
-        seen = keep * (ctx.age > 0).unsqueeze(-1)
+        seen = keep * ~ctx.fresh.unsqueeze(-1)
         h, last = linear_scan(seen, (1 - seen) * gate * self.turn(u), given.h)
         mixed = self.turn(h + h @ self.v @ self.u.mT)
         y = self.proj(mixed, ctx)
@@ -3756,9 +3792,9 @@ class SKC(Module):
         """The path over nearby tokens."""
         if self.h.skc_local == "off":
             return None, old
-        assert ctx.age is not None
+        assert ctx.fresh is not None
         y, tail = self.conv(s, ctx, old.tail)
-        goes_on = ctx.age > 0
+        goes_on = ~ctx.fresh
         if self.h.skc_local == "block":
             goes_on = goes_on & (ctx.positions % self.shape[0] > 0)
         a = torch.sigmoid(self.local_decay).to(old.local.dtype)
@@ -4380,6 +4416,69 @@ class Feedback(Module):
         return Out(y, metrics=watched(ctx, opening=torch.tanh(self.gate)))
 
 
+class Piece(NamedTuple):
+    """Tokens start..stop of a window that lie in one segment, `phase` tokens after its beginning."""
+
+    start: int
+    stop: int
+    phase: int
+    reads: int  # memory tokens before them: 0 if the segment goes on
+    writes: int  # memory tokens after them: 0 if the segment does not end here, or nothing follows
+
+    def places(self, segment: int, memory: int, width: int) -> tuple[int, ...]:
+        """The positions of all tokens and of the next one, memory and text in blocks of their own."""
+        before, room = -(-memory // width) * width, -(-segment // width) * width
+        text = range(before + self.phase, before + self.phase + self.stop - self.start)
+        after = range(before + room, before + room + self.writes)
+        follows = text.stop if self.phase + len(text) < segment else after.start
+        return (*range(self.reads), *text, *after, after.stop if after else follows)
+
+
+class SegmentState(NamedTuple):
+    """The memory of a stream, and the segment that is open."""
+
+    memory: Tensor  # (B, M, D) written by the last segment; from the segment's begin on, what it reads
+    document: Tensor  # (B,) in which it was written; -1: nowhere
+    segment: Tensor  # (B, < RMT_SEGMENT) tokens of the open segment
+    stream: Any  # StreamState of the open segment
+
+
+class SegmentMemory(Module):
+    """Memory tokens around each segment (Bulatov et al. 2022): read before it, written after it.
+
+    A segment is [read; text; write]; text sees what is read and earlier text, written tokens see everything. The last
+    hidden state at the written tokens is what the next segment reads, and the written tokens begin as what was read.
+    Where a segment begins in another document than the memory is of, it reads what a stream starts with.
+    """
+
+    kinds: ClassVar[dict[str, str]] = dict.fromkeys(("first", "read", "write"), "scalar")
+
+    def __init__(self, h: Hyperparameters) -> None:
+        super().__init__()
+        self.segment, self.tokens = h.rmt_segment, h.rmt_tokens
+        self.first, self.read, self.write = (nn.Parameter(torch.empty(h.rmt_tokens, h.model_dim)) for _ in range(3))
+
+    def pieces(self, length: int, phase: int) -> Iterator[Piece]:
+        """A window in pieces, after `phase` tokens of an open segment."""
+        start = 0
+        while start < length:
+            stop = min(length, start + self.segment - phase)
+            whole = phase + stop - start == self.segment
+            yield Piece(start, stop, phase, 0 if phase else self.tokens, self.tokens * whole)
+            start, phase = stop, 0
+
+    def around(self, kept: SegmentState, x: Tensor, documents: Tensor, piece: Piece) -> Tensor:
+        """The text x (B, T, D) of a piece in its documents (B, T) with what is read and what is to be written."""
+        read = rms_norm(kept.memory + self.read).to(x.dtype)
+        write = rms_norm(self.known(kept, documents[:, -1]).memory + self.write).to(x.dtype)
+        return torch.cat((read[:, : piece.reads], x, write[:, : piece.writes]), 1)
+
+    def known(self, kept: SegmentState, document: Tensor) -> SegmentState:
+        """What there is to read in `document` (B,): of another one nothing but the beginning."""
+        same = (kept.document == document)[:, None, None]
+        return kept._replace(memory=torch.where(same, kept.memory, self.first.to(kept.memory.dtype)), document=document)
+
+
 # A site is what the residual stream passes, built by (h, layer, parameter name prefix).
 SITE_KINDS: dict[str, Any] = {
     "attn": Attention, "nsa": NSA, "koopman": Koopman, "skc": SKC, "mlp": MLP, "moe": MoE,
@@ -4414,6 +4513,15 @@ class Trace(NamedTuple):
         losses = {n: loss / site.visits + self.losses.get(n, 0.0) for n, loss in out.losses.items()}
         metrics = {f"{site.label}.{name}": value for name, value in out.metrics.items()}
         return Trace({**self.states, site.id: out.state}, {**self.losses, **losses}, {**self.metrics, **metrics})
+
+
+def mean_trace(traces: list[Trace]) -> Trace:
+    """The last states, and means of losses and diagnostics, of traces with the same names."""
+    losses, metrics = (
+        {name: torch.stack([part[name] for part in parts]).mean(0) for name in parts[0]}
+        for parts in ([trace.losses for trace in traces], [trace.metrics for trace in traces])
+    )
+    return Trace(traces[-1].states, losses, metrics)
 
 
 class LossOut(NamedTuple):
@@ -4507,13 +4615,28 @@ class GPT(Module):
                 blocks[site.block][site.kind] = SITE_KINDS[site.kind](h, site.layer, name)
         self.blocks = nn.ModuleList(blocks)
         self.residual = RESIDUALS[h.residual](h, self.sites)
+        self.memory = SegmentMemory(h) if h.rmt_segment else None
 
     def init_state(self, batch: int) -> tuple:
         """States before any token: the stream's place, then one state per site, indexed by site id."""
-        zeros = self.embed.weight.new_zeros(batch, dtype=torch.int64)
-        dtype = self.embed.weight.dtype
-        sites = tuple(self.site(s).init_state(batch, dtype) for s in self.sites)
-        return (StreamState(zeros, zeros, zeros, zeros, self.no_history(zeros)), *sites)
+        stream = self.start_stream(self.no_history(self.embed.weight.new_zeros(batch, dtype=torch.int64)))
+        if self.memory is None:
+            return (stream, *self.site_states(batch))
+        memory = self.memory.first.detach().expand(batch, -1, -1)
+        return (
+            stream,
+            *self.site_states(batch),
+            SegmentState(memory, stream.document - 1, stream.history[:, :0], stream),
+        )
+
+    def site_states(self, batch: int) -> tuple:
+        """Each site's state before any token."""
+        return tuple(self.site(site).init_state(batch, self.embed.weight.dtype) for site in self.sites)
+
+    def start_stream(self, history: Tensor) -> StreamState:
+        """The begin of a stream after other tokens (B, h.history)."""
+        zeros = history.new_zeros(history.shape[0])
+        return StreamState(zeros, zeros, zeros, zeros, history)
 
     def no_history(self, like: Tensor) -> Tensor:
         """(B, h.history) of -1, for B rows of int64 as in `like`."""
@@ -4524,8 +4647,7 @@ class GPT(Module):
 
         It has no site's state, and none comes out.
         """
-        zeros = history.new_zeros(history.shape[0])
-        return (StreamState(zeros, zeros, zeros, zeros, history),) if history.shape[1] else None
+        return (self.start_stream(history),) if history.shape[1] else None
 
     def ranges(self) -> dict[str, tuple[float, float, float, float]]:
         """Ranges of all diagnostics that have one, by name."""
@@ -4553,12 +4675,40 @@ class GPT(Module):
         begins = torch.where(starts, positions, 0).cummax(1).values if self.h.has_ages else None
         if begins is not None and stream is not None:
             begins = begins.clamp(min=stream.begin.unsqueeze(1))
-        blocks = lay_blocks(self.h.skc_block_size, positions, documents, stream) if self.h.has_blocks else None
+        laid = self.h.has_blocks and self.memory is None
+        blocks = lay_blocks(self.h.skc_block_size, positions, documents, stream) if laid else None
         age = positions - begins if begins is not None else None
-        place = (self.bos, tokens, history, positions, documents, age, blocks, rotary)
+        fresh = age == 0 if age is not None else None
+        place = (self.bos, tokens, history, positions, documents, age, fresh, blocks, rotary)
         rows = self.embed.value_rows
         memory = {} if rows is None else {"values": F.embedding(tokens, rows)}
-        return Ctx(*place, None, None, memory, moment, variant, observe, adapters)
+        return Ctx(*place, 0, None, memory, moment, variant, observe, adapters)
+
+    def piece_context(self, ctx: Ctx, piece: Piece, stream: StreamState | None) -> Ctx:
+        """The context of a piece of a window with its memory tokens, which have no token and no rotary phase."""
+        h, text, around = self.h, slice(piece.start, piece.stop), (piece.reads, piece.writes)
+        device, rows = ctx.tokens.device, len(ctx.tokens)
+        own = ctx.documents[:, text]
+        documents = torch.cat((own[:, :1].expand(-1, around[0]), own, own[:, -1:].expand(-1, around[1])), 1)
+        starts, count = ctx.tokens[:, text] == self.bos, piece.stop - piece.start
+        if piece.reads:  # what is read belongs to the document of the first token
+            starts = torch.cat((torch.zeros_like(starts[:, :1]), starts[:, 1:]), 1)
+        fresh = F.pad(starts, around)
+        places = piece.places(h.rmt_segment, h.rmt_tokens, h.skc_block_size if h.has_blocks else 1)
+        positions = torch.tensor(places[:-1], device=device).expand(rows, -1)
+        begins = torch.where(fresh, positions, 0).cummax(1).values
+        begins = begins if stream is None else begins.clamp(min=stream.begin.unsqueeze(1))
+        order = torch.tensor((*range(piece.reads), *range(piece.phase, piece.phase + count), *range(piece.writes)))
+        age = torch.minimum(positions - begins, order.to(device)) if h.has_ages else None  # memory is no neighbour
+        turned = torch.tensor((*[0] * piece.reads, *range(piece.phase, piece.phase + count), *[0] * piece.writes))
+        return ctx._replace(
+            tokens=F.pad(ctx.tokens[:, text], around, value=-1),
+            history=self.no_history(ctx.tokens) if stream is None else stream.history,
+            positions=positions, documents=documents, age=age, fresh=fresh if h.has_ages else None,
+            blocks=lay_blocks(h.skc_block_size, positions, documents, stream, places) if h.has_blocks else None,
+            rotary=self.rotary(turned.to(device).unsqueeze(0)), writes=piece.writes,
+            memory={name: F.pad(rows[:, text], (0, 0, *around)) for name, rows in ctx.memory.items()},
+        )  # fmt: skip
 
     def run_sites(
         self, sites: Sequence[Site], r: tuple, ctx: Ctx, states: tuple | None, trace: Trace
@@ -4611,12 +4761,66 @@ class GPT(Module):
 
     def hidden(self, ctx: Ctx, state: tuple | None) -> tuple[Tensor, tuple | None, Trace]:
         """(B, T, D) before the head, the next state (None unless sites' states were given), and what the sites left."""
-        states = state if state is not None and len(state) > 1 else None
+        carried = state is not None and len(state) > 1
+        x0, e2, metrics = self.embed(ctx)
+        if self.memory is not None:
+            top, after, trace = self.over_segments(x0, e2, ctx, state if carried else None)
+        else:
+            top, ctx, trace = self.stack(x0, e2, ctx, state if carried else None)
+            after = self.next_sites(trace, state) if state is not None and carried else ()
+        trace = trace._replace(metrics={**{f"embed.{n}": m for n, m in metrics.items()}, **trace.metrics})
+        return top, (self.next_stream(ctx, state[0]), *after) if state is not None and carried else None, trace
+
+    def next_sites(self, trace: Trace, state: tuple) -> tuple:
+        """The states of all sites, of those that were left out the old ones."""
+        return tuple(trace.states.get(site.id, state[1 + site.id]) for site in self.sites)
+
+    def over_segments(self, x0: Tensor, e2: Tensor | None, ctx: Ctx, state: tuple | None) -> tuple:
+        """The stack along the segments of a window, memory from one to the next: (B, T, D), states and memory, trace.
+
+        Gradients flow through RMT_BPTT segments. Losses and diagnostics are means over segments.
+        """
+        assert self.memory is not None
+        kept = (self.init_state(len(x0)) if state is None else state)[-1]
+        sites = state[1:-1] if state is not None and kept.segment.shape[1] else None
+        tops, traces, fresh = list[Tensor](), list[Trace](), self.no_history(ctx.tokens)
+        for number, piece in enumerate(self.memory.pieces(x0.shape[1], kept.segment.shape[1])):
+            if piece.reads:
+                kept = self.memory.known(kept, ctx.documents[:, piece.start])
+            if number and number % self.h.rmt_bptt == 0:
+                kept = kept._replace(memory=kept.memory.detach())
+            if state is not None and not piece.writes and sites is None:
+                sites = self.site_states(len(x0))
+            top, part, trace = self.over_piece(piece, kept, x0, e2, ctx, sites)
+            tops.append(top[:, piece.reads : top.shape[1] - piece.writes])
+            traces.append(trace)
+            if piece.writes:
+                sites, memory = None, top[:, -piece.writes :].to(kept.memory.dtype)
+                kept = SegmentState(memory, part.documents[:, -1], part.tokens[:, :0], self.start_stream(fresh))
+            elif sites is not None:
+                tokens = torch.cat((kept.segment, ctx.tokens[:, piece.start : piece.stop]), 1)
+                stream = kept.stream if piece.phase else self.start_stream(fresh)
+                sites = self.next_sites(trace, (stream, *sites))
+                kept = kept._replace(segment=tokens, stream=self.next_stream(part, stream))
+        after = (*(self.site_states(len(x0)) if sites is None else sites), kept)
+        return torch.cat(tops, 1), after, mean_trace(traces)
+
+    def over_piece(
+        self, piece: Piece, kept: SegmentState, x0: Tensor, e2: Tensor | None, ctx: Ctx, sites: tuple | None
+    ) -> tuple[Tensor, Ctx, Trace]:
+        """The stack over one piece of a segment and its memory tokens."""
+        assert self.memory is not None
+        text, stream = slice(piece.start, piece.stop), kept.stream if piece.phase else None
+        part = self.piece_context(ctx, piece, stream)
+        x = self.memory.around(kept, x0[:, text], ctx.documents[:, text], piece)
+        own = None if e2 is None else F.pad(e2[:, text], (0, 0, piece.reads, piece.writes))
+        return self.stack(x, own, part, None if sites is None else (stream, *sites))
+
+    def stack(self, x0: Tensor, e2: Tensor | None, ctx: Ctx, states: tuple | None) -> tuple[Tensor, Ctx, Trace]:
+        """All sites from the embedding to (B, T, D) before the head, with states in the order of `init_state`."""
         sites, half = self.plans[ctx.variant.looped, ctx.variant.speculates], self.h.num_layers // 2
         entry = next(i for i, site in enumerate(sites) if site.kind == "bank" or site.layer >= half)
-        x0, e2, metrics = self.embed(ctx)
-        trace = Trace({}, {}, {f"embed.{n}": m for n, m in metrics.items()})
-        saved, ctx, trace = self.run(sites[:entry], self.residual.open(x0, e2, ctx), ctx, states, trace)
+        saved, ctx, trace = self.run(sites[:entry], self.residual.open(x0, e2, ctx), ctx, states, Trace({}, {}, {}))
         if ctx.moment is None and self.h.feedback_halt and self.h.capsule_bank and sites[-1].pass_ > 1:
             stopped = torch.zeros_like(ctx.tokens, dtype=torch.bool).unsqueeze(-1)
             ctx = ctx._replace(memory={**ctx.memory, "inputs": {}, "stopped": stopped})
@@ -4626,11 +4830,7 @@ class GPT(Module):
             x, measured = self.residual.close(r)
             ctx = self.after_pass(rms_norm(x), ctx)
         named = {f"residual.{name}": value for name, value in measured.items()}
-        trace = trace._replace(metrics={**trace.metrics, **named})
-        if states is None:
-            return ctx.memory["top"], None, trace
-        after = (trace.states.get(site.id, states[1 + site.id]) for site in self.sites)
-        return ctx.memory["top"], (self.next_stream(ctx, states[0]), *after), trace
+        return ctx.memory["top"], ctx, trace._replace(metrics={**trace.metrics, **named})
 
     def after_pass(self, top: Tensor, ctx: Ctx) -> Ctx:
         """The context of the next pass: the top of this one; and in evaluation, which blocks stop here.
@@ -4680,7 +4880,9 @@ class GPT(Module):
         ctx = self.context(tokens, state, variant, moment, adapters=adapters)
         x, after, trace = self.hidden(ctx, state)
         x = self.head(x, ctx).flatten(0, 1)
-        total = SoftcapCrossEntropy.apply(x, self.head_weight(variant), targets.flatten(), self.h.logit_softcap)
+        smoothing = self.h.label_smoothing if moment is not None else 0.0
+        head = self.head_weight(variant)
+        total = SoftcapCrossEntropy.apply(x, head, targets.flatten(), self.h.logit_softcap, smoothing)
         return LossOut(total, trace.losses, trace.metrics, after)
 
     def logits(
@@ -4748,6 +4950,8 @@ def initial_value(h: Hyperparameters, name: str, shape: Sequence[int], generator
         return torch.linspace(0, 1, shape[0])
     if leaf[-1] == "taps":
         return torch.cat((torch.ones(1, shape[1]), torch.zeros(shape[0] - 1, shape[1])))
+    if leaf[0] == "memory":
+        return torch.randn(*shape, generator=generator)
     if leaf[-1] in ("u", "v", "z0"):  # z0 is not zero, since a norm of zeros alone would have a gradient without bound
         size = 1e-3 if leaf[0] == "koopman" else 0.02 if leaf[-1] == "z0" else 0.01 / math.sqrt(shape[-1])
         return torch.randn(*shape, generator=generator) * size
@@ -4862,8 +5066,10 @@ def flops_per_token(model: GPT) -> float:
         own = {n: size for n, size in matrices.items() if n.startswith(f"blocks.{site.block}.{site.kind}.")}
         total += sum(size * uses_of(h, name) for name, size in own.items())
     length, sparse = h.train_seq_len, h.train_seq_len // h.nsa_stride + h.nsa_select * h.nsa_select_block + h.nsa_window
-    keys = {"attn": min(length, h.attn_window or length), "nsa": min(3 * length, sparse)}
-    return 6.0 * total + 12.0 * h.model_dim * sum(keys.get(site.kind, 0) for site in model.sites)
+    reach = h.rmt_segment + h.rmt_tokens if h.rmt_segment else h.attn_window or length
+    keys = {"attn": min(length, reach), "nsa": min(3 * length, sparse)}
+    more = 1 + 2 * h.rmt_tokens / h.rmt_segment if h.rmt_segment else 1.0
+    return more * (6.0 * total + 12.0 * h.model_dim * sum(keys.get(site.kind, 0) for site in model.sites))
 
 
 def uses_of(h: Hyperparameters, name: str) -> float:

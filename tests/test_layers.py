@@ -140,9 +140,9 @@ def plain_loss(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor
 def assert_same_loss(
     x: Tensor, weight: Tensor, targets: Tensor, cap: float, rtol: float, upstream: float = 1.0
 ) -> None:
-    want = plain_loss(x.double(), weight.double(), targets, cap) * upstream
+    want = plain_loss(x.double(), weight.double(), targets, cap, 0.0) * upstream
     want_grads = torch.autograd.grad(want, (x, weight))
-    got = t.SoftcapCrossEntropy.apply(x, weight, targets, cap) * upstream
+    got = t.SoftcapCrossEntropy.apply(x, weight, targets, cap, 0.0) * upstream
     torch.testing.assert_close(got.double(), want, rtol=rtol, atol=0)
     for mine, exact in zip(torch.autograd.grad(got, (x, weight)), want_grads, strict=True):
         assert mine.dtype == x.dtype
@@ -169,7 +169,7 @@ def test_capped_cross_entropy_for_any_cap_and_size_of_logits(cap: float, scale: 
     """In float32 a cap of 100 leaves nothing of exp(z - cap) for ordinary z, and large z must not overflow."""
     x, weight, targets = loss_inputs(13, 40, torch.float32, scale)
     want = plain_loss(x.double(), weight.double(), targets, cap)
-    got = t.SoftcapCrossEntropy.apply(x, weight, targets, cap)
+    got = t.SoftcapCrossEntropy.apply(x, weight, targets, cap, 0.0)
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
     grads = torch.autograd.grad(got, (x, weight))
     assert all(grad.isfinite().all() for grad in grads)
@@ -178,19 +178,21 @@ def test_capped_cross_entropy_for_any_cap_and_size_of_logits(cap: float, scale: 
 def test_uncapped_cross_entropy_of_large_logits() -> None:
     assert_same_loss(*loss_inputs(13, 40, DOUBLE, 1e4), 0.0, rtol=1e-10)
     x, weight, targets = loss_inputs(13, 40, torch.float32, 1e4)
-    assert t.SoftcapCrossEntropy.apply(x, weight, targets, 0.0).isfinite()
+    assert t.SoftcapCrossEntropy.apply(x, weight, targets, 0.0, 0.0).isfinite()
 
 
 @pytest.mark.parametrize("cap", [0.0, 3.0])
 def test_capped_cross_entropy_gradcheck(cap: float) -> None:
     x, weight, targets = loss_inputs(9, 7)
-    assert gradcheck(lambda a, b: t.SoftcapCrossEntropy.apply(a, b, targets, cap), (x, weight), atol=1e-7, rtol=1e-6)
+    assert gradcheck(
+        lambda a, b: t.SoftcapCrossEntropy.apply(a, b, targets, cap, 0.0), (x, weight), atol=1e-7, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("cap", [0.0, 30.0])
 def test_batch_of_ignored_targets_costs_nothing(cap: float) -> None:
     x, weight, targets = loss_inputs(150, 4096)
-    loss = t.SoftcapCrossEntropy.apply(x, weight, torch.full_like(targets, -100), cap)
+    loss = t.SoftcapCrossEntropy.apply(x, weight, torch.full_like(targets, -100), cap, 0.0)
     loss.backward()
     assert loss.item() == 0 and x.grad is not None and weight.grad is not None
     assert x.grad.count_nonzero() == 0 and weight.grad.count_nonzero() == 0

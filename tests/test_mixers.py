@@ -45,12 +45,20 @@ STACK: dict[str, object] = {
 NSA: dict[str, object] = {
     "NSA_BLOCK": 4, "NSA_STRIDE": 2, "NSA_SELECT_BLOCK": 4, "NSA_SELECT": 3, "NSA_WINDOW": 3, "NSA_STRICT": 1,
 }  # fmt: skip
+RMT: dict[str, object] = {"RMT_SEGMENT": 4, "RMT_TOKENS": 2, "TRAIN_SEQ_LEN": 12, "TRAIN_BATCH_TOKENS": 24}
 # (layer pattern, variables) of what SKC and the frontier's parts add
 PARTS: dict[str, tuple[str, dict[str, object]]] = {
     "nsa": ("N", NSA),
     "nsa_documents": ("N", {**NSA, "DOC_MASK": 1, "NSA_BLOCK": 4, "NSA_SELECT_BLOCK": 4, "NUM_KV_HEADS": 1}),
     "nsa_mean": ("NA", {**NSA, "DOC_MASK": 1, "NSA_POOL": "mean", "NSA_GATES": "softmax", "NUM_KV_HEADS": 4}),
     "nsa_masked": ("NK", {**NSA, "NSA_IMPL": "masked", "NSA_BLOCK": 2, "DOC_MASK": 1}),
+    "rmt": ("A", {**RMT, "DOC_MASK": 1}),
+    "rmt_two_segments": (
+        "A",
+        {**RMT, "RMT_BPTT": 2, "RESIDUAL": "mhc", "BIGRAM_HASH_BUCKETS": 9, "BIGRAM_HASH_DIM": 8},
+    ),
+    "rmt_stack": ("SKPA", {**STACK, **RMT, "RMT_TOKENS": 3, "RMT_SEGMENT": 6, "RESIDUAL": "hc", "SKC_BLOCK_SIZE": 2}),
+    "rmt_engram": ("KS", {**ENGRAM, **RMT, "ENG_TO_SKC_MODE": "bias", "SKC_LOCAL": "block", "SMEAR_GATE": 4}),
     "koopman": ("K", {}),
     "koopman_one_tap": ("K", {"SKC_CONV": 1, "RESIDUAL": "plain"}),
     "skc": ("S", {}),
@@ -100,7 +108,15 @@ PARTS: dict[str, tuple[str, dict[str, object]]] = {
     "shared": ("S", {"SHARED_BLOCKS": 1, "NUM_LAYERS": 3}),
     "loops": ("SK", {"RECURRENCE_LAYERS": "0", "RECURRENCE_DEPTH": 3}),
 }
-LAYERED = ("value_rows_shared", "hc_stack", "hc_later", "mhc_stack", "mhc_shared")  # not of one layer
+LAYERED = (
+    "value_rows_shared",
+    "rmt_two_segments",
+    "rmt_stack",
+    "hc_stack",
+    "hc_later",
+    "mhc_stack",
+    "mhc_shared",
+)  # not of one layer
 NAMED = {**{option: ("A", variables) for option, variables in OPTIONS.items()}, **PARTS}
 cases = pytest.mark.parametrize(("kind", "option"), [(pattern, option) for option, (pattern, _) in NAMED.items()])
 OPTIONS |= {option: variables for option, (_, variables) in PARTS.items()}
@@ -270,12 +286,12 @@ def test_state_does_not_grow_beyond_its_window(kind: str, option: str) -> None:
     """A windowed mixer's state has a size that the length of the stream does not change; so has its dtype."""
     model = scrambled_model(kind, OPTIONS[option])
     sizes = []
-    for length in (40, 90):
+    for length in (42, 90):
         _, state = in_pieces(model, some_tokens(2, length), [7])
         parts = t.flatten_state(state)
         sizes.append(sum(part.numel() for part in parts))
         assert all(len(part) == 2 for part in parts), "the batch comes first in every tensor of a state"
-    assert (sizes[0] == sizes[1]) or (model.h.has_queries and not model.h.attn_window)
+    assert (sizes[0] == sizes[1]) or (model.h.has_queries and not model.h.attn_window and not model.h.rmt_segment)
     stream = state[0]
     assert torch.equal(stream.position, torch.tensor([90, 90]))
     assert torch.equal(stream.document, (some_tokens(2, 90) == BOS).sum(1))
@@ -412,14 +428,13 @@ def test_every_path_of_attention_agrees_with_the_naive_one(
     kv_heads: int, window: int, doc_mask: bool, cached: bool
 ) -> None:
     """The causal fast path, the masked path and the path through the cache are one function."""
-    layer = scrambled_model(
-        "attn", {"NUM_KV_HEADS": kv_heads, "ATTN_WINDOW": window, "DOC_MASK": int(doc_mask)}
-    ).blocks[0]["attn"]
+    model = scrambled_model("attn", {"NUM_KV_HEADS": kv_heads, "ATTN_WINDOW": window, "DOC_MASK": int(doc_mask)})
+    layer = model.blocks[0]["attn"]
     q, k, v = attention_inputs(kv_heads)
-    documents = (some_tokens(2, 9) == BOS).cumsum(1)
-    want = naive_attention(q, k, v, documents, window, doc_mask)
+    ctx = model.context(some_tokens(2, 9), None, t.Variant())
+    want = naive_attention(q, k, v, ctx.documents, window, doc_mask)
     state = layer.init_state(2, torch.float64)._replace(k=k[:, :0], v=v[:, :0]) if cached else None
-    y, after = layer.attend(q, k, v, documents, state)
+    y, after = layer.attend(q, k, v, ctx, state)
     torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
     assert (after is None) == (state is None)
 
