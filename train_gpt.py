@@ -660,6 +660,10 @@ SKC_STACK: dict[str, Any] = {
     "feedback_passes": 1, "mlp_mult": 3.0, "matrix_lr": 0.025, "curriculum_stages": "0:4,0.15:2,0.4:1",
     "warmdown_fraction": 0.35,
 }
+MAC: dict[str, Any] = {
+    **LOCAL_TERNARY, "num_layers": 8, "model_dim": 192, "num_heads": 6, "num_kv_heads": 2, "mlp_mult": 16.0,
+    "train_seq_len": 1024, "train_batch_tokens": 8192, "micro_batch_tokens": 8192, "doc_mask": True,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "local_float": LOCAL_FLOAT,
     "local": LOCAL_TERNARY,
@@ -705,6 +709,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         **LOCAL_TERNARY, "residual": "mhc", "mhc_mode": "sinkhorn", "mhc_n": 4, "mhc_logits": "dynamic",
         "num_layers": 20, "model_dim": 64, "max_wallclock_seconds": 900.0,
     },
+    "rmt": {
+        **LOCAL_TERNARY, "rmt_segment": 64, "doc_mask": True, "batch_mode": "streams", "carry_train": True,
+        "carry_eval": True,
+    },
+    "mac_plain": MAC,
+    "mac_rmt_mhc_lite": {**MAC, "rmt_segment": 256, "rmt_tokens": 16, "residual": "mhc"},
     "nsa": {
         **LOCAL_TERNARY, "layer_pattern": "nsa", "train_seq_len": 1024, "doc_mask": True, "nsa_block": 8,
         "nsa_stride": 4, "nsa_select_block": 16, "nsa_select": 4, "nsa_window": 64,
@@ -6104,6 +6114,7 @@ class TrainState:
     seconds: float = 0.0  # training clock
     token_seconds: float = 0.0  # of the slowest recent step, to foresee the next
     position: Position = Position()
+    before: Position = Position()  # of the last batch: resuming with DATASET_STATE_MODE=light reads it again
     variant: Variant = Variant()
     carry: Any = None  # mixer states of this rank's rows, or None
     prints: dict[str, str] = dataclasses.field(default_factory=dict)  # fingerprints of data and tokenizer
@@ -6122,8 +6133,9 @@ def pack_checkpoint(h: Hyperparameters, rt: Runtime, state: TrainState, weights:
         "seconds": state.seconds,
         "token_seconds": state.token_seconds,
         "position": tuple(state.position),
+        "before": tuple(state.before),
         "variant": tuple(state.variant),
-        "carry": flatten_state(gather_rows(rt, state.carry)),
+        "carry": flatten_state(gather_rows(rt, state.carry if h.dataset_state_mode == "full" else None)),
         "prints": state.prints,
         "banks": banks,
         "rng": torch.get_rng_state(),
@@ -6190,7 +6202,8 @@ def load_checkpoint(h: Hyperparameters, rt: Runtime, path: Path, model: GPT, wei
         tree = torch.load(path, map_location=rt.device, weights_only=True)
         structure, banks, rng = json.loads(tree["structure"]), tree["banks"], tree["rng"].cpu()
         position, variant = Position(*tree["position"]), Variant(*tree["variant"])
-        state = TrainState(tree["step"], tree["tokens"], tree["seconds"], tree["token_seconds"], position, variant)
+        state = TrainState(tree["step"], tree["tokens"], tree["seconds"], tree["token_seconds"], position)
+        state.variant, state.before = variant, Position(*tree.get("before", (0, 0)))
         state.prints = {str(name): str(value) for name, value in tree.get("prints", {}).items()}
         for saved in banks.values():
             saved["tuning"] = Tuning(*saved["tuning"])
@@ -6477,6 +6490,7 @@ def train_loop(s: Session, state: TrainState) -> None:
     s.weights.materialize(start)
     if h.carry_train and state.carry is None:
         state.carry = s.model.init_state(stage_at(h.stages, 0.0) // h.train_seq_len // rt.world)
+        reread(s, step, state)
     window, health, fresh = LossWindow(state), Health(log, s.model.ranges()), state.step
     clock.start()
     while True:
@@ -6502,7 +6516,8 @@ def train_loop(s: Session, state: TrainState) -> None:
         momentum = muon_momentum(h, state.step)
         metrics |= s.optimizer.step(rate_scale(h, state.step, now), momentum, average, ahead, measures)
         s.weights.clear_gradients()
-        state.step, state.tokens, state.position = state.step + 1, state.tokens + tokens, s.loader.position
+        state.before, state.position = state.position, s.loader.position
+        state.step, state.tokens = state.step + 1, state.tokens + tokens
         pace.mark(clock.seconds() - now, tokens)
         state.token_seconds = max(pace.recent)
         window.add(nats, tokens)
@@ -6515,6 +6530,18 @@ def train_loop(s: Session, state: TrainState) -> None:
     synchronize(rt)
     clock.stop()
     (state.seconds,) = agree(rt, clock.banked)
+
+
+def reread(s: Session, step: Callable, state: TrainState) -> None:
+    """Fill carried states that a light checkpoint left out, from the window before; they know nothing older."""
+    if not state.step or state.before.epoch != state.position.epoch:
+        return
+    s.loader.seek(state.before)
+    batch = s.loader.next(len(state.carry[0].position) * s.rt.world, s.h.train_seq_len)
+    state.carry = step(batch, state, 0.0).carry
+    s.weights.clear_gradients()
+    s.loader.seek(state.position)
+    s.log.line(f"step:{state.step} carried states are made again from the last {s.h.train_seq_len} tokens of each row")
 
 
 def pause_for(s: Session, state: TrainState, clock: Clock) -> None:

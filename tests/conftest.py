@@ -68,6 +68,15 @@ SKC_KINDS: dict[str, dict[str, str]] = {
         "MOE_LAYER_FRAC": "1", "MOE_START_FRACTION": "0.3", "RECURRENCE_LAYERS": "0-1",
         "RECURRENCE_START_FRACTION": "0.5", "MUON_WD": "0.1",
     },
+    "memory, carried": {
+        "LAYER_PATTERN": "AS", "CAPSULE_DIM": "8", "CAPSULE_NUM": "3", "SKC_BLOCK_SIZE": "8", "RMT_SEGMENT": "16",
+        "RMT_TOKENS": "3", "RMT_BPTT": "2", "DOC_MASK": "1", "BATCH_MODE": "streams", "CARRY_TRAIN": "1",
+        "CARRY_EVAL": "1", "LABEL_SMOOTHING": "0.1",
+    },
+    "sparse attention": {
+        "LAYER_PATTERN": "N", "NSA_BLOCK": "4", "NSA_STRIDE": "2", "NSA_SELECT_BLOCK": "4", "NSA_SELECT": "3",
+        "NSA_WINDOW": "8", "DOC_MASK": "1", "CURRICULUM_STAGES": "0:2,0.5:1",
+    },
     "koopman, carried": {
         "LAYER_PATTERN": "K", "CAPSULE_DIM": "8", "CAPSULE_NUM": "3", "SKC_BLOCK_SIZE": "8", "CAPSULE_BANK": "1",
         "BATCH_MODE": "streams", "CARRY_TRAIN": "1", "CARRY_EVAL": "1", "SHARED_BLOCKS": "1",

@@ -132,17 +132,18 @@ def loss_inputs(
     return x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
 
 
-def plain_loss(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+def plain_loss(x: Tensor, weight: Tensor, targets: Tensor, cap: float, smoothing: float = 0.0) -> Tensor:
     z = x @ weight.T
-    return F.cross_entropy(cap * torch.tanh(z / cap) if cap else z, targets, reduction="sum")
+    z = cap * torch.tanh(z / cap) if cap else z
+    return F.cross_entropy(z, targets, reduction="sum", label_smoothing=smoothing)  # -100 is left out by default
 
 
 def assert_same_loss(
-    x: Tensor, weight: Tensor, targets: Tensor, cap: float, rtol: float, upstream: float = 1.0
+    x: Tensor, weight: Tensor, targets: Tensor, cap: float, rtol: float, upstream: float = 1.0, smoothing: float = 0.0
 ) -> None:
-    want = plain_loss(x.double(), weight.double(), targets, cap, 0.0) * upstream
+    want = plain_loss(x.double(), weight.double(), targets, cap, smoothing) * upstream
     want_grads = torch.autograd.grad(want, (x, weight))
-    got = t.SoftcapCrossEntropy.apply(x, weight, targets, cap, 0.0) * upstream
+    got = t.SoftcapCrossEntropy.apply(x, weight, targets, cap, smoothing) * upstream
     torch.testing.assert_close(got.double(), want, rtol=rtol, atol=0)
     for mine, exact in zip(torch.autograd.grad(got, (x, weight)), want_grads, strict=True):
         assert mine.dtype == x.dtype
@@ -156,6 +157,15 @@ def assert_same_loss(
 @pytest.mark.parametrize("cap", [0.0, 5.0, 30.0])
 def test_capped_cross_entropy_is_torchs(rows: int, vocab: int, cap: float) -> None:
     assert_same_loss(*loss_inputs(rows, vocab), cap, rtol=1e-11)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.5])
+@pytest.mark.parametrize("cap", [0.0, 5.0, 30.0, 50.0])
+def test_smoothed_cross_entropy_is_torchs(cap: float, smoothing: float) -> None:
+    """Targets of -100, among which there are some, are left out of the smoothed part, too."""
+    x, weight, targets = loss_inputs(150, 4099)
+    targets[::7] = -100
+    assert_same_loss(x, weight, targets, cap, rtol=1e-10, smoothing=smoothing)
 
 
 @pytest.mark.parametrize("cap", [0.0, 30.0])

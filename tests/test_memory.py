@@ -1,0 +1,252 @@
+"""Recurrent memory over segments: against a version that one can read, its resets, its gradients, its checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Done, scramble
+from torch import Tensor
+
+import train_gpt as t
+
+BOS = t.BYTE_BOS
+MEMORY = {
+    "LAYER_PATTERN": "A", "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "RMT_SEGMENT": 5, "RMT_TOKENS": 3, "DOC_MASK": 1,
+    "NUM_LAYERS": 2, "RESIDUAL": "plain", "RESID_MIX": 0, "TRAIN_SEQ_LEN": 20, "TRAIN_BATCH_TOKENS": 40,
+}  # fmt: skip
+Run = Callable[..., Done]
+
+
+def built(**variables: object) -> t.GPT:
+    """Layers in float64 whose every parameter is random and matters."""
+    base = {"PRESET": "tiny", "VOCAB_SIZE": 256, "PRECISION": "fp64", "DEVICE": "cpu", "COMPILE": 0}
+    h = t.load_config({name: str(value) for name, value in {**base, **MEMORY, **variables}.items()})
+    return scramble(t.build_model(h, t.start_runtime(h), BOS))
+
+
+def some_tokens(rows: int, length: int, seed: int = 0, starts: float = 0.15) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, BOS, (rows, length), generator=generator)
+    return tokens.masked_fill(torch.rand(rows, length, generator=generator) < starts, BOS)
+
+
+def tops(model: t.GPT, tokens: Tensor, state: tuple | None = None) -> Tensor:
+    return model.hidden(model.context(tokens, state, t.Variant()), state)[0]
+
+
+# ---- the formula
+
+
+def naive_layer(model: t.GPT, layer: int, x: Tensor, kinds: list[str], documents: list[int]) -> Tensor:
+    """Attention and MLP of one segment, x (S, D), query by query; memory has no rotary phase."""
+    h, attention, mlp = model.h, model.blocks[layer]["attn"], model.blocks[layer]["mlp"]
+    sizes = (h.num_heads * h.head_dim, h.num_kv_heads * h.head_dim, h.num_kv_heads * h.head_dim)
+    parts = (t.rms_norm(x) @ attention.qkv.weight.T).split(sizes, -1)
+    q, k, v = (part.unflatten(-1, (-1, h.head_dim)) for part in parts)
+    half, text = h.head_dim // 2, [i for i, kind in enumerate(kinds) if kind == "text"]
+    angle = torch.zeros(len(x), half, dtype=x.dtype)
+    frequencies = 10_000.0 ** (-torch.arange(half, dtype=x.dtype) / half)
+    angle[text] = torch.arange(len(text), dtype=x.dtype)[:, None] * frequencies
+    wave = torch.polar(torch.ones_like(angle), angle)[:, None]
+
+    def turned(y: Tensor) -> Tensor:
+        z = torch.complex(*t.rms_norm(y).chunk(2, -1)) * wave
+        return torch.cat((z.real, z.imag), -1)
+
+    q, k = turned(q) * attention.q_gain[:, None], turned(k)
+    y = torch.zeros_like(q)
+    for i, head in ((i, head) for i in range(len(x)) for head in range(h.num_heads)):
+        group = head * h.num_kv_heads // h.num_heads
+        seen = [
+            j
+            for j in range(len(x))
+            if (j <= i or kinds[i] == "write") and (documents[i] == documents[j] or not h.doc_mask)
+        ]
+        p = torch.softmax(k[seen, group] @ q[i, head] / math.sqrt(h.head_dim), 0)
+        y[i, head] = p @ v[seen, group]
+    x = x + model.residual.scale[layer, 0] * (y.flatten(1) @ attention.proj.weight.T)
+    inner = torch.relu(t.rms_norm(x) @ mlp.up.weight.T).square()
+    return x + model.residual.scale[layer, 1] * (inner @ mlp.down.weight.T)
+
+
+def naive_tops(model: t.GPT, tokens: Tensor) -> Tensor:
+    """One row of tokens (T,), segment by segment."""
+    h, memory = model.h, model.memory
+    x0 = t.rms_norm(model.embed.weight[tokens])
+    documents = (tokens == BOS).cumsum(0).tolist()
+    kept, written, found = memory.first, -1, []
+    for start in range(0, len(tokens), h.rmt_segment):
+        own = documents[start : start + h.rmt_segment]
+        kept = kept if written == own[0] else memory.first
+        before = kept if own[0] == own[-1] else memory.first
+        whole = len(own) == h.rmt_segment
+        parts = [t.rms_norm(kept + memory.read), x0[start : start + len(own)]]
+        kinds, place = ["read"] * h.rmt_tokens + ["text"] * len(own), [own[0]] * h.rmt_tokens + own
+        if whole:
+            parts, kinds = [*parts, t.rms_norm(before + memory.write)], [*kinds, *["write"] * h.rmt_tokens]
+            place = [*place, *[own[-1]] * h.rmt_tokens]
+        x = torch.cat(parts)
+        for layer in range(h.num_layers):
+            x = naive_layer(model, layer, x, kinds, place)
+        x = t.rms_norm(x)
+        found.append(x[h.rmt_tokens : h.rmt_tokens + len(own)])
+        kept, written = (x[-h.rmt_tokens :], own[-1]) if whole else (kept, written)
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("length", [4, 5, 13, 20])
+@pytest.mark.parametrize("variables", [{}, {"DOC_MASK": 0}, {"DOC_MASK": 0, "ATTN_IMPL": "blocks"}], ids=str)
+@torch.no_grad()
+def test_memory_is_its_formula(length: int, variables: dict[str, object]) -> None:
+    model = built(**variables)
+    for seed in range(3):
+        tokens = some_tokens(2, length, seed=seed)
+        want = torch.stack([naive_tops(model, row) for row in tokens])
+        torch.testing.assert_close(tops(model, tokens), want, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(tops(model, tokens, model.init_state(2)), want, rtol=1e-10, atol=1e-10)
+
+
+# ---- what memory carries, and where it begins anew
+
+
+@torch.no_grad()
+def test_memory_carries_the_past_and_nothing_else_does() -> None:
+    """A token of the first segment moves the last one through three rewritings; with memory held, it does not."""
+    model, tokens = built(), some_tokens(1, 20, starts=0)
+    other = tokens.clone()
+    other[0, 1] += 1
+    assert (tops(model, other) - tops(model, tokens))[:, 15:].abs().max() > 1e-8
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.memory, "known", lambda kept, _: kept._replace(memory=model.memory.first.expand(1, -1, -1)))
+        difference = tops(model, other) - tops(model, tokens)
+    assert difference[:, 5:].abs().max() == 0 and difference[:, 1:5].abs().max() > 0
+
+
+@pytest.mark.parametrize("doc_mask", [0, 1])
+@pytest.mark.parametrize("start", [5, 7, 9, 10])
+@torch.no_grad()
+def test_memory_begins_anew_with_a_document(doc_mask: int, start: int) -> None:
+    """Nothing before a document's start reaches the segments after the one that it lies in, masked or not."""
+    model, tokens = built(DOC_MASK=doc_mask), some_tokens(2, 20, starts=0)
+    tokens[:, start] = BOS
+    other = tokens.clone()
+    other[:, :start] = (tokens[:, :start] + 11) % BOS
+    difference = (tops(model, other) - tops(model, tokens)).abs().amax((0, 2))
+    from_start = start if doc_mask or start % 5 == 0 else -(-start // 5) * 5
+    reset = difference[from_start:].max()
+    if doc_mask or start % 5 == 0:
+        assert reset == 0
+    assert difference[:start].min() > 0
+
+
+@torch.no_grad()
+def test_written_tokens_see_each_other_and_all_text() -> None:
+    model, tokens = built(DOC_MASK=0), some_tokens(1, 5, starts=0)
+    state = model.logits(tokens, t.Variant(), model.init_state(1))[1]
+
+    def first_slot() -> Tensor:
+        return model.logits(tokens, t.Variant(), model.init_state(1))[1][-1].memory[0, 0]
+
+    before = first_slot()
+    assert torch.equal(before, state[-1].memory[0, 0])
+    model.memory.write[-1] += 0.5
+    assert (first_slot() - before).abs().max() > 1e-8, "the first written token does not see the last"
+
+
+@pytest.mark.parametrize(
+    ("bptt", "reached"),
+    [
+        (2, [False, False, True, True]),
+        (3, [False, False, False, True]),
+        (4, [True, True, True, True]),
+        (9, [True, True, True, True]),
+    ],
+)
+def test_gradients_flow_through_so_many_segments(bptt: int, reached: list[bool]) -> None:
+    """From the last of four segments; cuts lie before every RMT_BPTT-th segment."""
+    model = built(RMT_BPTT=bptt, TIE_EMBEDDINGS=0)
+    tokens = torch.arange(20).unsqueeze(0)
+    targets = torch.full((1, 20), -100)
+    targets[:, 15:] = 3
+    moment = t.Moment(torch.tensor(0.5), torch.tensor(0), torch.arange(1))
+    model.loss(tokens, targets, t.Variant(), None, moment).total.backward()
+    rows = model.embed.weight.grad[:20].abs().amax(1).view(4, 5).amax(1)
+    assert (rows > 0).tolist() == reached
+
+
+@torch.no_grad()
+def test_memory_is_all_that_a_closed_segment_leaves() -> None:
+    """Constant memory: the state after a whole segment holds no keys, and its size does not grow."""
+    model = built()
+    state, sizes = model.init_state(1), []
+    for seed in range(4):
+        _, state = model.logits(some_tokens(1, 5, seed=seed), t.Variant(), state)
+        sizes.append(sum(part.numel() for part in t.flatten_state(state)))
+        assert state[1].k.shape[1] == 0 and state[-1].segment.shape[1] == 0
+    assert len(set(sizes)) == 1
+
+
+# ---- training and evaluation as a user runs them
+
+JOB = {
+    "LAYER_PATTERN": "A", "RMT_SEGMENT": "16", "RMT_TOKENS": "3", "BATCH_MODE": "streams", "CARRY_TRAIN": "1",
+    "ITERATIONS": "8", "SAVE_EVERY": "4", "TRAIN_LOG_EVERY": "1", "MAX_VAL_TOKENS": "600", "SAMPLE_TOKENS": "0",
+    "DOC_MASK": "1",
+}  # fmt: skip
+
+
+def losses_of(folder: Path, read_metrics: Callable) -> dict[int, float]:
+    return {found["step"]: found["train_loss_nats"] for found in read_metrics(folder, "train")}
+
+
+def test_a_light_checkpoint_leaves_memory_out_and_reads_a_window_again(
+    run_job: Run, tiny_env: dict[str, str], read_metrics: Callable
+) -> None:
+    """Full goes on exactly; light nearly so, and nearer than with no memory at all."""
+    found: dict[str, dict[int, float]] = {}
+    for mode in ("full", "light"):
+        env = {**tiny_env, **JOB, "DATASET_STATE_MODE": mode, "RUN_ID": mode}
+        whole = run_job(env)
+        assert whole.code == 0, whole.err
+        folder = Path(env["OUT_DIR"]) / mode
+        tree = torch.load(folder / "checkpoints" / "step_0000004.pt", weights_only=True)
+        assert bool(tree["carry"]) == (mode == "full")
+        again = {**env, "RUN_ID": mode + "_again", "RESUME": str(folder / "checkpoints" / "step_0000004.pt")}
+        done = run_job(again)
+        assert done.code == 0, done.err
+        assert ("made again from the last 32 tokens" in done.out) == (mode == "light")
+        found[mode] = losses_of(folder, read_metrics)
+        found[mode + "_again"] = losses_of(Path(env["OUT_DIR"]) / (mode + "_again"), read_metrics)
+    assert found["full"] == found["light"], "what a checkpoint holds must not change training"
+    assert found["full_again"] == {step: loss for step, loss in found["full"].items() if step > 4}
+    assert found["light_again"][5] != found["full"][5], "the states made again know less"
+    assert found["light_again"][5] == pytest.approx(found["full"][5], rel=0.02)
+
+
+@pytest.mark.parametrize("residual", ["hc", "mhc"])
+@pytest.mark.parametrize("pattern", ["A", "S", "KP"])
+def test_memory_trains_over_mixers_and_topologies(
+    residual: str, pattern: str, run_job: Run, tiny_env: dict[str, str]
+) -> None:
+    """Train, export, reload and score with carried memory; the round trip changes nothing."""
+    skc = {"CAPSULE_DIM": "8", "CAPSULE_NUM": "3", "SKC_BLOCK_SIZE": "8"}
+    env = {**tiny_env, **JOB, **skc, "LAYER_PATTERN": pattern, "RESIDUAL": residual, "CARRY_EVAL": "1"}
+    done = run_job(env)
+    assert done.code == 0, done.err
+    line = next(line for line in done.out.splitlines() if line.startswith("final_roundtrip_exact"))
+    values: dict[str, Any] = dict(word.split(":") for word in line.split()[1:])
+    assert float(values["in_memory"]) == pytest.approx(float(values["val_loss"]), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"RMT_SEGMENT": 6}, {"ATTN_WINDOW": 4}, {"LAYER_PATTERN": "N"}, {"RMT_BPTT": 1}], ids=str
+)
+def test_contradictions_are_refused(wrong: dict[str, object]) -> None:
+    values = {"PRESET": "tiny", **{name: str(value) for name, value in {**MEMORY, **wrong}.items()}}
+    with pytest.raises(t.UserError):
+        t.load_config(values)
