@@ -394,6 +394,10 @@ class Hyperparameters:
     sliding_eval_stride: int = var(64, "evaluation", "tokens scored per sliding window", "tokens", low=1,
         when=lambda h: h.sliding_eval)
     carry_eval: bool = var(False, "evaluation", "carry mixer states from window to window of a stream")
+    kv_cache: str = var("exact", "evaluation", "numbers in attention's caches", choices=("exact", "int8", "int4"),
+        when=lambda h: h.has_queries)
+    turbo_quant_kv: bool = var(False, "evaluation", "those numbers are rounded in a basis turned by a Hadamard matrix",
+        when=lambda h: h.has_queries and h.kv_cache != "exact")
     temp_scaling: bool = var(False, "evaluation", "divide logits by a temperature fitted on held-out training tokens")
     calib_max_seconds: float = var(30.0, "evaluation", "training clock kept for fitting after the steps", "s", low=0,
         when=lambda h: h.temp_scaling)
@@ -861,6 +865,8 @@ def validate(h: Hyperparameters) -> None:
             f"NSA_STRIDE={h.nsa_stride} must divide NSA_BLOCK={h.nsa_block} and NSA_SELECT_BLOCK={h.nsa_select_block}, "
             "and the first be at most the second"),
         (h.nsa_strict and h.compile == "1", "NSA_STRICT=1 needs COMPILE=0"),
+        (h.carry_train and h.kv_cache != "exact", "KV_CACHE is for evaluation: not with CARRY_TRAIN=1"),
+        (h.kv_cache != "exact" and head & (head - 1), f"KV_CACHE needs heads of a power of two, not {head} channels"),
         (h.carry_eval and h.sliding_eval, "CARRY_EVAL=1 and SLIDING_EVAL=1 exclude each other"),
         (h.sliding_eval and h.sliding_eval_stride > h.eval_window,
             f"SLIDING_EVAL_STRIDE={h.sliding_eval_stride} must be at most the window {h.eval_window}"),
@@ -2986,11 +2992,62 @@ class CausalConv(Module):
         return y, whole[:, x.shape[1] :].clone()
 
 
+class Cache(NamedTuple):
+    """Keys or values of what came before as KV_CACHE stores them."""
+
+    codes: Tensor  # (B, S, Hkv, Dh) numbers, or int8; or (B, S, Hkv, Dh / 2) pairs of 4 bits
+    scale: Tensor  # (B, S, Hkv, 1) float16, or nothing (B, S, Hkv, 0)
+
+    def shrunk(self, start: int) -> Cache:
+        """Without what came before `start`. Contiguous, or the whole history stays in memory."""
+        return Cache(*(part[:, start:].contiguous() for part in self))
+
+
+class Cacher(Module):
+    """Between keys or values (B, T, Hkv, Dh) and a Cache: one scale for each token and head, the greatest number's.
+
+    A number is off by at most half a step, max |x| / 254 or / 14, and by what a float16 scale is off. In a basis turned
+    by a Hadamard matrix (TURBO_QUANT_KV) a few large channels are spread over all, and half a step is smaller.
+    """
+
+    def __init__(self, h: Hyperparameters) -> None:
+        super().__init__()
+        self.top = {"exact": 0, "int8": 127, "int4": 7}[h.kv_cache]
+        turns = self.top > 0 and h.turbo_quant_kv
+        self.register_buffer("rotation", hadamard(h.head_dim) if turns else None, persistent=False)
+
+    rotation: Tensor | None
+
+    def store(self, x: Tensor) -> Cache:
+        if not self.top:
+            return Cache(x, x[..., :0])
+        x = x.float() if self.rotation is None else x.float() @ self.rotation.float()
+        scale = (x.abs().amax(-1, keepdim=True) / self.top).clamp(min=1e-7).half()
+        codes = (x / scale.float()).round().clamp(-self.top, self.top).to(torch.int8)
+        if self.top == 7:
+            codes = (codes[..., ::2] << 4) | (codes[..., 1::2] & 15)
+        return Cache(codes, scale)
+
+    def read(self, cache: Cache, dtype: torch.dtype) -> Tensor:
+        if not self.top:
+            return cache.codes
+        codes = cache.codes
+        if self.top == 7:  # arithmetic shifts bring the signs back
+            codes = torch.stack((codes >> 4, (codes << 4) >> 4), -1).flatten(-2)
+        x = codes.float() * cache.scale.float()
+        return (x if self.rotation is None else x @ self.rotation.float()).to(dtype)
+
+    def add(self, old: Cache, x: Tensor) -> tuple[Tensor, Cache]:
+        """All keys or values, new ones as they are, and the cache that holds them."""
+        new = self.store(x)
+        return torch.cat((self.read(old, x.dtype), x), 1), Cache(*(torch.cat(p, 1) for p in zip(old, new, strict=True)))
+
+
 class AttentionState(NamedTuple):
     """Keys, values and documents of what came before; S grows up to the window."""
 
-    k: Tensor  # (B, S, Hkv, Dh)
-    v: Tensor  # (B, S, Hkv, Dh)
+    k: Cache
+    v: Cache
     documents: Tensor  # (B, S)
 
 
@@ -3250,9 +3307,10 @@ class Attention(Module):
         self.v_rows = nn.Parameter(torch.empty(1)) if h.value_embed and here else None
         self.xsa = layer in places[len(places) - min(h.xsa_layers, len(places)) :]
         self.gate = Linear(name + ".gate", h.attn_gate, h.num_heads, "scalar") if h.attn_gate else None
+        self.cacher = Cacher(h)
 
     def init_state(self, batch: int, dtype: torch.dtype) -> AttentionState:
-        empty = self.q_gain.new_zeros((batch, 0, self.kv_heads, self.head_dim), dtype=dtype)
+        empty = self.cacher.store(self.q_gain.new_zeros((batch, 0, self.kv_heads, self.head_dim), dtype=dtype))
         return AttentionState(empty, empty, self.q_gain.new_zeros((batch, 0), dtype=torch.int64))
 
     def forward(self, x: Tensor, ctx: Ctx, state: AttentionState | None) -> Out:
@@ -3280,16 +3338,13 @@ class Attention(Module):
             y = ATTENTION[self.backend](q, k, v, self.window)
             text = k.shape[1] - ctx.writes
             return torch.cat((y[:, :text], sdpa(q[:, text:], k, v, None, False)), 1) if ctx.writes else y, None
-        key_documents = ctx.documents
-        if state is not None:
-            k, v = torch.cat((state.k, k), 1), torch.cat((state.v, v), 1)
-            key_documents = torch.cat((state.documents, ctx.documents), 1)
-        y = sdpa(q, k, v, self.mask(ctx.documents, key_documents, ctx.writes), False)
         if state is None:
-            return y, None
-        keep = slice(max(0, k.shape[1] - self.window + 1) if self.window else 0, None)
-        # Contiguous, or the whole history stays in memory and every length of it compiles anew.
-        return y, AttentionState(*(part[:, keep].contiguous() for part in (k, v, key_documents)))
+            return sdpa(q, k, v, self.mask(ctx.documents, ctx.documents, ctx.writes), False), None
+        (k, keys), (v, values) = self.cacher.add(state.k, k), self.cacher.add(state.v, v)
+        documents = torch.cat((state.documents, ctx.documents), 1)
+        y = sdpa(q, k, v, self.mask(ctx.documents, documents, ctx.writes), False)
+        start = max(0, k.shape[1] - self.window + 1) if self.window else 0
+        return y, AttentionState(keys.shrunk(start), values.shrunk(start), documents[:, start:].contiguous())
 
     def mask(self, documents: Tensor, key_documents: Tensor, writes: int) -> Tensor:
         """(B or 1, 1, T, S) bool: not later, within the window, in the same document; the last `writes` see later."""
@@ -3452,8 +3507,8 @@ def best_blocks(importance: Tensor, tokens: Ranges, size: int, count: int) -> Ch
 class NSAState(NamedTuple):
     """What NSA keeps of the past: all that may still be chosen, and what a window or an open block needs."""
 
-    keys: Tensor  # (B, S, Hkv, Dh) of the selected branch
-    values: Tensor
+    keys: Cache  # of the selected branch
+    values: Cache
     block_keys: Tensor  # (B, C, Hkv, Dh), compressed
     block_values: Tensor
     open_keys: Tensor  # (B, < NSA_BLOCK, Hkv, Dh), of tokens from the next compressed block on
@@ -3516,44 +3571,50 @@ class NSA(Module):
         self.proj = projection(name + ".proj", h.num_heads * width, h.model_dim)
         self.q_gain = nn.Parameter(torch.empty(h.num_heads))
         self.key_pool, self.value_pool = (BlockPool(h, f"{name}.{part}_pool") for part in ("key", "value"))
+        self.cacher = Cacher(h)
         self.gate_in = Linear(name + ".gate_in", h.model_dim, width)
         self.gate = Linear(name + ".gate", width, 3 * h.num_heads)
 
     def init_state(self, batch: int, dtype: torch.dtype) -> NSAState:
-        return NSAState(*[self.q_gain.new_zeros((batch, 0, self.h.num_kv_heads, self.h.head_dim), dtype=dtype)] * 8)
+        empty = self.q_gain.new_zeros((batch, 0, self.h.num_kv_heads, self.h.head_dim), dtype=dtype)
+        cache = self.cacher.store(empty)
+        return NSAState(cache, cache, *[empty] * 6)
 
     def forward(self, x: Tensor, ctx: Ctx, state: NSAState | None) -> Out:
         h, old = self.h, self.init_state(x.shape[0], x.dtype) if state is None else state
         qkv = self.qkv(x, ctx).unflatten(-1, (-1, h.head_dim))  # (B, T, H + 6 Hkv, Dh)
         q, k, v = QKVFunction.apply(qkv, self.q_gain, *ctx.rotary, h.qk_norm)
-        new = self.appended(old, k.chunk(3, 2), v.chunk(3, 2), ctx)
-        views = self.views(old.keys.shape[1], old.near_keys.shape[1], ctx)
-        size, count = h.nsa_select_block, -(-new.keys.shape[1] // h.nsa_select_block)
-        form = (h.nsa_block, h.nsa_stride, size, count)
-        coarse, importance = self.backend.compressed(q, new.block_keys, new.block_values, views[0], form)
+        keys, values, new = self.appended(old, k.chunk(3, 2), v.chunk(3, 2), ctx)
+        before, size = keys.shape[1] - x.shape[1], h.nsa_select_block
+        views, form = self.views(before, old.near_keys.shape[1], ctx), (h.nsa_block, h.nsa_stride, size)
+        coarse, importance = self.backend.compressed(
+            q, new.block_keys, new.block_values, views[0], (*form, -(-keys.shape[1] // size))
+        )
         choice = best_blocks(importance, views[1], size, h.nsa_select)
         if h.nsa_strict:
-            self.check(views, choice.blocks, old.keys.shape[1])
-        fine = self.backend.selected(q, new.keys, new.values, choice.blocks, views[1], size)
+            self.check(views, choice.blocks, before)
+        fine = self.backend.selected(q, keys, values, choice.blocks, views[1], size)
         branches = (coarse, fine, self.backend.near(q, new.near_keys, new.near_values, views[2]))
         gates = self.gates(x, views[0].sees(), ctx)  # three of (B, T, H, 1)
         mixed = added(branches[0] * gates[0], gates[1:], branches[1:])
         metrics = self.measured(gates, choice, views) if ctx.variant.measures else {}
         return Out(self.proj(mixed.flatten(-2), ctx), None if state is None else self.kept(new), metrics=metrics)
 
-    def appended(self, old: NSAState, k: Sequence[Tensor], v: Sequence[Tensor], ctx: Ctx) -> NSAState:
-        """All that is at hand: the state's keys and values and the new ones, of each branch (B, T, Hkv, Dh)."""
-        after = (*k[1:], *v[1:])
-        before = (old.keys, old.near_keys, old.values, old.near_values)
-        keys, near_keys, values, near_values = (torch.cat(pair, 1) for pair in zip(before, after, strict=True))
-        open_keys, open_values = torch.cat((old.open_keys, k[0]), 1), torch.cat((old.open_values, v[0]), 1)
-        block_keys = torch.cat((old.block_keys, self.key_pool(open_keys, ctx)), 1)
-        block_values = torch.cat((old.block_values, self.value_pool(open_values, ctx)), 1)
-        return NSAState(keys, values, block_keys, block_values, open_keys, open_values, near_keys, near_values)
+    def appended(
+        self, old: NSAState, k: Sequence[Tensor], v: Sequence[Tensor], ctx: Ctx
+    ) -> tuple[Tensor, Tensor, NSAState]:
+        """All keys and values that may be chosen, and what the state is made of; new ones (B, T, Hkv, Dh) a branch."""
+        (keys, key_cache), (values, value_cache) = self.cacher.add(old.keys, k[1]), self.cacher.add(old.values, v[1])
+        raw = (old.open_keys, old.open_values, old.near_keys, old.near_values)
+        parts = [torch.cat(pair, 1) for pair in zip(raw, (k[0], v[0], k[2], v[2]), strict=True)]
+        block_keys = torch.cat((old.block_keys, self.key_pool(parts[0], ctx)), 1)
+        block_values = torch.cat((old.block_values, self.value_pool(parts[1], ctx)), 1)
+        return keys, values, NSAState(key_cache, value_cache, block_keys, block_values, *parts)
 
     def kept(self, new: NSAState) -> NSAState:
         """Of all that a later query may see."""
-        done = new.block_keys.shape[1] * self.h.nsa_stride - (new.keys.shape[1] - new.open_keys.shape[1])
+        begin = new.keys.codes.shape[1] - new.open_keys.shape[1]  # the first of the open keys
+        done = new.block_keys.shape[1] * self.h.nsa_stride - begin
         near = max(0, new.near_keys.shape[1] - self.h.nsa_window + 1)
         opened = (part[:, done:].contiguous() for part in (new.open_keys, new.open_values))
         return NSAState(*new[:4], *opened, *(part[:, near:].contiguous() for part in new[6:]))

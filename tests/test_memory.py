@@ -179,6 +179,27 @@ def test_gradients_flow_through_so_many_segments(bptt: int, reached: list[bool])
     assert (rows > 0).tolist() == reached
 
 
+def test_memory_is_no_neighbour_of_text() -> None:
+    """It has no token, so no n-grams; no rotary phase; convolutions stop at it; blocks of its own; scans run on."""
+    model = built(LAYER_PATTERN="SA", CAPSULE_DIM=8, CAPSULE_NUM=3, SKC_BLOCK_SIZE=4)
+    tokens = some_tokens(1, 10, starts=0)
+    tokens[0, 7] = BOS
+    ctx = model.context(tokens, None, t.Variant())
+    first, second = (model.piece_context(ctx, piece, None) for piece in model.memory.pieces(10, 0))
+    assert first.tokens.tolist() == [[-1] * 3 + tokens[0, :5].tolist() + [-1] * 3]
+    assert first.age is not None and first.age.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2]]
+    assert first.fresh is not None and not first.fresh.any()
+    assert (first.rotary[0][0, [0, 1, 2, 3, 8, 9, 10]] == 1).all() and (first.rotary[0][0, 4:8] != 1).any(-1).all()
+    # three read tokens in block 0, five of text in blocks 1 and 2, three written in block 3
+    assert first.blocks is not None and first.positions.tolist() == [[0, 1, 2, 4, 5, 6, 7, 8, 12, 13, 14]]
+    assert first.blocks.inside.flatten().tolist() == [True] * 3 + [False] + [True] * 5 + [False] * 3 + [True] * 3 + [
+        False
+    ]
+    assert second.documents.tolist() == [[0] * 3 + [0, 0, 1, 1, 1] + [1] * 3]
+    assert second.age is not None and second.age.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 0, 1, 2]]
+    assert second.fresh is not None and second.fresh.nonzero().tolist() == [[0, 5]]
+
+
 @torch.no_grad()
 def test_memory_is_all_that_a_closed_segment_leaves() -> None:
     """Constant memory: the state after a whole segment holds no keys, and its size does not grow."""
@@ -187,7 +208,7 @@ def test_memory_is_all_that_a_closed_segment_leaves() -> None:
     for seed in range(4):
         _, state = model.logits(some_tokens(1, 5, seed=seed), t.Variant(), state)
         sizes.append(sum(part.numel() for part in t.flatten_state(state)))
-        assert state[1].k.shape[1] == 0 and state[-1].segment.shape[1] == 0
+        assert state[1].k.codes.shape[1] == 0 and state[-1].segment.shape[1] == 0
     assert len(set(sizes)) == 1
 
 

@@ -262,7 +262,7 @@ def test_what_a_step_keeps_and_adds() -> None:
         kept, done = state[1], max(0, (place + 1 - 4) // 2 + 1)
         assert kept.block_keys.shape[1] == kept.block_values.shape[1] == done
         assert kept.open_keys.shape[1] == place + 1 - 2 * done < 4 + 2
-        assert kept.near_keys.shape[1] == min(place + 1, 4) and kept.keys.shape[1] == place + 1
+        assert kept.near_keys.shape[1] == min(place + 1, 4) and kept.keys.codes.shape[1] == place + 1
 
 
 # ---- each branch alone: nothing from the future, and all that it should see
