@@ -252,8 +252,8 @@ class Hyperparameters:
         when=lambda h: "nsa" in h.mixers)
     nsa_gates: str = var("sigmoid", "nsa", "gates of the three branches: each for itself, or shares of one",
         choices=("sigmoid", "softmax"), when=lambda h: "nsa" in h.mixers)
-    nsa_impl: str = var("auto", "nsa", "backend: by gathers, or by masks over all pairs",
-        choices=("auto", "gather", "masked"), when=lambda h: "nsa" in h.mixers)
+    nsa_impl: str = var("auto", "nsa", "backend: by gathers, by masks over all pairs, or by Triton "
+        "kernels (CUDA)", choices=("auto", "gather", "masked", "triton"), when=lambda h: "nsa" in h.mixers)
     nsa_strict: bool = var(False, "nsa", "check before each read that it is not of a later key (COMPILE=0)",
         when=lambda h: "nsa" in h.mixers)
 
@@ -3239,6 +3239,23 @@ def import_problem(package: str) -> str:
     return ""
 
 
+def check_nsa(h: Hyperparameters, rt: Runtime) -> None:
+    """Raise UserError if NSA_IMPL=triton cannot run here."""
+    if "nsa" not in h.mixers or h.nsa_impl != "triton":
+        return
+    problem, package = "", find_spec("triton") is not None
+    if not package or (rt.device.type != "cuda" and isinstance(scan_kernel, triton.JITFunction)):  # not interpreted
+        problem = f"the package triton and a CUDA device, or TRITON_INTERPRET=1; this is {rt.device.type}"
+    elif rt.dtype == torch.float64:
+        problem = "PRECISION=bf16 or fp32"
+    elif h.head_dim & (h.head_dim - 1) or not 16 <= h.head_dim <= 128:
+        problem = f"heads of 16, 32, 64 or 128, not {h.head_dim}"
+    elif h.num_heads > 16 * h.num_kv_heads:
+        problem = f"at most 16 heads for each of NUM_KV_HEADS, not {h.num_heads // h.num_kv_heads}"
+    if problem:
+        raise UserError(f"NSA_IMPL=triton needs {problem}; try NSA_IMPL=auto")
+
+
 def choose_attention(h: Hyperparameters, rt: Runtime) -> tuple[str, str]:
     """The attention backend of a run and why: FlashAttention 3, then 2, then SDPA; blocks on a CPU. Raises UserError.
 
@@ -3246,6 +3263,7 @@ def choose_attention(h: Hyperparameters, rt: Runtime) -> tuple[str, str]:
     serve full attention over at most 1,024 tokens, since they keep a number for each pair.
     """
     on_gpu = rt.autocast and rt.device.type == "cuda"
+    check_nsa(h, rt)
     short = not h.attn_window and not h.doc_mask and max(h.train_seq_len, h.eval_window) <= 1024
     if h.attn_impl == "blocks" and not short:
         raise UserError("ATTN_IMPL=blocks is for ATTN_WINDOW=0, DOC_MASK=0, at most 1024 tokens; try ATTN_IMPL=auto")
@@ -3455,6 +3473,548 @@ def masked_selected(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, ranges: Ran
     return sdpa(q, k, v, mask.repeat_interleave(q.shape[2] // k.shape[2], 1), False)
 
 
+# Triton kernels of the same attentions, after FlashAttention (Dao et al. 2022). The heads of a group read the same
+# keys, so a program packs them with some queries into one matrix: row r is query r // PADDED, head r % PADDED of the
+# group, PADDED being the GROUP's heads rounded up to a power of two. Scores are multiplied by log2(e), softmax is in
+# base 2; matrix products take the inputs' type (bf16) and add up in float32. A forward pass leaves the logarithm of
+# each row's sum (lse), with which a backward pass makes the shares again: a kernel for dQ, one for dK and dV. Each
+# number is written by the program that owns it: there are no atomics, and the result is the same each time.
+if find_spec("triton") is not None:
+
+    @triton.jit
+    def product(a, b, total):
+        return tl.dot(a, b, total, input_precision="tf32x3")  # of float32 nearly float32; bf16 is not touched by it
+
+    @triton.jit
+    def load_rows(x, place, there, WIDTH: tl.constexpr):
+        return tl.load(x + place[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], mask=there[:, None], other=0.0)
+
+    @triton.jit
+    def store_rows(x, place, there, value, WIDTH: tl.constexpr):
+        tl.store(x + place[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], value, mask=there[:, None])
+
+    @triton.jit
+    def packed_rows(start, length, groups, GROUP: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
+        """Queries from `start` on: of each row its query, whether it exists, its place in (B, T, H)."""
+        token, head = start + tl.arange(0, ROWS) // PADDED, tl.arange(0, ROWS) % PADDED
+        base = tl.program_id(2).to(tl.int64) * length
+        return token, (token < length) & (head < GROUP), ((base + token) * groups + tl.program_id(1)) * GROUP + head
+
+    @triton.jit
+    def row_ranges(low, high, token, length):
+        there = token < length
+        return tl.load(low + token, mask=there, other=0), tl.load(high + token, mask=there, other=0)
+
+    @triton.jit
+    def tile_ranges(low, high, start, stop):
+        """Of queries start..stop: the first key that one sees, those that all see (from, to), the last one's end."""
+        return tl.load(low + start), tl.load(low + stop - 1), tl.load(high + start), tl.load(high + stop - 1)
+
+    @triton.jit
+    def softmax_step(scores, values, peak, total, found):
+        """One tile of a softmax over many (Milakov & Gimelshein 2018): the rows' maximum, sum and weighted values."""
+        higher = tl.maximum(peak, tl.max(scores, 1))  # finite from the start on, so a row may see nothing
+        p, shrink = tl.exp2(scores - higher[:, None]), tl.exp2(peak - higher)
+        found = product(p.to(values.dtype), values, found * shrink[:, None])
+        return higher, total * shrink + tl.sum(p, 1), found
+
+    @triton.jit
+    def query_step(scores, keys, values, dy, lse, along, found):
+        """dS K of one tile."""
+        p = tl.exp2(scores - lse[:, None])
+        ds = p * (product(dy, values.T, tl.zeros_like(scores)) - along[:, None])
+        return product(ds.to(keys.dtype), keys, found)
+
+    @triton.jit
+    def key_step(scores, values, queries, dy, lse, along, dk, dv):
+        """dS^T Q and P^T dO of one tile of queries, all matrices turned: scores (keys, rows)."""
+        p = tl.exp2(scores - lse[None, :])
+        ds = p * (product(values, dy.T, tl.zeros_like(scores)) - along[None, :])
+        return product(ds.to(queries.dtype), queries, dk), product(p.to(dy.dtype), dy, dv)
+
+    @triton.jit
+    def row_gradients(grad, y, along, place, there, WIDTH: tl.constexpr):
+        """dO and its inner product with O, which is also kept for the kernel of dK and dV."""
+        dy = load_rows(grad, place, there, WIDTH)
+        inner = tl.sum(dy.to(tl.float32) * load_rows(y, place, there, WIDTH).to(tl.float32), 1)
+        tl.store(along + place, inner, mask=there)
+        return dy, inner
+
+    @triton.jit
+    def ranged_kernel(
+        q, k, v, low, high, y, lse, length, keys, groups, span, scale,
+        GROUP: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    ):  # fmt: skip
+        """Attention over ranges, grid (tiles of queries, Hkv, B), the last queries first: they tend to see the most.
+
+        4 Dh FLOPs for each pair of a query's head and a key; K and V are read once for ROWS rows, 4 Dh bytes a key:
+        ROWS FLOPs a byte, of L2 mostly. So matrix units bound it, and at Dh = 64 as much the exponentials.
+        """
+        row, tile = tl.program_id(2).to(tl.int64), tl.num_programs(0) - 1 - tl.program_id(0)
+        start = tile * (ROWS // PADDED)
+        token, there, place = packed_rows(start, length, groups, GROUP, PADDED, ROWS)
+        low, high, queries = low + row * span, high + row * span, load_rows(q, place, there, WIDTH)
+        begin, end = row_ranges(low, high, token, length)
+        first, sure, unsure, last = tile_ranges(low, high, start, tl.minimum(start + ROWS // PADDED, length))
+        peak, total = tl.full((ROWS,), -1e30, tl.float32), tl.zeros((ROWS,), tl.float32)
+        found = tl.zeros((ROWS, WIDTH), tl.float32)
+        for at in range(first, last, KEYS):
+            key = at + tl.arange(0, KEYS)
+            there_key, place_key = key < keys, (row * keys + key) * groups + tl.program_id(1)
+            scores = product(queries, load_rows(k, place_key, there_key, WIDTH).T, tl.zeros((ROWS, KEYS), tl.float32))
+            scores *= scale
+            if (at < sure) | (at + KEYS > unsure):
+                seen = (key[None, :] >= begin[:, None]) & (key[None, :] < end[:, None])
+                scores = tl.where(seen, scores, float("-inf"))
+            values = load_rows(v, place_key, there_key, WIDTH)
+            peak, total, found = softmax_step(scores, values, peak, total, found)
+        total = tl.where(total == 0, 1.0, total)
+        store_rows(y, place, there, found / total[:, None], WIDTH)
+        tl.store(lse + place, peak + tl.log2(total), mask=there)
+
+    @triton.jit
+    def ranged_query_kernel(
+        q, k, v, low, high, y, lse, grad, along, dq, length, keys, groups, span, scale,
+        GROUP: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    ):  # fmt: skip
+        """dQ of ranged_kernel and rowsum(dO O), by the same loop: 6 Dh FLOPs a pair for the same bytes."""
+        row, tile = tl.program_id(2).to(tl.int64), tl.num_programs(0) - 1 - tl.program_id(0)
+        start = tile * (ROWS // PADDED)
+        token, there, place = packed_rows(start, length, groups, GROUP, PADDED, ROWS)
+        low, high, queries = low + row * span, high + row * span, load_rows(q, place, there, WIDTH)
+        dy, inner = row_gradients(grad, y, along, place, there, WIDTH)
+        sums = tl.load(lse + place, mask=there, other=float("inf"))
+        begin, end = row_ranges(low, high, token, length)
+        first, sure, unsure, last = tile_ranges(low, high, start, tl.minimum(start + ROWS // PADDED, length))
+        found = tl.zeros((ROWS, WIDTH), tl.float32)
+        for at in range(first, last, KEYS):
+            key = at + tl.arange(0, KEYS)
+            there_key, place_key = key < keys, (row * keys + key) * groups + tl.program_id(1)
+            k_tile, v_tile = load_rows(k, place_key, there_key, WIDTH), load_rows(v, place_key, there_key, WIDTH)
+            scores = product(queries, k_tile.T, tl.zeros((ROWS, KEYS), tl.float32)) * scale
+            if (at < sure) | (at + KEYS > unsure):
+                seen = (key[None, :] >= begin[:, None]) & (key[None, :] < end[:, None])
+                scores = tl.where(seen, scores, float("-inf"))
+            found = query_step(scores, k_tile, v_tile, dy, sums, inner, found)
+        store_rows(dq, place, there, found * (scale * 0.6931471805599453), WIDTH)
+
+    @triton.jit
+    def ranged_key_kernel(
+        q, k, v, low, high, lse, grad, along, seers, dk, dv, length, keys, groups, span, scale, tiles, splits,
+        GROUP: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    ):  # fmt: skip
+        """A split's part of dK and dV, grid (tiles x splits, Hkv, B): the queries that see a tile are neighbours.
+
+        8 Dh FLOPs a pair; q, dO and two numbers a row are read once for KEYS keys, 4 Dh bytes a row: 2 KEYS FLOPs a
+        byte. Few keys and many queries (compressed keys) leave too few tiles, hence splits: dk and dv are (splits, B,
+        S, Hkv, Dh) float32. `seers` (B, tiles, 4): the first query that sees a key, those that see all, the end.
+        """
+        row, tile, split = tl.program_id(2).to(tl.int64), tl.program_id(0) % tiles, tl.program_id(0) // tiles
+        key = tile * KEYS + tl.arange(0, KEYS)
+        there_key, place_key = key < keys, (row * keys + key) * groups + tl.program_id(1)
+        k_tile, v_tile = load_rows(k, place_key, there_key, WIDTH), load_rows(v, place_key, there_key, WIDTH)
+        seers += (row * tiles + tile) * 4
+        begin, sure, unsure, end = tl.load(seers), tl.load(seers + 1), tl.load(seers + 2), tl.load(seers + 3)
+        share = tl.cdiv(tl.cdiv(end - begin, ROWS // PADDED), splits) * (ROWS // PADDED)
+        begin += split * share
+        dk_tile, dv_tile = tl.zeros((KEYS, WIDTH), tl.float32), tl.zeros((KEYS, WIDTH), tl.float32)
+        for start in range(begin, tl.minimum(end, begin + share), ROWS // PADDED):
+            token, there, place = packed_rows(start, length, groups, GROUP, PADDED, ROWS)
+            queries, dy = load_rows(q, place, there, WIDTH), load_rows(grad, place, there, WIDTH)
+            sums, inner = tl.load(lse + place, mask=there, other=float("inf")), tl.load(along + place, there, 0.0)
+            scores = product(k_tile, queries.T, tl.zeros((KEYS, ROWS), tl.float32)) * scale
+            if (start < sure) | (start + ROWS // PADDED > unsure):
+                first, last = row_ranges(low + row * span, high + row * span, token, length)
+                seen = (key[:, None] >= first[None, :]) & (key[:, None] < last[None, :])
+                scores = tl.where(seen, scores, float("-inf"))
+            dk_tile, dv_tile = key_step(scores, v_tile, queries, dy, sums, inner, dk_tile, dv_tile)
+        place_key += split.to(tl.int64) * tl.num_programs(2) * keys * groups
+        store_rows(dk, place_key, there_key, dk_tile * (scale * 0.6931471805599453), WIDTH)
+        store_rows(dv, place_key, there_key, dv_tile, WIDTH)
+
+    @triton.jit
+    def importance_kernel(
+        q, k, lse, low, high, importance, length, keys, groups, span, scale, count,
+        BLOCK: tl.constexpr, STRIDE: tl.constexpr, SIZE: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr,
+        GROUP: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    ):  # fmt: skip
+        """importance_of by the forward pass's lse, grid (tiles of queries, Hkv, B); where nothing is seen it stays 0.
+
+        A tile is the compressed blocks (SIZE / STRIDE, padded to SLOTS) of BLOCKS selection blocks. 2 Dh FLOPs a pair;
+        of the bytes most are those written, 4 a query, group and selection block: 1 for 2 Dh FLOPs at 16 heads.
+        """
+        EACH: tl.constexpr = SIZE // STRIDE
+        TIME: tl.constexpr = ROWS // PADDED
+        row, start = tl.program_id(2).to(tl.int64), (tl.num_programs(0) - 1 - tl.program_id(0)) * TIME
+        token, there, place = packed_rows(start, length, groups, GROUP, PADDED, ROWS)
+        low, high, queries = low + row * span, high + row * span, load_rows(q, place, there, WIDTH)
+        sums = tl.load(lse + place, mask=there, other=float("inf"))
+        begin, end = row_ranges(low, high, token, length)
+        first, sure, unsure, last = tile_ranges(low, high, start, tl.minimum(start + TIME, length))
+        number, slot = tl.arange(0, BLOCKS * SLOTS) // SLOTS, tl.arange(0, BLOCKS * SLOTS) % SLOTS
+        inside = tl.minimum(SIZE - slot * STRIDE, BLOCK).to(tl.float32) / BLOCK  # of it in the block where it begins
+        some, block = start + tl.arange(0, TIME), tl.arange(0, BLOCKS)
+        out = ((row * groups + tl.program_id(1)) * length + some)[:, None] * count
+        carry = tl.zeros((TIME,), tl.float32)
+        for at in range(first // EACH, tl.where(first < last, (last - 1) // EACH + 2, 0), BLOCKS):
+            key = (at + number) * EACH + slot
+            keys_tile = load_rows(k, (row * keys + key) * groups + tl.program_id(1), key < keys, WIDTH)
+            p = product(queries, keys_tile.T, tl.zeros((ROWS, BLOCKS * SLOTS), tl.float32)) * scale - sums[:, None]
+            if (at * EACH < sure) | ((at + BLOCKS) * EACH > unsure) | (SLOTS > EACH):
+                seen = (key[None, :] >= begin[:, None]) & (key[None, :] < end[:, None]) & (slot < EACH)[None, :]
+                p = tl.where(seen, p, float("-inf"))
+            p = tl.sum(tl.reshape(tl.exp2(p), (TIME, PADDED, BLOCKS * SLOTS)), 1)  # (TIME, keys)
+            own = tl.sum(tl.reshape(p * inside[None, :], (TIME, BLOCKS, SLOTS)), 2)
+            after = tl.sum(tl.reshape(p * (1 - inside)[None, :], (TIME, BLOCKS, SLOTS)), 2)
+            before = tl.gather(after, tl.broadcast_to(tl.maximum(block - 1, 0)[None, :], (TIME, BLOCKS)), 1)
+            before = tl.where((block == 0)[None, :], carry[:, None], before)
+            carry = tl.sum(tl.where((block == BLOCKS - 1)[None, :], after, 0.0), 1)
+            kept = (some < length)[:, None] & (at + block < count)[None, :]
+            tl.store(importance + out + at + block[None, :], own + before, mask=kept)
+
+    @triton.jit
+    def chosen_keys_of(chosen, begin, end, SIZE: tl.constexpr, KEYS: tl.constexpr):
+        """Keys (KEYS,) of a block, -1: none, and which of them a query sees; KEYS is SIZE padded."""
+        slot = tl.arange(0, KEYS)
+        key = tl.load(chosen) * SIZE + slot  # of no block below 0, and so below `begin`
+        return key, (key >= begin) & (key < end) & (slot < SIZE)
+
+    @triton.jit
+    def selected_kernel(
+        q, k, v, chosen, low, high, y, lse, length, keys, groups, span, scale, count,
+        GROUP: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr,
+    ):  # fmt: skip
+        """Attention over chosen blocks, grid (T, Hkv, B), a program for a query and its group's heads.
+
+        4 Dh G FLOPs for each key, whose K and V are 4 Dh bytes: G FLOPs a byte, so L2's bandwidth is the bound: count
+        SIZE 4 Dh bytes a query and group (256 kB at 16 x 64 x 64). Neighbours run at once and share many blocks.
+        """
+        row, token = tl.program_id(2).to(tl.int64), tl.program_id(0)
+        _, there, place = packed_rows(token, length, groups, GROUP, PADDED, PADDED)
+        queries = load_rows(q, place, there, WIDTH)
+        begin, end = tl.load(low + row * span + token), tl.load(high + row * span + token)
+        chosen += ((row * groups + tl.program_id(1)) * length + token) * count
+        peak, total = tl.full((PADDED,), -1e30, tl.float32), tl.zeros((PADDED,), tl.float32)
+        found = tl.zeros((PADDED, WIDTH), tl.float32)
+        for i in range(count):
+            key, seen = chosen_keys_of(chosen + i, begin, end, SIZE, KEYS)
+            place_key = (row * keys + key) * groups + tl.program_id(1)
+            scores = product(queries, load_rows(k, place_key, seen, WIDTH).T, tl.zeros((PADDED, KEYS), tl.float32))
+            scores = tl.where(seen[None, :], scores * scale, float("-inf"))
+            peak, total, found = softmax_step(scores, load_rows(v, place_key, seen, WIDTH), peak, total, found)
+        total = tl.where(total == 0, 1.0, total)
+        store_rows(y, place, there, found / total[:, None], WIDTH)
+        tl.store(lse + place, peak + tl.log2(total), mask=there)
+
+    @triton.jit
+    def selected_query_kernel(
+        q, k, v, chosen, low, high, y, lse, grad, along, dq, length, keys, groups, span, scale, count,
+        GROUP: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr,
+    ):  # fmt: skip
+        """dQ of selected_kernel and rowsum(dO O), by the same loop: 6 Dh G FLOPs a key for the same bytes."""
+        row, token = tl.program_id(2).to(tl.int64), tl.program_id(0)
+        _, there, place = packed_rows(token, length, groups, GROUP, PADDED, PADDED)
+        queries = load_rows(q, place, there, WIDTH)
+        dy, inner = row_gradients(grad, y, along, place, there, WIDTH)
+        sums = tl.load(lse + place, mask=there, other=float("inf"))
+        begin, end = tl.load(low + row * span + token), tl.load(high + row * span + token)
+        chosen += ((row * groups + tl.program_id(1)) * length + token) * count
+        found = tl.zeros((PADDED, WIDTH), tl.float32)
+        for i in range(count):
+            key, seen = chosen_keys_of(chosen + i, begin, end, SIZE, KEYS)
+            place_key = (row * keys + key) * groups + tl.program_id(1)
+            k_tile, v_tile = load_rows(k, place_key, seen, WIDTH), load_rows(v, place_key, seen, WIDTH)
+            scores = product(queries, k_tile.T, tl.zeros((PADDED, KEYS), tl.float32)) * scale
+            scores = tl.where(seen[None, :], scores, float("-inf"))
+            found = query_step(scores, k_tile, v_tile, dy, sums, inner, found)
+        store_rows(dq, place, there, found * (scale * 0.6931471805599453), WIDTH)
+
+    @triton.jit
+    def selected_key_kernel(
+        q, k, v, low, high, lse, grad, along, readers, starts, owners, parts, sums, length, keys, groups, span, scale,
+        blocks, segments, CHUNK: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr,
+        ROWS: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr,
+    ):  # fmt: skip
+        """dK and dV of a block by CHUNK of the queries that chose it, grid (chunks,): see `readers_of`.
+
+        8 Dh FLOPs for a row and key; a gathered query costs its q and dO, 4 Dh G bytes, once for SIZE keys: 2 SIZE
+        FLOPs a byte, 128 at 64: near the balance of matrix units and L2. sums: (2, chunks, SIZE, Dh) float32.
+        """
+        owner, chunk = tl.load(owners + tl.program_id(0)), tl.program_id(0)
+        if owner == segments * blocks:
+            return
+        row, group, block = (owner // (blocks * groups)).to(tl.int64), owner // blocks % groups, owner % blocks
+        begin = tl.load(starts + owner) + (chunk - tl.load(parts + owner)) * CHUNK
+        end = tl.minimum(begin + CHUNK, tl.load(starts + owner + 1))
+        slot, head = tl.arange(0, KEYS), tl.arange(0, ROWS) % PADDED
+        key = block * SIZE + slot
+        there_key, place_key = (slot < SIZE) & (key < keys), (row * keys + key) * groups + group
+        k_tile, v_tile = load_rows(k, place_key, there_key, WIDTH), load_rows(v, place_key, there_key, WIDTH)
+        dk_tile, dv_tile = tl.zeros((KEYS, WIDTH), tl.float32), tl.zeros((KEYS, WIDTH), tl.float32)
+        for at in range(begin, end, ROWS // PADDED):
+            item = at + tl.arange(0, ROWS) // PADDED
+            token, there = tl.load(readers + item, mask=item < end, other=0), (item < end) & (head < GROUP)
+            place = ((row * length + token) * groups + group) * GROUP + head
+            queries, dy = load_rows(q, place, there, WIDTH), load_rows(grad, place, there, WIDTH)
+            lse_rows, inner = tl.load(lse + place, there, float("inf")), tl.load(along + place, there, 0.0)
+            first, last = row_ranges(low + row * span, high + row * span, token, length)
+            scores = product(k_tile, queries.T, tl.zeros((KEYS, ROWS), tl.float32)) * scale
+            seen = (key[:, None] >= first[None, :]) & (key[:, None] < last[None, :])
+            scores = tl.where(seen, scores, float("-inf"))
+            dk_tile, dv_tile = key_step(scores, v_tile, queries, dy, lse_rows, inner, dk_tile, dv_tile)
+        place_key = chunk.to(tl.int64) * SIZE + slot
+        store_rows(sums, place_key, slot < SIZE, dk_tile * (scale * 0.6931471805599453), WIDTH)
+        place_key += tl.num_programs(0).to(tl.int64) * SIZE
+        store_rows(sums, place_key, slot < SIZE, dv_tile, WIDTH)
+
+    @triton.jit
+    def chunk_sum_kernel(
+        sums, parts, out, keys, groups, blocks, SIZE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr
+    ):
+        """The sum of each block's chunks (chunks, SIZE, Dh), in its place in (B, S, Hkv, Dh), grid (B Hkv J, tiles).
+
+        4 bytes a number and chunk: with all that a chunk's program reads, 4 Dh G CHUNK bytes, hardly any.
+        """
+        owner, item = tl.program_id(0), tl.program_id(1) * TILE + tl.arange(0, TILE)
+        first, last = tl.load(parts + owner), tl.load(parts + owner + 1)
+        sums += first.to(tl.int64) * SIZE * WIDTH + item
+        total = tl.zeros((TILE,), tl.float32)
+        for _ in range(first, last):
+            total += tl.load(sums, mask=item < SIZE * WIDTH, other=0.0)
+            sums += SIZE * WIDTH
+        row, group, key = (owner // (blocks * groups)).to(tl.int64), owner // blocks % groups, item // WIDTH
+        there = (key < SIZE) & (owner % blocks * SIZE + key < keys)
+        place = (row * keys + owner % blocks * SIZE + key) * groups + group
+        tl.store(out + place * WIDTH + item % WIDTH, total, mask=there)
+
+
+class Tile(NamedTuple):
+    """What a kernel's program works on at a time, and how: rows are queries times heads."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# For head sizes up to 64, and above. "ranged" is what torch's FlexAttention takes on an H100, the others are chosen by
+# shared memory and registers; none is measured yet. Rows and keys are powers of two.
+NSA_TILES = {
+    "ranged": (Tile(128, 128, 4, 3), Tile(128, 64, 8, 3)),
+    "ranged_query": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
+    "ranged_key": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)),
+    "importance": (Tile(128, 64, 4, 3), Tile(128, 64, 8, 3)),
+    "selected": (Tile(16, 64, 2, 3), Tile(16, 64, 4, 3)),  # keys are those of a block, rows those of a query
+    "selected_key": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)),
+}
+NSA_CHUNK = 256  # queries that chose a block, by one program: 16 x 64 x 64 tokens fill a GPU, sums stay small
+NSA_PROGRAMS = (
+    528  # at least as many for dK and dV of compressed keys, if need be by splits: 4 for each unit of an H100
+)
+CHUNK_SUM_TILE = 1024  # numbers
+
+
+def nsa_tile(kernel: str, q: Tensor) -> Tile:
+    return NSA_TILES[kernel][q.shape[-1] > 64]
+
+
+def nsa_sizes(q: Tensor, k: Tensor, low: Tensor) -> tuple[int, int, int, int, float]:
+    """Arguments of all kernels: T, S, Hkv, the step from one row's bounds to the next one's, the scale in base 2."""
+    step = low.shape[1] if len(low) > 1 else 0
+    return q.shape[1], k.shape[1], k.shape[2], step, q.shape[-1] ** -0.5 / math.log(2)
+
+
+def nsa_shape(q: Tensor, k: Tensor, least: int = 1) -> tuple[int, int, int]:
+    """Constants of all kernels: a group's heads, padded, and their size."""
+    group = q.shape[2] // k.shape[2]
+    return group, max(least, triton.next_power_of_2(group)), q.shape[3]
+
+
+def bounds_of(ranges: Ranges) -> tuple[Tensor, Tensor]:
+    """Low and high as kernels take them: int32, contiguous, of the same shape."""
+    low, high = torch.broadcast_tensors(ranges.low, ranges.high)
+    return low.int().contiguous(), high.int().contiguous()
+
+
+def same_shape(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """New contiguous tensors."""
+    return tuple(x.new_empty(x.shape) for x in tensors)
+
+
+def output_and_lse(q: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("golf::ranged", mutates_args=())
+def fused_ranged(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over ranges and its lse (B, T, H), of contiguous tensors."""
+    tile, shape, (y, lse) = nsa_tile("ranged", q), nsa_shape(q, k), output_and_lse(q)
+    grid = (triton.cdiv(q.shape[1], tile.rows // shape[1]), k.shape[2], len(q))
+    args = (q, k, v, low, high, y, lse, *nsa_sizes(q, k, low), *shape, tile.rows, tile.keys)
+    ranged_kernel[grid](*args, num_warps=tile.warps, num_stages=tile.stages)
+    return y, lse
+
+
+def seers_of(low: Tensor, high: Tensor, keys: int, size: int) -> Tensor:
+    """(B or 1, tiles, 4) int32, of tiles of `size` keys: the first query that sees one, those that see all, the end."""
+    start = torch.arange(0, keys, size, device=low.device, dtype=torch.int32).expand(len(low), -1).contiguous()
+    stop = (start + size).clamp(max=keys)
+    pairs = ((high, start, True), (high, stop, False), (low, start, True), (low, stop, False))
+    return torch.stack([torch.searchsorted(x, edge, right=right, out_int32=True) for x, edge, right in pairs], -1)
+
+
+@torch.library.custom_op("golf::ranged_gradient", mutates_args=())
+def fused_ranged_gradient(
+    q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, y: Tensor, lse: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    tile, shape, sizes, along = (
+        nsa_tile("ranged_query", q),
+        nsa_shape(q, k),
+        nsa_sizes(q, k, low),
+        torch.empty_like(lse),
+    )
+    (dq,), (rows, keys, groups, width) = same_shape(q), k.shape
+    grid = (triton.cdiv(q.shape[1], tile.rows // shape[1]), groups, rows)
+    args = (q, k, v, low, high, y, lse, grad, along, dq, *sizes, *shape, tile.rows, tile.keys)
+    ranged_query_kernel[grid](*args, num_warps=tile.warps, num_stages=tile.stages)
+    tile = nsa_tile("ranged_key", q)
+    tiles, seers = triton.cdiv(keys, tile.keys), seers_of(low, high, keys, tile.keys).expand(rows, -1, -1).contiguous()
+    longest = triton.cdiv(q.shape[1], tile.rows // shape[1])
+    splits = min(triton.cdiv(NSA_PROGRAMS, max(1, tiles * groups * rows)), longest)
+    parts = q.new_empty((2, splits, rows, keys, groups, width), dtype=torch.float32)
+    args = (q, k, v, low, high, lse, grad, along, seers, *parts, *sizes, tiles, splits, *shape, tile.rows, tile.keys)
+    ranged_key_kernel[tiles * splits, groups, rows](*args, num_warps=tile.warps, num_stages=tile.stages)
+    dk, dv = (part.sum(0).to(k.dtype) for part in parts)
+    return dq, dk, dv
+
+
+@torch.library.custom_op("golf::importance", mutates_args=())
+def fused_importance(q: Tensor, k: Tensor, lse: Tensor, low: Tensor, high: Tensor, blocks: list[int]) -> Tensor:
+    """importance_of by lse; `blocks` are its last four arguments."""
+    (block, stride, size, count), tile, shape = blocks, nsa_tile("importance", q), nsa_shape(q, k)
+    importance = q.new_zeros((len(q), k.shape[2], q.shape[1], count), dtype=torch.float32)
+    slots = triton.next_power_of_2(size // stride)
+    form = (block, stride, size, slots, max(1, tile.keys // slots))
+    grid = (triton.cdiv(q.shape[1], tile.rows // shape[1]), k.shape[2], len(q))
+    args = (q, k, lse, low, high, importance, *nsa_sizes(q, k, low), count, *form, *shape, tile.rows)
+    importance_kernel[grid](*args, num_warps=tile.warps, num_stages=tile.stages)
+    return importance
+
+
+@torch.library.custom_op("golf::selected", mutates_args=())
+def fused_selected(
+    q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, low: Tensor, high: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """Attention over chosen blocks (int32) and its lse (B, T, H), of contiguous tensors."""
+    tile, (y, lse) = nsa_tile("selected", q), output_and_lse(q)
+    form = (*nsa_shape(q, k, 16), size, max(16, triton.next_power_of_2(size)))
+    args = (q, k, v, chosen, low, high, y, lse, *nsa_sizes(q, k, low), chosen.shape[-1], *form)
+    selected_kernel[q.shape[1], k.shape[2], len(q)](*args, num_warps=tile.warps, num_stages=tile.stages)
+    return y, lse
+
+
+class Readers(NamedTuple):
+    """Who chose each block (B Hkv J): the choice turned around, and how that work is cut into chunks."""
+
+    queries: Tensor  # int32, by block and then by query
+    starts: Tensor  # (blocks + 1,) int32, where a block's queries begin
+    owners: Tensor  # (chunks,) int32, a chunk's block; the number of blocks: none
+    parts: Tensor  # (blocks + 1,) int32, a block's first chunk
+
+
+def readers_of(chosen: Tensor, blocks: int, chunk: int) -> Readers:
+    """Of chosen (B, Hkv, T, n) among `blocks` of each row and group.
+
+    The first block is read by all, others by few, so lists are cut into chunks of at most `chunk` queries, a program
+    for each: at most so many that their number needs no look at the lists, which would be a wait for the device.
+    """
+    rows, groups, length, count = chosen.shape
+    all_blocks, device = rows * groups * blocks, chosen.device
+    base = torch.arange(0, all_blocks, blocks, device=device, dtype=torch.int32).view(rows, groups, 1, 1)
+    ordered, place = torch.where(chosen >= 0, chosen + base, all_blocks).flatten().sort(stable=True)
+    each = torch.arange(all_blocks + 1, device=device, dtype=torch.int32)
+    starts = torch.searchsorted(ordered, each, out_int32=True)
+    parts = F.pad(((starts.diff() + chunk - 1) // chunk).cumsum(0), (1, 0))
+    most = torch.arange(chosen.numel() // chunk + all_blocks, device=device)
+    owners = torch.searchsorted(parts[1:], most, right=True, out_int32=True)
+    return Readers((place // count % length).int(), starts, owners, parts.int())
+
+
+@torch.library.custom_op("golf::selected_gradient", mutates_args=())
+def fused_selected_gradient(grad: Tensor, saved: list[Tensor], size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; `saved` is what selected_kernel read and wrote."""
+    q, k, v, chosen, low, high, y, lse = saved
+    tile, sizes, along = nsa_tile("selected", q), nsa_sizes(q, k, low), torch.empty_like(lse)
+    (dq, dk, dv), block = same_shape(q, k, v), (size, max(16, triton.next_power_of_2(size)))
+    args = (*saved, grad, along, dq, *sizes, chosen.shape[-1], *nsa_shape(q, k, 16), *block)
+    selected_query_kernel[q.shape[1], k.shape[2], len(q)](*args, num_warps=tile.warps, num_stages=tile.stages)
+    (rows, keys, groups, width), tile = k.shape, nsa_tile("selected_key", q)
+    blocks, segments = triton.cdiv(keys, size), rows * groups
+    readers = readers_of(chosen, blocks, NSA_CHUNK)
+    chunks = len(readers.owners)
+    sums = q.new_empty((2, chunks, size * width), dtype=torch.float32)
+    inputs = (q, k, v, low, high, lse, grad, along, *readers, sums, *sizes, blocks, segments, NSA_CHUNK)
+    selected_key_kernel[(chunks,)](
+        *inputs, *nsa_shape(q, k), tile.rows, *block, num_warps=tile.warps, num_stages=tile.stages
+    )
+    grid = (segments * blocks, triton.cdiv(size * width, CHUNK_SUM_TILE))
+    for part, out in zip(sums, (dk, dv), strict=True):
+        chunk_sum_kernel[grid](part, readers.parts, out, keys, groups, blocks, size, width, CHUNK_SUM_TILE)
+    return dq, dk, dv
+
+
+fused_ranged.register_fake(lambda q, k, v, low, high: output_and_lse(q))
+fused_ranged_gradient.register_fake(lambda q, k, v, low, high, y, lse, grad: same_shape(q, k, v))
+fused_importance.register_fake(
+    lambda q, k, lse, low, high, blocks: q.new_empty((len(q), k.shape[2], q.shape[1], blocks[3]), dtype=torch.float32)
+)
+fused_selected.register_fake(lambda q, k, v, chosen, low, high, size: output_and_lse(q))
+fused_selected_gradient.register_fake(lambda grad, saved, size: same_shape(*saved[:3]))
+
+
+class FusedRangedFunction(torch.autograd.Function):
+    """RangedAttentionFunction by kernels; also returns lse, with which the importance of blocks is found."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        y, lse = fused_ranged(q, k, v, low, high)
+        ctx.save_for_backward(q, k, v, low, high, y, lse)
+        ctx.mark_non_differentiable(lse)
+        return y, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
+        return *fused_ranged_gradient(*ctx.saved_tensors, grad.contiguous()), None, None
+
+
+class FusedSelectedFunction(torch.autograd.Function):
+    """SelectedAttentionFunction by kernels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, low: Tensor, high: Tensor, size: int
+    ) -> Tensor:
+        inputs = (q.contiguous(), k.contiguous(), v.contiguous(), chosen.int().contiguous(), low, high)
+        y, lse = fused_selected(*inputs, size)
+        ctx.save_for_backward(*inputs, y, lse)
+        ctx.size = size
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return *fused_selected_gradient(grad.contiguous(), list(ctx.saved_tensors), ctx.size), None, None, None, None
+
+
+def fused_compressed(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, blocks: tuple) -> tuple[Tensor, Tensor]:
+    """RangedAttentionFunction by kernels, with the importance of blocks."""
+    low, high = bounds_of(ranges)
+    y, lse = FusedRangedFunction.apply(q, k, v, low, high)
+    with torch.no_grad():
+        return y, fused_importance(q.contiguous(), k.contiguous(), lse, low, high, list(blocks))
+
+
 class NSABackend(NamedTuple):
     """How NSA's branches attend: to compressed keys, with the importance of blocks, to chosen blocks, to near keys."""
 
@@ -3472,6 +4032,11 @@ NSA_BACKENDS: dict[str, NSABackend] = {
         lambda q, k, v, ranges: RangedAttentionFunction.apply(q, k, v, *ranges, None)[0],
     ),
     "masked": NSABackend(masked_compressed, masked_selected, masked_attention),
+    "triton": NSABackend(
+        fused_compressed,
+        lambda q, k, v, chosen, ranges, size: FusedSelectedFunction.apply(q, k, v, chosen, *bounds_of(ranges), size),
+        lambda q, k, v, ranges: FusedRangedFunction.apply(q, k, v, *bounds_of(ranges))[0],
+    ),
 }
 
 
