@@ -12,7 +12,7 @@ variables alone (`--help` lists them), and reads from top to bottom: each sectio
     python train_gpt.py --help                      every variable with type, default, unit and meaning
 
 Sections: 1 CONFIG, 2 RUNTIME, 3 DATA, 4 CODECS, 5 LAYERS, 6 MIXERS, 7 RESIDUAL, 8 MEMORY, 9 MODEL,
-10 OPTIMIZERS, 11 ARTIFACT, 12 EVALUATION, 13 CHECKPOINT, 14 TRAINING, 15 MAIN. At most 6,400 lines.
+10 OPTIMIZERS, 11 ARTIFACT, 12 EVALUATION, 13 CHECKPOINT, 14 TRAINING, 15 MAIN. At most 6,900 lines.
 """
 
 from __future__ import annotations
@@ -3129,7 +3129,8 @@ def ranges_of(
 
     Elsewhere than on a CPU there are few parts: each is a piece of a graph to compile.
     """
-    length, parts = max(low.shape[1], high.shape[1]), list[Part]()
+    length = max(low.shape[1], high.shape[1])
+    parts: list[Part] = []
     step = max(RANGE_STEP, -(-length // 16)) if low.device.type != "cpu" else min(RANGE_STEP, window or RANGE_STEP)
     for start in range(0, length, step):
         stop = min(length, start + step)
@@ -3168,7 +3169,8 @@ class RangedAttentionFunction(torch.autograd.Function):
         pairs = sum((part.stop - part.start) * (part.last - part.first) for part in parts)
         keeps, (length, heads) = pairs * q.shape[0] * q.shape[2] <= RangedAttentionFunction.KEPT, q.shape[1:3]
         q, k, v = by_groups(q * ctx.scale, groups), by_groups(k, groups), by_groups(v, groups)
-        y, kept, importance = torch.empty_like(q), list[Tensor](), [q.new_empty(0, dtype=torch.float32)]
+        kept: list[Tensor] = []
+        y, importance = torch.empty_like(q), [q.new_empty(0, dtype=torch.float32)]
         for part in parts:
             some, keys = slice(part.start * heads // groups, part.stop * heads // groups), slice(part.first, part.last)
             p = ranges.shares(q[:, :, some], k[:, :, keys], part)
@@ -3797,25 +3799,25 @@ class Tile(NamedTuple):
     stages: int
 
 
-# For head sizes up to 64, and above. "ranged" is what torch's FlexAttention takes on an H100, the others are chosen by
-# shared memory and registers; none is measured yet. Rows and keys are powers of two.
+# For head sizes up to 64, and above. Sizes near those of torch's FlexAttention on an H100 at which ptxas spills no
+# register and two programs or eight warps fit on a multiprocessor; none is measured yet. Rows, keys: powers of two.
 NSA_TILES = {
-    "ranged": (Tile(128, 128, 4, 3), Tile(128, 64, 8, 3)),
-    "ranged_query": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
-    "ranged_key": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)),
+    "ranged": (Tile(128, 64, 4, 3), Tile(128, 64, 8, 3)),
+    "ranged_query": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)),
+    "ranged_key": (Tile(64, 64, 4, 3), Tile(32, 128, 8, 2)),
     "importance": (Tile(128, 64, 4, 3), Tile(128, 64, 8, 3)),
-    "selected": (Tile(16, 64, 2, 3), Tile(16, 64, 4, 3)),  # keys are those of a block, rows those of a query
-    "selected_key": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)),
+    "selected": (Tile(16, 64, 2, 3), Tile(16, 64, 4, 3)),  # its keys are those of a block, its rows those of a query
+    "selected_key": (Tile(64, 64, 4, 3), Tile(64, 64, 8, 2)),  # its keys are those of a block
 }
-NSA_CHUNK = 256  # queries that chose a block, by one program: 16 x 64 x 64 tokens fill a GPU, sums stay small
-NSA_PROGRAMS = (
-    528  # at least as many for dK and dV of compressed keys, if need be by splits: 4 for each unit of an H100
-)
+NSA_CHUNK = 256  # queries that chose a block, for one program: 1 MiB to read at 16 x 64, of which 32 KiB of sums come
+NSA_PROGRAMS = 528  # of dK and dV at least, by splits where keys are few: four for each multiprocessor of an H100
 CHUNK_SUM_TILE = 1024  # numbers
 
 
 def nsa_tile(kernel: str, q: Tensor) -> Tile:
-    return NSA_TILES[kernel][q.shape[-1] > 64]
+    """A kernel's tile, in float32 of half the size, which needs as much shared memory."""
+    tile = NSA_TILES[kernel][q.shape[-1] > 64]
+    return tile if q.element_size() == 2 else tile._replace(rows=tile.rows // 2, keys=tile.keys // 2)
 
 
 def nsa_sizes(q: Tensor, k: Tensor, low: Tensor) -> tuple[int, int, int, int, float]:
@@ -4053,7 +4055,8 @@ def best_blocks(importance: Tensor, tokens: Ranges, size: int, count: int) -> Ch
 
     Always among them: the block in which the query's document begins, its own and the one before; none from outside.
     """
-    blocks, found = importance.shape[-1], list[Choice]()
+    blocks = importance.shape[-1]
+    found: list[Choice] = []
     block = torch.arange(blocks, device=importance.device)
     first, last = (bound[:, None, :, None] // size for bound in (tokens.low, tokens.high - 1))
     for part in tokens.parts:

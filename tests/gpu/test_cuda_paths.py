@@ -99,6 +99,48 @@ def test_scan_kernels_agree_with_the_plain_scan(shape: tuple[int, int, int]) -> 
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 1e-2), (torch.float32, 1e-4)])
+@pytest.mark.parametrize(("width", "groups", "heads"), [(64, 2, 16), (128, 2, 16), (64, 3, 2), (32, 2, 1)])
+def test_sparse_attention_kernels_agree_with_gathers_in_float64(
+    width: int, groups: int, heads: int, dtype: torch.dtype, error: float
+) -> None:
+    """Each branch's output and gradients, by the norm of the difference; three documents, a length of no tile."""
+    torch.manual_seed(0)
+    length, form = 1500, (32, 16, 64, 24)
+    place = torch.arange(length, device="cuda").expand(2, -1)
+    begin = torch.where((place == 300) | ((place == 997) & (torch.arange(2, device="cuda")[:, None] == 1)), place, 0)
+    begin = begin.cummax(1).values
+    tokens, near, coarse = (
+        t.ranges_of(low, high, False, lambda i: (0, length))
+        for low, high in (
+            (begin, place + 1), (torch.maximum(begin, place - 511), place + 1),
+            ((begin + 15) // 16, ((place - 31) // 16 + 1).clamp(min=0)),
+        )
+    )  # fmt: skip
+    blocks = (length - 32) // 16 + 1
+    coarse = t.ranges_of(coarse.low, coarse.high, False, lambda i: (0, blocks))
+    q, k, v = (torch.randn(2, length, n, width, device="cuda", dtype=dtype) for n in (groups * heads, groups, groups))
+    narrow, leaves = ([x.detach().to(kind).requires_grad_() for x in (q, k, v)] for kind in (dtype, torch.float64))
+    weight = torch.randn(q.shape, device="cuda", dtype=dtype)
+    first, exact = t.NSA_BACKENDS["triton"], t.NSA_BACKENDS["gather"]
+
+    def compressed(backend: t.NSABackend, x: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return backend.compressed(x[0], x[1][:, :blocks], x[2][:, :blocks], coarse, form)
+
+    importance = compressed(exact, leaves)[1]
+    assert (compressed(first, narrow)[1] - importance).norm() <= error * importance.norm()
+    chosen = t.best_blocks(importance, tokens, 64, 16).blocks
+    for branch in (
+        lambda backend, x: compressed(backend, x)[0],
+        lambda backend, x: backend.selected(*x, chosen, tokens, 64),
+        lambda backend, x: backend.near(*x, near),
+    ):
+        y, other = branch(first, narrow), branch(exact, leaves)
+        grads = torch.autograd.grad((y * weight).sum(), narrow), torch.autograd.grad((other * weight).sum(), leaves)
+        for mine, wanted in ((y, other), *zip(*grads, strict=True)):
+            assert (mine.double() - wanted).norm() <= error * wanted.norm()
+
+
 def test_codecs_give_the_same_bits_on_gpu_and_cpu() -> None:
     h = t.load_config({"PRESET": "ternary"})
     weights = torch.randn(3, 96, 300, generator=torch.Generator().manual_seed(3))
