@@ -3976,7 +3976,7 @@ fused_selected_gradient.register_fake(lambda grad, saved, size: same_shape(*save
 
 
 class FusedRangedFunction(torch.autograd.Function):
-    """RangedAttentionFunction by kernels; also returns lse, with which the importance of blocks is found."""
+    """Attention over ranges by kernels; also returns lse, with which the importance of blocks is found."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -3992,7 +3992,7 @@ class FusedRangedFunction(torch.autograd.Function):
 
 
 class FusedSelectedFunction(torch.autograd.Function):
-    """SelectedAttentionFunction by kernels."""
+    """Attention over chosen blocks by kernels."""
 
     @staticmethod
     def forward(
@@ -4011,10 +4011,20 @@ class FusedSelectedFunction(torch.autograd.Function):
 
 def fused_compressed(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, blocks: tuple) -> tuple[Tensor, Tensor]:
     """RangedAttentionFunction by kernels, with the importance of blocks."""
-    low, high = bounds_of(ranges)
-    y, lse = FusedRangedFunction.apply(q, k, v, low, high)
+    (low, high), k = bounds_of(ranges), k.to(q.dtype)  # what a state keeps may be wider than bf16
+    y, lse = FusedRangedFunction.apply(q, k, v.to(q.dtype), low, high)
     with torch.no_grad():
         return y, fused_importance(q.contiguous(), k.contiguous(), lse, low, high, list(blocks))
+
+
+def fused_chosen(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, ranges: Ranges, size: int) -> Tensor:
+    """SelectedAttentionFunction by kernels."""
+    return FusedSelectedFunction.apply(q, k.to(q.dtype), v.to(q.dtype), chosen, *bounds_of(ranges), size)
+
+
+def fused_near(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges) -> Tensor:
+    """RangedAttentionFunction by kernels."""
+    return FusedRangedFunction.apply(q, k.to(q.dtype), v.to(q.dtype), *bounds_of(ranges))[0]
 
 
 class NSABackend(NamedTuple):
@@ -4034,11 +4044,7 @@ NSA_BACKENDS: dict[str, NSABackend] = {
         lambda q, k, v, ranges: RangedAttentionFunction.apply(q, k, v, *ranges, None)[0],
     ),
     "masked": NSABackend(masked_compressed, masked_selected, masked_attention),
-    "triton": NSABackend(
-        fused_compressed,
-        lambda q, k, v, chosen, ranges, size: FusedSelectedFunction.apply(q, k, v, chosen, *bounds_of(ranges), size),
-        lambda q, k, v, ranges: FusedRangedFunction.apply(q, k, v, *bounds_of(ranges))[0],
-    ),
+    "triton": NSABackend(fused_compressed, fused_chosen, fused_near),
 }
 
 

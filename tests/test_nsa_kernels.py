@@ -126,6 +126,7 @@ def check_half(shape: tuple[int, ...]) -> None:
     narrow = tuple(x.detach().half().requires_grad_() for x in leaves)
     y, wide = t.NSA_BACKENDS["triton"].near(*narrow, ranges), t.NSA_BACKENDS["gather"].near(*leaves, ranges)
     found = (y, *torch.autograd.grad(y.sum(), narrow))
+    torch.testing.assert_close(t.NSA_BACKENDS["triton"].near(narrow[0], *leaves[1:], ranges), y)  # a state's keys
     for mine, exact in zip(found, (wide, *torch.autograd.grad(wide.sum(), leaves)), strict=True):
         assert mine.dtype == torch.float16
         torch.testing.assert_close(mine.float(), exact, rtol=0.01, atol=0.01)
