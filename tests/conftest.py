@@ -23,6 +23,8 @@ sys.path.insert(0, str(ROOT))  # tests import the script as a module: import tra
 
 import torch  # noqa: E402
 
+import train_gpt  # noqa: E402
+
 # Many small operations on one thread beat the same on two, and the runner starts one process for each core.
 torch.set_num_threads(1)
 
@@ -40,6 +42,12 @@ def scramble(model: Any) -> Any:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.copy_(noise * 1.5 / parameter.shape[-1] ** 0.5 if parameter.ndim == 2 else 0.7 + 0.3 * noise)
     return model
+
+
+def small_stages(preset: str) -> dict[str, str]:
+    """Stages of a preset that has some, for windows of 16 and steps of 64 tokens."""
+    values, small = train_gpt.PRESETS[preset], {"batch_stages": "0:64", "curriculum_stages": "0:2,0.5:1"}
+    return {name.upper(): text for name, text in small.items() if name in values}
 
 
 # Jobs that switch on what SKC adds, each with state, noise or structure that changes during the run.

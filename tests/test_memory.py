@@ -265,7 +265,7 @@ def test_memory_trains_over_mixers_and_topologies(
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"RMT_SEGMENT": 6}, {"ATTN_WINDOW": 4}, {"LAYER_PATTERN": "N"}, {"RMT_BPTT": 1}], ids=str
+    "wrong", [{"RMT_SEGMENT": -1}, {"ATTN_WINDOW": 4}, {"LAYER_PATTERN": "N"}, {"RMT_BPTT": 1}], ids=str
 )
 def test_contradictions_are_refused(wrong: dict[str, object]) -> None:
     values = {"PRESET": "tiny", **{name: str(value) for name, value in {**MEMORY, **wrong}.items()}}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import scramble
+from conftest import scramble, small_stages
 from torch import Tensor
 
 import train_gpt as t
@@ -389,12 +389,16 @@ SMALL = {
     "SKC_BLOCK_SIZE": 4,
     "TRAIN_BATCH_TOKENS": 32,
     "BACKOUT": 0,
-    "BATCH_STAGES": "0:32",
 }
 COMPILED: dict[str, dict[str, object]] = {
     **{
-        preset: {"PRESET": preset, "EMBED_DIM": 8 if "embed_dim" in t.PRESETS[preset] else 0, "PARTIAL_ROPE_DIMS": 0}
-        for preset in t.PRESETS
+        preset: {
+            "PRESET": preset,
+            "EMBED_DIM": 8 if "embed_dim" in t.PRESETS[preset] else 0,
+            "PARTIAL_ROPE_DIMS": 0,
+            **small_stages(preset),
+        }
+        for preset in t.PRESETS  # fmt: skip
     },
     "documents": {"DOC_MASK": 1, "VALUE_RESIDUAL": 1, "MLP_ACT": "swiglu", "RESIDUAL": "plain", "QK_NORM": 0},
     "carried": {"ATTN_WINDOW": 4, "PARTIAL_ROPE_DIMS": 8, "YARN_FACTOR": 2, "MLP_ACT": "leaky_relu2"},

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, clean_environment, scramble
+from conftest import ROOT, clean_environment, scramble, small_stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -254,7 +254,8 @@ def test_no_preset_looks_ahead(preset: str) -> None:
     more = {"EMBED_DIM": 12 if whole.embed_dim else 0, "INDUCTION_WINDOW": 8 if whole.matched_orders else None}
     if whole.ngram_orders:
         more |= {"BIGRAM_HASH_BUCKETS": 37, "BIGRAM_HASH_DIM": 6 * len(whole.ngram_orders)}
-    given = {name: str(value) for name, value in {**SMALL, **more, "PRESET": preset}.items() if value is not None}
+    given = {**SMALL, **more, **small_stages(preset), "PRESET": preset}
+    given = {name: str(value) for name, value in given.items() if value is not None}
     h = t.load_config(given)
     assert not future_moves_the_past(scrambled_of(h))
 
