@@ -652,6 +652,7 @@ LOCAL_FLOAT: dict[str, Any] = {
     "muon_momentum_warmup_steps": 100,
 }
 LOCAL_TERNARY: dict[str, Any] = {**LOCAL_FLOAT, "matrix_codec": "ternary", "group_size": 32}
+LOCAL_LONG = {name: value for name, value in LOCAL_TERNARY.items() if name != "train_seq_len"}  # 1,024, the default
 SP8192: dict[str, Any] = {
     "vocab_size": 8192, "embed_dim": 256, "data_path": "./data/datasets/fineweb10B_sp8192",
     "tokenizer_path": "./data/tokenizers/fineweb_8192_bpe.model", "fp_storage": "fp8", "matrix_codec": "ternary",
@@ -665,8 +666,8 @@ SKC_STACK: dict[str, Any] = {
     "warmdown_fraction": 0.35,
 }
 MAC: dict[str, Any] = {
-    **LOCAL_TERNARY, "num_layers": 8, "model_dim": 192, "num_heads": 6, "num_kv_heads": 2, "mlp_mult": 16.0,
-    "train_seq_len": 1024, "train_batch_tokens": 8192, "micro_batch_tokens": 8192, "doc_mask": True,
+    **LOCAL_LONG, "num_layers": 8, "model_dim": 192, "num_heads": 6, "num_kv_heads": 2, "mlp_mult": 16.0,
+    "train_batch_tokens": 8192, "micro_batch_tokens": 8192, "doc_mask": True,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "local_float": LOCAL_FLOAT,
@@ -720,7 +721,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mac_plain": MAC,
     "mac_rmt_mhc_lite": {**MAC, "rmt_segment": 256, "rmt_tokens": 16, "residual": "mhc"},
     "nsa": {
-        **LOCAL_TERNARY, "layer_pattern": "nsa", "train_seq_len": 1024, "doc_mask": True, "nsa_block": 8,
+        **LOCAL_LONG, "layer_pattern": "nsa", "doc_mask": True, "nsa_block": 8,
         "nsa_stride": 4, "nsa_select_block": 16, "nsa_select": 4, "nsa_window": 64,
     },
     "nsa_125m": {
@@ -864,7 +865,7 @@ def validate(h: Hyperparameters) -> None:
             "and the first be at most the second"),
         (h.nsa_strict and h.compile == "1", "NSA_STRICT=1 needs COMPILE=0"),
         (h.carry_train and h.kv_cache != "exact", "KV_CACHE is for evaluation: not with CARRY_TRAIN=1"),
-        (h.kv_cache != "exact" and head & (head - 1), f"KV_CACHE needs heads of a power of two, not {head} channels"),
+        (h.turbo_quant_kv and head & (head - 1), f"TURBO_QUANT_KV=1 needs heads of a power of two, not {head} channels"),
         (h.carry_eval and h.sliding_eval, "CARRY_EVAL=1 and SLIDING_EVAL=1 exclude each other"),
         (h.sliding_eval and h.sliding_eval_stride > h.eval_window,
             f"SLIDING_EVAL_STRIDE={h.sliding_eval_stride} must be at most the window {h.eval_window}"),
@@ -3124,6 +3125,7 @@ class Ranges(NamedTuple):
         return scores.softmax(-1)
 
 
+RANGE_KEPT = 2**24  # shares of a layer that are kept for the backward pass; more are made again
 RANGE_STEP = 128  # queries of a part on a CPU: their shares stay in its cache
 
 
@@ -3164,15 +3166,13 @@ class RangedAttentionFunction(torch.autograd.Function):
     again as in FlashAttention (Dao et al. 2022).
     """
 
-    KEPT: ClassVar[int] = 2**24  # numbers of P in one layer
-
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, parts: tuple[Part, ...], blocks: Any
     ) -> tuple[Tensor, Tensor]:
         ctx.parts, ctx.scale, groups, ranges = parts, q.shape[-1] ** -0.5, k.shape[2], Ranges(low, high, parts)
         pairs = sum((part.stop - part.start) * (part.last - part.first) for part in parts)
-        keeps, (length, heads) = pairs * q.shape[0] * q.shape[2] <= RangedAttentionFunction.KEPT, q.shape[1:3]
+        keeps, (length, heads) = pairs * q.shape[0] * q.shape[2] <= RANGE_KEPT, q.shape[1:3]
         q, k, v = by_groups(q * ctx.scale, groups), by_groups(k, groups), by_groups(v, groups)
         kept: list[Tensor] = []
         y, importance = torch.empty_like(q), [q.new_empty(0, dtype=torch.float32)]
@@ -5426,7 +5426,9 @@ class GPT(Module):
         assert self.memory is not None
         kept = (self.init_state(len(x0)) if state is None else state)[-1]
         sites = state[1:-1] if state is not None and kept.segment.shape[1] else None
-        tops, traces, fresh = list[Tensor](), list[Trace](), self.no_history(ctx.tokens)
+        tops: list[Tensor] = []
+        traces: list[Trace] = []
+        fresh = self.no_history(ctx.tokens)
         for number, piece in enumerate(self.memory.pieces(x0.shape[1], kept.segment.shape[1])):
             if piece.reads:
                 kept = self.memory.known(kept, ctx.documents[:, piece.start])
@@ -6964,6 +6966,10 @@ def describe(s: Session) -> None:
     log.line(
         f"device:{name} ranks:{rt.world} precision:{rt.arithmetic} compile:{int(rt.compile)} attention:{s.attention}"
     )
+    if "nsa" in h.mixers:
+        log.line(
+            "sparse attention:" + (h.nsa_impl if h.nsa_impl != "auto" else "gather (auto: no kernel measured faster)")
+        )
     log.line(f"train_tokens:{s.loader.usable} val_tokens:{len(s.validation)} data:{h.data_path}")
     log.line(f"data_fingerprint:{s.prints['data']} tokenizer:{s.prints['tokenizer']}")
     for line in role_lines(s):

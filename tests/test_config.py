@@ -515,6 +515,10 @@ SETTINGS: list[dict[str, Any]] = [
     {"residual": "mhc"},
     {"residual": "mhc", "mhc_mode": "sinkhorn"},
     {"residual": "mhc", "mhc_mode": "sinkhorn", "mhc_n": 3},
+    {"layer_pattern": "nsa"},
+    {"rmt_segment": 64},
+    {"carry_train": True},
+    {"kv_cache": "int8"},
 ]
 
 

@@ -152,8 +152,10 @@ def test_small_caches_score_carried_windows(byte_data: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"CARRY_TRAIN": "1", "BATCH_MODE": "streams", "ATTN_WINDOW": "8"}, {"MODEL_DIM": "36"}], ids=str
+    "wrong",
+    [{"CARRY_TRAIN": "1", "BATCH_MODE": "streams", "ATTN_WINDOW": "8"}, {"MODEL_DIM": "24", "TURBO_QUANT_KV": "1"}],
+    ids=str,
 )
 def test_caches_that_cannot_be_are_refused(wrong: dict[str, str]) -> None:
-    with pytest.raises(t.UserError, match="KV_CACHE"):
+    with pytest.raises(t.UserError, match="KV"):
         t.load_config({"PRESET": "tiny", "KV_CACHE": "int8", **wrong})

@@ -378,7 +378,7 @@ CHOICES += [{"MOE_EXPERTS": "2"}, {"BIGRAM_HASH_BUCKETS": "50", "ENGRAM_INJECT_L
 CHOICES += [
     {"LAYER_PATTERN": "N", "NSA_IMPL": "masked"},
     {"RMT_SEGMENT": "8"},
-    {"KV_CACHE": "int4", "TURBO_QUANT_KV": "1"},
+    {"KV_CACHE": "int4"},
 ]
 CHOICES += [{"TEMP_SCALING": "1"}, {"ATTN_IMPL": "sdpa"}, {"GRAD_CHECKPOINT": "1", "UNTIE_AT_FRACTION": "0.5"}]
 CHOICES += [{"TIE_EMBEDDINGS": "0"}, {"BIGRAM_HASH_BUCKETS": "50"}, {"INDUCTION_ORDERS": "1,2"}]
