@@ -865,7 +865,7 @@ def validate(h: Hyperparameters) -> None:
             "and the first be at most the second"),
         (h.nsa_strict and h.compile == "1", "NSA_STRICT=1 needs COMPILE=0"),
         (h.carry_train and h.kv_cache != "exact", "KV_CACHE is for evaluation: not with CARRY_TRAIN=1"),
-        (h.turbo_quant_kv and head & (head - 1), f"TURBO_QUANT_KV=1 needs heads of a power of two, not {head} channels"),
+        (h.turbo_quant_kv and head & (head - 1), f"TURBO_QUANT_KV=1 needs heads of a power of two, not {head}"),
         (h.carry_eval and h.sliding_eval, "CARRY_EVAL=1 and SLIDING_EVAL=1 exclude each other"),
         (h.sliding_eval and h.sliding_eval_stride > h.eval_window,
             f"SLIDING_EVAL_STRIDE={h.sliding_eval_stride} must be at most the window {h.eval_window}"),
@@ -3002,7 +3002,7 @@ class Cache(NamedTuple):
     """Keys or values of what came before as KV_CACHE stores them."""
 
     codes: Tensor  # (B, S, Hkv, Dh) numbers, or int8; or (B, S, Hkv, Dh / 2) pairs of 4 bits
-    scale: Tensor  # (B, S, Hkv, 1) float16, or nothing (B, S, Hkv, 0)
+    scale: Tensor  # (B, S, Hkv, 1) float32, or nothing (B, S, Hkv, 0)
 
     def shrunk(self, start: int) -> Cache:
         """Without what came before `start`. Contiguous, or the whole history stays in memory."""
@@ -3012,8 +3012,8 @@ class Cache(NamedTuple):
 class Cacher(Module):
     """Between keys or values (B, T, Hkv, Dh) and a Cache: one scale for each token and head, the greatest number's.
 
-    A number is off by at most half a step, max |x| / 254 or / 14, and by what a float16 scale is off. In a basis turned
-    by a Hadamard matrix (TURBO_QUANT_KV) a few large channels are spread over all, and half a step is smaller.
+    A number is off by at most half a step, max |x| / 254 or / 14. In a basis turned by a Hadamard matrix
+    (TURBO_QUANT_KV) a few large channels are spread over all, and half a step is smaller.
     """
 
     def __init__(self, h: Hyperparameters) -> None:
@@ -3028,8 +3028,8 @@ class Cacher(Module):
         if not self.top:
             return Cache(x, x[..., :0])
         x = x.float() if self.rotation is None else x.float() @ self.rotation.float()
-        scale = (x.abs().amax(-1, keepdim=True) / self.top).clamp(min=1e-7).half()
-        codes = (x / scale.float()).round().clamp(-self.top, self.top).to(torch.int8)
+        scale = (x.abs().amax(-1, keepdim=True) / self.top).clamp(min=1e-12)
+        codes = (x / scale).round().clamp(-self.top, self.top).to(torch.int8)
         if self.top == 7:
             codes = (codes[..., ::2] << 4) | (codes[..., 1::2] & 15)
         return Cache(codes, scale)
@@ -3040,7 +3040,7 @@ class Cacher(Module):
         codes = cache.codes
         if self.top == 7:  # arithmetic shifts bring the signs back
             codes = torch.stack((codes >> 4, (codes << 4) >> 4), -1).flatten(-2)
-        x = codes.float() * cache.scale.float()
+        x = codes.float() * cache.scale
         return (x if self.rotation is None else x @ self.rotation.float()).to(dtype)
 
     def add(self, old: Cache, x: Tensor) -> tuple[Tensor, Cache]:

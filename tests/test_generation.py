@@ -86,13 +86,13 @@ def test_a_cached_number_is_off_by_half_a_step_at_most(kind: str, steps: int, tu
     error = (cache.read(stored, torch.float32).double() - x.double()).abs()
     basis = x.double() @ t.hadamard(16).double() if turned else x.double()
     step = basis.abs().amax(-1, keepdim=True) / steps
-    slack = 1 + 2**-8  # the scale is a float16
+    slack = 1 + 1e-5
     if turned:
         assert (error.square().sum(-1, keepdim=True).sqrt() <= 0.5 * step * 4 * slack + 1e-6).all()  # sqrt(16) channels
     else:
-        assert (error <= 0.5 * step * slack + step * steps * 2**-11).all()
+        assert (error <= 0.5 * step * slack).all()
     assert stored.codes.dtype == torch.int8
-    assert stored.codes.numel() == x.numel() // (2 if kind == "int4" else 1) and stored.scale.dtype == torch.float16
+    assert stored.codes.numel() == x.numel() // (2 if kind == "int4" else 1) and stored.scale.dtype == torch.float32
 
 
 def test_turning_spreads_a_large_channel_over_all() -> None:
@@ -113,7 +113,7 @@ def test_numbers_of_four_bits_survive_packing() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["A", "N"])
-@pytest.mark.parametrize(("kind", "share", "most"), [("int8", 0.6, 0.02), ("int4", 0.4, 0.35)])
+@pytest.mark.parametrize(("kind", "share", "most"), [("int8", 0.5, 0.02), ("int4", 0.25, 0.35)])
 @torch.no_grad()
 def test_decoding_from_small_caches_is_near_the_exact_one(pattern: str, kind: str, share: float, most: float) -> None:
     """Relative to the spread of logits; and what is kept of each token takes that share of bfloat16's bytes."""
@@ -131,7 +131,7 @@ def test_decoding_from_small_caches_is_near_the_exact_one(pattern: str, kind: st
         caches = (layer.k, layer.v) if pattern == "A" else (layer.keys, layer.values)
         size = sum(part.numel() * part.element_size() for cache in caches for part in cache)
         bf16 = 2 * 2 * 2 * 40 * model.h.num_kv_heads * model.h.head_dim
-    assert size <= bf16 * (share + 2 / (2 * model.h.head_dim))
+    assert size <= bf16 * (share + 4 / (2 * model.h.head_dim))
     error = (found[kind] - found["exact"]).square().mean().sqrt() / found["exact"].std()
     assert 0 < error < most
 
