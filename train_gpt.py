@@ -3005,8 +3005,8 @@ class Cache(NamedTuple):
     scale: Tensor  # (B, S, Hkv, 1) float32, or nothing (B, S, Hkv, 0)
 
     def shrunk(self, start: int) -> Cache:
-        """Without what came before `start`. Contiguous, or the whole history stays in memory."""
-        return Cache(*(part[:, start:].contiguous() for part in self))
+        """Without what came before `start`. A copy, or the whole history stays in memory, with strides that change."""
+        return Cache(*(part[:, start:].clone(memory_format=torch.contiguous_format) for part in self))
 
 
 class Cacher(Module):
@@ -3369,7 +3369,8 @@ class Attention(Module):
         documents = torch.cat((state.documents, ctx.documents), 1)
         y = sdpa(q, k, v, self.mask(ctx.documents, documents, ctx.writes), False)
         start = max(0, k.shape[1] - self.window + 1) if self.window else 0
-        return y, AttentionState(keys.shrunk(start), values.shrunk(start), documents[:, start:].contiguous())
+        keys, values = (keys.shrunk(start), values.shrunk(start)) if start else (keys, values)
+        return y, AttentionState(keys, values, documents[:, start:].contiguous())
 
     def mask(self, documents: Tensor, key_documents: Tensor, writes: int) -> Tensor:
         """(B or 1, 1, T, S) bool: not later, within the window, in the same document; the last `writes` see later."""
