@@ -260,8 +260,9 @@ class Hyperparameters:
     # Recurrent memory
     rmt_segment: int = var(0, "rmt", "tokens of a segment that reads and writes memory; 0: none", "tokens", low=0)
     rmt_tokens: int = var(8, "rmt", "memory tokens, read before a segment and written after it", "tokens", low=1,
+        high=4096,
         when=lambda h: h.rmt_segment > 0)
-    rmt_bptt: int = var(4, "rmt", "segments through which a gradient flows, its own included", "segments", low=2,
+    rmt_bptt: int = var(4, "optimizer", "gradients are cut before every so many segments", "segments", low=2,
         when=lambda h: h.rmt_segment > 0)
     dataset_state_mode: str = var("full", "run", "what checkpoints hold of carried states: all, or light: none, and "
         "resuming reads the last window again", choices=("full", "light"), when=lambda h: h.carry_train)
@@ -856,16 +857,23 @@ def validate(h: Hyperparameters) -> None:
         (h.carry_train and h.batch_mode != "streams", "CARRY_TRAIN=1 needs BATCH_MODE=streams, so that rows continue"),
         ((h.carry_train or h.carry_eval) and "attn" in h.mixers and not h.attn_window and not h.rmt_segment,
             "CARRY_TRAIN/CARRY_EVAL with attention needs ATTN_WINDOW, or its cache grows without end"),
+        (h.rmt_segment and (2 * h.rmt_segment > h.train_seq_len or (h.carry_train and h.train_seq_len % h.rmt_segment)),
+            f"RMT_SEGMENT={h.rmt_segment} must be at most half of TRAIN_SEQ_LEN={h.train_seq_len}, or no gradient "
+            "teaches it what to write; and with CARRY_TRAIN=1 divide it"),
         (h.rmt_segment and ("nsa" in h.mixers or h.attn_window),
             "RMT_SEGMENT bounds attention by itself: not with sparse attention, and ATTN_WINDOW must be 0"),
         ((h.carry_train or h.carry_eval) and "nsa" in h.mixers,
             "CARRY_TRAIN/CARRY_EVAL are not for sparse attention: what may be chosen grows without end"),
-        (h.nsa_block % h.nsa_stride or h.nsa_select_block % h.nsa_stride or h.nsa_select_block < h.nsa_block,
+        ("nsa" in h.mixers and h.nsa_block > h.train_seq_len,
+            f"NSA_BLOCK={h.nsa_block} must be at most TRAIN_SEQ_LEN={h.train_seq_len}, or there is no compressed key"),
+        ("nsa" in h.mixers
+            and (h.nsa_block % h.nsa_stride or h.nsa_select_block % h.nsa_stride or h.nsa_select_block < h.nsa_block),
             f"NSA_STRIDE={h.nsa_stride} must divide NSA_BLOCK={h.nsa_block} and NSA_SELECT_BLOCK={h.nsa_select_block}, "
             "and the first be at most the second"),
         (h.nsa_strict and h.compile == "1", "NSA_STRICT=1 needs COMPILE=0"),
         (h.carry_train and h.kv_cache != "exact", "KV_CACHE is for evaluation: not with CARRY_TRAIN=1"),
-        (h.turbo_quant_kv and head & (head - 1), f"TURBO_QUANT_KV=1 needs heads of a power of two, not {head}"),
+        (h.turbo_quant_kv and h.has_queries and head & (head - 1),
+            f"TURBO_QUANT_KV=1 needs heads of a power of two, not {head}"),
         (h.carry_eval and h.sliding_eval, "CARRY_EVAL=1 and SLIDING_EVAL=1 exclude each other"),
         (h.sliding_eval and h.sliding_eval_stride > h.eval_window,
             f"SLIDING_EVAL_STRIDE={h.sliding_eval_stride} must be at most the window {h.eval_window}"),
@@ -2099,7 +2107,9 @@ def lay_blocks(width: int, positions: Tensor, documents: Tensor, stream: Any, pl
         spot, done = torch.arange(length, device=documents.device) + phase, (phase[:, 0] + length) // width
     there = (place >= 0) & (place < length)
     laid = torch.where(there, documents.gather(1, place.clamp(0, length - 1)), -1).unflatten(1, (-1, width))
-    last, end = (zero, zero) if stream is None else (stream.document.unsqueeze(1), stream.block_document.unsqueeze(1))
+    last = end = zero if aligned else documents[:, :1]  # nothing that counts is before a segment
+    if stream is not None:
+        last, end = stream.document.unsqueeze(1), stream.block_document.unsqueeze(1)
     ends = torch.cat((end, laid.amax(-1)), 1).cummax(1).values  # documents only rise
     before, end = ends[:, :-1], ends[:, 1:]
     return Blocks(
@@ -3248,6 +3258,8 @@ def import_problem(package: str) -> str:
 
 def check_nsa(h: Hyperparameters, rt: Runtime) -> None:
     """Raise UserError if NSA_IMPL=triton cannot run here."""
+    if "nsa" in h.mixers and h.nsa_strict and rt.compile:
+        raise UserError("NSA_STRICT=1 needs COMPILE=0")
     if "nsa" not in h.mixers or h.nsa_impl != "triton":
         return
     problem, package = "", find_spec("triton") is not None
@@ -3257,6 +3269,8 @@ def check_nsa(h: Hyperparameters, rt: Runtime) -> None:
         problem = "PRECISION=bf16 or fp32"
     elif h.head_dim & (h.head_dim - 1) or not 16 <= h.head_dim <= 128:
         problem = f"heads of 16, 32, 64 or 128, not {h.head_dim}"
+    elif h.nsa_select_block > 128:
+        problem = f"NSA_SELECT_BLOCK of at most 128, not {h.nsa_select_block}"
     elif h.num_heads > 16 * h.num_kv_heads:
         problem = f"at most 16 heads for each of NUM_KV_HEADS, not {h.num_heads // h.num_kv_heads}"
     if problem:
@@ -5266,12 +5280,14 @@ class GPT(Module):
         stream = self.start_stream(self.no_history(self.embed.weight.new_zeros(batch, dtype=torch.int64)))
         if self.memory is None:
             return (stream, *self.site_states(batch))
+        return (stream, *self.site_states(batch), self.start_memory(batch))
+
+    def start_memory(self, batch: int) -> SegmentState:
+        """Memory before any segment."""
+        assert self.memory is not None
+        stream = self.start_stream(self.no_history(self.embed.weight.new_zeros(batch, dtype=torch.int64)))
         memory = self.memory.first.detach().expand(batch, -1, -1)
-        return (
-            stream,
-            *self.site_states(batch),
-            SegmentState(memory, stream.document - 1, stream.history[:, :0], stream),
-        )
+        return SegmentState(memory, stream.document - 1, stream.history[:, :0], stream)
 
     def site_states(self, batch: int) -> tuple:
         """Each site's state before any token."""
@@ -5351,7 +5367,7 @@ class GPT(Module):
             positions=positions, documents=documents, age=age, fresh=fresh if h.has_ages else None,
             blocks=lay_blocks(h.skc_block_size, positions, documents, stream, places) if h.has_blocks else None,
             rotary=self.rotary(turned.to(device).unsqueeze(0)), writes=piece.writes,
-            memory={name: F.pad(rows[:, text], (0, 0, *around)) for name, rows in ctx.memory.items()},
+            memory={name: F.pad(part[:, text], (0, 0, *around)) for name, part in ctx.memory.items()},
         )  # fmt: skip
 
     def run_sites(
@@ -5425,7 +5441,7 @@ class GPT(Module):
         Gradients flow through RMT_BPTT segments. Losses and diagnostics are means over segments.
         """
         assert self.memory is not None
-        kept = (self.init_state(len(x0)) if state is None else state)[-1]
+        kept = self.start_memory(len(x0)) if state is None else state[-1]
         sites = state[1:-1] if state is not None and kept.segment.shape[1] else None
         tops: list[Tensor] = []
         traces: list[Trace] = []
@@ -5448,8 +5464,9 @@ class GPT(Module):
                 stream = kept.stream if piece.phase else self.start_stream(fresh)
                 sites = self.next_sites(trace, (stream, *sites))
                 kept = kept._replace(segment=tokens, stream=self.next_stream(part, stream))
-        after = (*(self.site_states(len(x0)) if sites is None else sites), kept)
-        return torch.cat(tops, 1), after, mean_trace(traces)
+        if state is None:
+            return torch.cat(tops, 1), (), mean_trace(traces)
+        return torch.cat(tops, 1), (*(sites or self.site_states(len(x0))), kept), mean_trace(traces)
 
     def over_piece(
         self, piece: Piece, kept: SegmentState, x0: Tensor, e2: Tensor | None, ctx: Ctx, sites: tuple | None
@@ -5679,7 +5696,8 @@ def sample_token(logits: Tensor, temperature: float, top_p: float, generator: to
     """One token per row of logits (B, V), (B, 1): greedy for temperature 0, else nucleus sampling."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    ordered, index = (logits.cpu().double() / temperature).softmax(-1).sort(-1, descending=True)
+    above = logits.cpu().double()
+    ordered, index = ((above - above.amax(-1, keepdim=True)) / temperature).softmax(-1).sort(-1, descending=True)
     before = ordered.cumsum(-1) - ordered
     drop = before >= top_p
     drop[..., 0] = False
@@ -6199,6 +6217,9 @@ def expand_chunks(tool: str, data: bytes, size: int) -> bytes:
     return b"".join(parts)
 
 
+STRUCTURE_GROUPS = ("model", "nsa", "rmt", "skc", "topology", "weights")
+
+
 def structure_config(h: Hyperparameters) -> dict[str, Any]:
     """The fields that a reader needs to rebuild the network.
 
@@ -6210,8 +6231,9 @@ def structure_config(h: Hyperparameters) -> dict[str, Any]:
 
 def structure_fields() -> list[str]:
     """Names of the fields that shape the network or its file."""
-    names = [s.name for s in FIELDS.values() if s.metadata["group"] in ("model", "skc", "topology", "weights")]
-    return [n for n in [*names, "vocab_size", "train_seq_len"] if n not in ("attn_impl", "grad_checkpoint")]
+    names = [s.name for s in FIELDS.values() if s.metadata["group"] in STRUCTURE_GROUPS]
+    computing = ("attn_impl", "nsa_impl", "nsa_strict", "grad_checkpoint")
+    return [n for n in [*names, "vocab_size", "train_seq_len"] if n not in computing]
 
 
 class Coded(NamedTuple):
@@ -6870,7 +6892,10 @@ def load_checkpoint(h: Hyperparameters, rt: Runtime, path: Path, model: GPT, wei
     if carry and h.carry_train:
         rows = carry[0].shape[0] // rt.world
         share = slice(rt.rank * rows, (rt.rank + 1) * rows)
-        state.carry = rebuild_state(model.init_state(rows), [part[share] for part in carry])
+        form_of = model.init_state(rows)
+        if len(flatten_state(form_of)) != len(carry):
+            raise UserError(f"{path} carries states of another form; resume it with the program that wrote it")
+        state.carry = rebuild_state(form_of, [part[share] for part in carry])
     return state
 
 
@@ -7174,11 +7199,11 @@ def train_loop(s: Session, state: TrainState) -> None:
 
 def reread(s: Session, step: Callable, state: TrainState) -> None:
     """Fill carried states that a light checkpoint left out, from the window before; they know nothing older."""
-    if not state.step or state.before.epoch != state.position.epoch:
+    if not state.step:
         return
     s.loader.seek(state.before)
     batch = s.loader.next(len(state.carry[0].position) * s.rt.world, s.h.train_seq_len)
-    state.carry = step(batch, state, 0.0).carry
+    state.carry = step(batch, state, progress_of(s.h, state.step, state.seconds)).carry
     s.weights.clear_gradients()
     s.loader.seek(state.position)
     s.log.line(f"step:{state.step} carried states are made again from the last {s.h.train_seq_len} tokens of each row")
@@ -7574,6 +7599,8 @@ def generate_command(path: str, options: Any, environ: dict[str, str]) -> int:
     _, rt, model, tokenizer, _ = open_artifact(path, environ)
     if not rt.main:
         return 0
+    if options.prompt != options.prompt.encode(errors="replace").decode():
+        raise UserError("--prompt is not text in UTF-8")
     shown, tokens = "", [tokenizer.bos, *tokenizer.encode(options.prompt)]
     written: list[int] = []
     print(options.prompt, end="", flush=True)
@@ -7695,6 +7722,9 @@ def main(argv: list[str], environ: dict[str, str]) -> int:
                 raise UserError(f"bench --ratio takes VARIABLE=value, not {unclear[0]}")
             return bench(h, rt, options.steps, dict(pair.split("=", 1) for pair in options.ratio))
         return train(h, rt)
+    except BrokenPipeError:  # the reader has seen enough; what is still in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not isinstance(error, AgreedError):

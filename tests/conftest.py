@@ -45,12 +45,12 @@ def scramble(model: Any) -> Any:
 
 
 def small_stages(preset: str) -> dict[str, str]:
-    """Stages of a preset that has some, for windows of 16 and steps of 64 tokens."""
-    values, small = train_gpt.PRESETS[preset], {"batch_stages": "0:64", "curriculum_stages": "0:2,0.5:1"}
+    """Stages and segments of a preset that has some, for windows of 16 and steps of 64 tokens."""
+    values = train_gpt.PRESETS[preset]
+    small = {"batch_stages": "0:64", "curriculum_stages": "0:2,0.5:1", "rmt_segment": "8"}
     return {name.upper(): text for name, text in small.items() if name in values}
 
 
-# Jobs that switch on what SKC adds, each with state, noise or structure that changes during the run.
 # Jobs that switch on other residual topologies, on the same terms.
 TOPOLOGIES: dict[str, dict[str, str]] = {
     "hyper-connections, n-grams": {
@@ -64,6 +64,7 @@ TOPOLOGIES: dict[str, dict[str, str]] = {
     },
     "mhc lite, experts": {"RESIDUAL": "mhc", "MHC_LOG_EVERY": "0", "MOE_EXPERTS": "2", "MOE_LAYER_FRAC": "1"},
 }  # fmt: skip
+# Jobs that switch on what SKC adds, each with state, noise or structure that changes during the run.
 SKC_KINDS: dict[str, dict[str, str]] = {
     "skc, bank, feedback, engram": {
         "LAYER_PATTERN": "SA", "CAPSULE_DIM": "8", "CAPSULE_NUM": "3", "SKC_BLOCK_SIZE": "8", "CAPSULE_BANK": "1",
@@ -82,8 +83,8 @@ SKC_KINDS: dict[str, dict[str, str]] = {
         "CARRY_EVAL": "1", "LABEL_SMOOTHING": "0.1",
     },
     "sparse attention": {
-        "LAYER_PATTERN": "N", "NSA_BLOCK": "4", "NSA_STRIDE": "2", "NSA_SELECT_BLOCK": "4", "NSA_SELECT": "3",
-        "NSA_WINDOW": "8", "DOC_MASK": "1", "CURRICULUM_STAGES": "0:2,0.5:1",
+        "LAYER_PATTERN": "N", "NSA_BLOCK": "4", "NSA_STRIDE": "2", "NSA_SELECT_BLOCK": "4", "NSA_SELECT": "4",
+        "NSA_WINDOW": "4", "DOC_MASK": "1", "CURRICULUM_STAGES": "0:2,0.5:1",
     },
     "koopman, carried": {
         "LAYER_PATTERN": "K", "CAPSULE_DIM": "8", "CAPSULE_NUM": "3", "SKC_BLOCK_SIZE": "8", "CAPSULE_BANK": "1",

@@ -28,6 +28,8 @@ def built(preset: str, **variables: object) -> t.GPT:
     more |= {"BATCH_STAGES": "0:64"} if whole.batch_stages else {}
     more |= {"INDUCTION_WINDOW": 8} if whole.matched_orders else {}
     more |= {"RMT_SEGMENT": 8, "RMT_TOKENS": 2} if whole.rmt_segment else {}
+    sparse = {"NSA_BLOCK": 4, "NSA_STRIDE": 2, "NSA_SELECT_BLOCK": 4, "NSA_SELECT": 4, "NSA_WINDOW": 4}
+    more |= sparse if "nsa" in whole.mixers else {}
     if whole.ngram_orders:
         more |= {"BIGRAM_HASH_BUCKETS": 37, "BIGRAM_HASH_DIM": 6 * len(whole.ngram_orders)}
     given = {**SMALL, **more, **variables, "PRESET": preset}
@@ -48,18 +50,48 @@ def test_greedy_text_is_the_argmax_of_the_parallel_forward(preset: str) -> None:
     assert len(texts) > 1, "the test needs a network that writes more than one token"
 
 
-@pytest.mark.parametrize("preset", t.PRESETS)
+RECURRENT = ["skc_small", "rmt"]  # no attention; attention within a segment only
+
+
+@pytest.mark.parametrize("preset", RECURRENT)
 @torch.no_grad()
-def test_memory_of_writing_is_constant_without_attention_over_all(preset: str) -> None:
+def test_memory_of_writing_is_constant(preset: str) -> None:
     """Recurrent mixers and closed segments keep a state of one size, however long the text."""
-    pattern = {"attn": "K", "nsa": "K"}.get(t.load_config({"PRESET": preset}).layer_pattern, "SK")
-    model = built(preset, LAYER_PATTERN=pattern, VALUE_EMBED=0, ATTN_INIT="uniform")
+    model = built(preset)
     state, sizes = model.init_state(1), []
     for _ in range(6):
         for seed in range(16):
             _, state = model.logits(torch.tensor([[seed]]), t.scoring_variant(model.h), state)
         sizes.append(sum(part.numel() for part in t.flatten_state(state)))
     assert len(set(sizes)) == 1
+
+
+@pytest.mark.parametrize("preset", t.PRESETS)
+@torch.no_grad()
+def test_an_artifact_alone_says_which_network_it_holds(preset: str, byte_data: Path, tmp_path: Path) -> None:
+    """Read with nothing but the data's path set, it gives the same logits, greedy text and state; a contradiction is
+    refused."""
+    model = built(preset, PRECISION="fp32", DATA_PATH=byte_data)
+    weights = t.Weights(model)
+    for bank in weights.banks.values():
+        bank.latent.copy_(torch.stack([parameter.float() for parameter in bank.parameters]))
+    weights.materialize(1.0)
+    prints = {"tokenizer": t.load_tokenizer(model.h).fingerprint}
+    path = tmp_path / "model.pgz"
+    path.write_bytes(t.write_artifact(model.h, t.coded_tensors(weights), prints).data)
+    environ = {"DATA_PATH": str(byte_data), "PRECISION": "fp32", "DEVICE": "cpu"}
+    _, rt, read, tokenizer, _ = t.open_artifact(str(path), environ)
+    tokens = torch.randint(0, BOS, (2, 40), generator=torch.Generator().manual_seed(3))
+    tokens[:, [0, 13]] = BOS
+    want, got = (m.logits(tokens, t.scoring_variant(m.h))[0] for m in (model, read))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert [part.shape for part in t.flatten_state(read.init_state(1))] == [
+        part.shape for part in t.flatten_state(model.init_state(1))
+    ]
+    for name, value in {"RMT_SEGMENT": "4", "NSA_SELECT": "5", "NSA_WINDOW": "7"}.items():
+        if (name.startswith("RMT") and model.h.rmt_segment) or (name.startswith("NSA") and "nsa" in model.h.mixers):
+            with pytest.raises(t.UserError, match=name):
+                t.open_artifact(str(path), {**environ, name: value})
 
 
 # ---- caches of small numbers

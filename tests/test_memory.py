@@ -127,21 +127,50 @@ def test_memory_carries_the_past_and_nothing_else_does() -> None:
     assert difference[:, 5:].abs().max() == 0 and difference[:, 1:5].abs().max() > 0
 
 
-@pytest.mark.parametrize("doc_mask", [0, 1])
+@pytest.mark.parametrize("pattern", ["A", "S", "K", "SKPA"])
 @pytest.mark.parametrize("start", [5, 7, 9, 10])
 @torch.no_grad()
-def test_memory_begins_anew_with_a_document(doc_mask: int, start: int) -> None:
-    """Nothing before a document's start reaches the segments after the one that it lies in, masked or not."""
-    model, tokens = built(DOC_MASK=doc_mask), some_tokens(2, 20, starts=0)
+def test_memory_begins_anew_with_a_document(pattern: str, start: int) -> None:
+    """Nothing from before a document's start reaches anything after it, however many documents came before."""
+    model = built(LAYER_PATTERN=pattern, CAPSULE_DIM=8, CAPSULE_NUM=3, SKC_BLOCK_SIZE=2)
+    tokens = some_tokens(2, 20, starts=0)
     tokens[:, start] = BOS
     other = tokens.clone()
     other[:, :start] = (tokens[:, :start] + 11) % BOS
+    other[1, 1:start:2] = BOS
     difference = (tops(model, other) - tops(model, tokens)).abs().amax((0, 2))
-    from_start = start if doc_mask or start % 5 == 0 else -(-start // 5) * 5
-    reset = difference[from_start:].max()
-    if doc_mask or start % 5 == 0:
-        assert reset == 0
-    assert difference[:start].min() > 0
+    assert difference[start:].max() < 1e-12 and difference[:start].min() > 0
+
+
+@torch.no_grad()
+def test_a_document_start_changes_nothing_of_other_segments_but_through_memory() -> None:
+    """With memory held, each segment is a network of its own: how many documents came before does not matter."""
+    for pattern in ("S", "K", "A", "SKPA"):
+        variables = {"LAYER_PATTERN": pattern, "CAPSULE_DIM": 8, "CAPSULE_NUM": 3, "SKC_BLOCK_SIZE": 2}
+        model, tokens = (
+            built(**variables, CAPSULE_BANK=1, FEEDBACK_PASSES=1, FEEDBACK_DIM=4, FEEDBACK_SKETCH_TOKENS=2),
+            some_tokens(1, 20, starts=0),
+        )
+        other = tokens.clone()
+        other[0, 2] = BOS
+        with pytest.MonkeyPatch.context() as patch:
+            held = model.memory.first.expand(1, -1, -1)
+            patch.setattr(model.memory, "known", lambda kept, _, held=held: kept._replace(memory=held))
+            difference = (tops(model, other) - tops(model, tokens))[0].abs().amax(1)
+        assert difference[5:].max() == 0 and difference[2:5].max() > 0, pattern
+
+
+@torch.no_grad()
+def test_without_document_mask_a_segment_hands_on_what_lies_before_its_documents_start() -> None:
+    """As its attention sees it; memory itself still begins anew where a segment begins with a document."""
+    model, tokens = built(DOC_MASK=0), some_tokens(1, 20, starts=0)
+    for start, reached in ((7, True), (10, False)):
+        one = tokens.clone()
+        one[0, start] = BOS
+        other = one.clone()
+        other[0, :start] = (one[0, :start] + 11) % BOS
+        difference = (tops(model, other) - tops(model, one))[0, -(-start // 5) * 5 :].abs().max()
+        assert (difference > 1e-9) == reached
 
 
 @torch.no_grad()
@@ -265,7 +294,16 @@ def test_memory_trains_over_mixers_and_topologies(
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"RMT_SEGMENT": -1}, {"ATTN_WINDOW": 4}, {"LAYER_PATTERN": "N"}, {"RMT_BPTT": 1}], ids=str
+    "wrong",
+    [
+        {"RMT_SEGMENT": -1},
+        {"RMT_SEGMENT": 11},
+        {"RMT_SEGMENT": 6, "CARRY_TRAIN": 1, "BATCH_MODE": "streams"},
+        {"ATTN_WINDOW": 4},
+        {"LAYER_PATTERN": "N"},
+        {"RMT_BPTT": 1},
+    ],
+    ids=str,
 )
 def test_contradictions_are_refused(wrong: dict[str, object]) -> None:
     values = {"PRESET": "tiny", **{name: str(value) for name, value in {**MEMORY, **wrong}.items()}}

@@ -42,16 +42,19 @@ STACK: dict[str, object] = {
     **BANK, **FEEDBACK, "NUM_LAYERS": 4, "FEEDBACK_HALT": 0, "RECURRENCE_LAYERS": "0-1", "BIGRAM_HASH_BUCKETS": 9,
     "BIGRAM_HASH_DIM": 8, "UNET_SKIPS": 1, "BACKOUT": 0,
 }  # fmt: skip
-NSA: dict[str, object] = {
-    "NSA_BLOCK": 4, "NSA_STRIDE": 2, "NSA_SELECT_BLOCK": 4, "NSA_SELECT": 3, "NSA_WINDOW": 3, "NSA_STRICT": 1,
+NSA: dict[str, object] = {  # of seven blocks a query chooses one freely
+    "NSA_BLOCK": 2, "NSA_STRIDE": 1, "NSA_SELECT_BLOCK": 2, "NSA_SELECT": 4, "NSA_WINDOW": 2, "NSA_STRICT": 1,
 }  # fmt: skip
 RMT: dict[str, object] = {"RMT_SEGMENT": 4, "RMT_TOKENS": 2, "TRAIN_SEQ_LEN": 12, "TRAIN_BATCH_TOKENS": 24}
 # (layer pattern, variables) of what SKC and the frontier's parts add
 PARTS: dict[str, tuple[str, dict[str, object]]] = {
     "nsa": ("N", NSA),
-    "nsa_documents": ("N", {**NSA, "DOC_MASK": 1, "NSA_BLOCK": 4, "NSA_SELECT_BLOCK": 4, "NUM_KV_HEADS": 1}),
+    "nsa_documents": (
+        "N",
+        {**NSA, "DOC_MASK": 1, "NSA_BLOCK": 4, "NSA_STRIDE": 2, "NSA_SELECT_BLOCK": 4, "NUM_KV_HEADS": 1},
+    ),
     "nsa_mean": ("NA", {**NSA, "DOC_MASK": 1, "NSA_POOL": "mean", "NSA_GATES": "softmax", "NUM_KV_HEADS": 4}),
-    "nsa_masked": ("NK", {**NSA, "NSA_IMPL": "masked", "NSA_BLOCK": 2, "DOC_MASK": 1}),
+    "nsa_masked": ("NK", {**NSA, "NSA_IMPL": "masked", "NSA_SELECT_BLOCK": 3, "DOC_MASK": 1}),
     "rmt": ("A", {**RMT, "DOC_MASK": 1}),
     "rmt_two_segments": (
         "A",

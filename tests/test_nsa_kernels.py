@@ -14,7 +14,7 @@ from torch import Tensor
 
 import train_gpt as t
 
-BLOCK, STRIDE, SIZE, COUNT, WINDOW = 8, 4, 16, 3, 11  # of compressed keys, of chosen blocks, of near keys
+BLOCK, STRIDE, SIZE, COUNT, WINDOW = 4, 2, 4, 5, 11  # of compressed keys, of chosen blocks, of near keys
 
 
 def small_tiles() -> None:

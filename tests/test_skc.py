@@ -986,7 +986,7 @@ COMPILED = {
         "NSA_WINDOW": 4,
         "DOC_MASK": 1,
     },
-    "memory": {"RMT_SEGMENT": 5, "RMT_TOKENS": 2, "LAYER_PATTERN": "SA", "LABEL_SMOOTHING": 0.1},
+    "memory": {"RMT_SEGMENT": 4, "RMT_TOKENS": 2, "LAYER_PATTERN": "SA", "LABEL_SMOOTHING": 0.1},
     "hyper-connections": {"RESIDUAL": "hc", "HC_LEARN": "keep,write,bias,read,mix", "VALUE_EMBED": 1},
     "static connections": {"RESIDUAL": "mhc", "MHC_GATE_NOISE": 0.1, "LAYER_PATTERN": "SA", "UNET_SKIPS": 1},
     "dynamic connections": {"RESIDUAL": "mhc", "MHC_N": 4, "MHC_MODE": "sinkhorn", "MHC_LOGITS": "dynamic"},
