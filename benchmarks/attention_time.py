@@ -2,12 +2,14 @@
 
     python benchmarks/attention_time.py [--lengths 1024,2048,4096,8192,16384] [--tokens 0] [--heads 8] [--kv-heads 2]
         [--dim 64] [--block 8] [--stride 4] [--select-block 16] [--select 4] [--window 64] [--backend gather]
-        [--rounds 5] [--device cpu|cuda]
+        [--rounds 5] [--device cpu|cuda] [--writing]
 
 Of attention alone: queries, keys and values are given, projections and gates left out, the pooling of blocks is in. A
 row has one sequence, or as many as make up --tokens. Full attention is torch's (FlashAttention on CUDA, by SDPA).
 The variants take turns; medians, and quartiles of the ratios round by round. bf16 on CUDA; float32 and one thread on a
 CPU.
+With --writing: whole layers without gradients instead, with projections and caches: tokens/s of reading a context, and
+milliseconds of one more token after it, with the bytes of keys and values that it reads.
 For a GPU: --lengths 4096,8192,16384,32768,65536 --tokens 65536 --heads 64 --kv-heads 4 --dim 128 --block 32 --stride 16
 --select-block 64 --select 16 --window 512.
 """
@@ -41,15 +43,53 @@ def quartiles(values: np.ndarray) -> str:
     return f"{middle:.3g} ({low:.3g} to {high:.3g})"
 
 
+def config_of(options: argparse.Namespace, pattern: str) -> t.Hyperparameters:
+    """One layer of the wanted shape."""
+    names = {"block": "NSA_BLOCK", "stride": "NSA_STRIDE", "select_block": "NSA_SELECT_BLOCK"}
+    names |= {"select": "NSA_SELECT", "window": "NSA_WINDOW", "heads": "NUM_HEADS", "kv_heads": "NUM_KV_HEADS"}
+    values = {name: str(vars(options)[key]) for key, name in names.items()}
+    values |= {"LAYER_PATTERN": pattern, "NUM_LAYERS": "1", "MODEL_DIM": str(options.heads * options.dim)}
+    return t.load_config({**values, "COMPILE": "0", "DEVICE": options.device, "NSA_IMPL": options.backend})
+
+
+@torch.no_grad()
+def writing(options: argparse.Namespace, length: int) -> str:
+    """Both layers after a context of this length, in turn: reading it, and one more token."""
+    found: dict[str, list[list[float]]] = {"attn": [], "nsa": []}
+    for number in range(options.rounds + 1):
+        for pattern, times in found.items():
+            h = config_of(options, pattern)
+            rt = t.start_runtime(h)
+            torch.set_num_threads(1)
+            model = t.build_model(h, rt, 1)
+            layer, x = model.blocks[0][pattern], torch.randn(1, length + 1, h.model_dim, device=rt.device)
+            x = x.bfloat16() if options.device == "cuda" else x
+            start = model.init_state(1)
+            ctx = model.context(torch.full((1, length), 2, device=rt.device), start, t.Variant())
+            with torch.autocast(options.device, torch.bfloat16, enabled=options.device == "cuda"):
+                state = layer(x[:, :length], ctx, start[1]).state
+                prefill = seconds(options.device, lambda: layer(x[:, :length], ctx, start[1]))  # noqa: B023
+                stream = model.next_stream(ctx, start[0])
+                one = model.context(torch.full((1, 1), 2, device=rt.device), (stream, state), t.Variant())
+                steps = [seconds(options.device, lambda: layer(x[:, length:], one, state)) for _ in range(9)]  # noqa: B023
+            times += [[prefill, float(np.median(steps))]] if number else []
+    reads = {"attn": length + 1, "nsa": (length + 1 - options.block) // options.stride + 1}
+    reads["nsa"] += min(length + 1, options.select * options.select_block) + min(length + 1, options.window)
+    size = 2 * options.kv_heads * options.dim * (2 if options.device == "cuda" else 4)
+    text = f"length:{length}"
+    for pattern, times in found.items():
+        prefill, step = np.median(np.array(times), 0)
+        text += (
+            f" {pattern}: read {length / prefill:.4g} tok/s, write {1e3 * step:.3g} ms, {reads[pattern] * size} bytes;"
+        )
+    return text
+
+
 class Case:
     """Queries, keys and values of one length, and what the branches see."""
 
     def __init__(self, options: argparse.Namespace, length: int) -> None:
-        names = {"block": "NSA_BLOCK", "stride": "NSA_STRIDE", "select_block": "NSA_SELECT_BLOCK"}
-        names |= {"select": "NSA_SELECT", "window": "NSA_WINDOW", "heads": "NUM_HEADS", "kv_heads": "NUM_KV_HEADS"}
-        values = {name: str(vars(options)[key]) for key, name in names.items()}
-        values |= {"LAYER_PATTERN": "nsa", "NUM_LAYERS": "1", "MODEL_DIM": str(options.heads * options.dim)}
-        self.h = t.load_config({**values, "COMPILE": "0", "DEVICE": options.device, "NSA_IMPL": options.backend})
+        self.h = config_of(options, "nsa")
         rt = t.start_runtime(self.h)
         model = t.build_model(self.h, rt, 1)
         rows = max(1, options.tokens // length)
@@ -96,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, default in (("select-block", 16), ("select", 4), ("window", 64), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--writing", action="store_true")
     parser.add_argument("--lengths", default="1024,2048,4096,8192,16384")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -105,6 +146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"torch {torch.__version__} {options.device}, forward and backward, milliseconds; ratios are full over sparse"
     )
     for length in (int(text) for text in options.lengths.split(",")):
+        if options.writing:
+            print(writing(options, length))
+            continue
         case, times = Case(options, length), list[list[float]]()
         torch.set_num_threads(1)
         importance = case.compressed()[1]
