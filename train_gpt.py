@@ -6772,10 +6772,10 @@ class TrainState:
     seconds: float = 0.0  # training clock
     token_seconds: float = 0.0  # of the slowest recent step, to foresee the next
     position: Position = Position()
-    before: Position = Position()  # of the last batch: resuming with DATASET_STATE_MODE=light reads it again
     variant: Variant = Variant()
     carry: Any = None  # mixer states of this rank's rows, or None
     prints: dict[str, str] = dataclasses.field(default_factory=dict)  # fingerprints of data and tokenizer
+    before: Position = Position()  # of the last batch: resuming with DATASET_STATE_MODE=light reads it again
 
 
 def pack_checkpoint(h: Hyperparameters, rt: Runtime, state: TrainState, weights: Weights) -> dict[str, Any]:

@@ -109,9 +109,11 @@ def test_header_rebuilds_the_network_alone() -> None:
 
     Those at their defaults too: a reader of another version, or another program, does not know ours.
     """
-    fields = {s.name for s in t.FIELDS.values() if s.metadata["group"] in ("model", "skc", "topology", "weights")}
+    groups = ("model", "nsa", "rmt", "skc", "topology", "weights")
+    fields = {s.name for s in t.FIELDS.values() if s.metadata["group"] in groups}
     kept = set(opened(tiny_file())[0]["config"])
-    assert fields - kept == {"attn_impl", "grad_checkpoint"} and kept - fields == {"vocab_size", "train_seq_len"}
+    assert fields - kept == {"attn_impl", "nsa_impl", "nsa_strict", "grad_checkpoint"}
+    assert kept - fields == {"vocab_size", "train_seq_len"}
 
 
 def test_same_weights_give_the_same_bytes() -> None:

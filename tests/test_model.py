@@ -387,6 +387,9 @@ SMALL = {
     "NUM_KV_HEADS": 1,
     "TRAIN_SEQ_LEN": 16,
     "SKC_BLOCK_SIZE": 4,
+    "NSA_BLOCK": 4,
+    "NSA_STRIDE": 2,
+    "NSA_SELECT_BLOCK": 4,
     "TRAIN_BATCH_TOKENS": 32,
     "BACKOUT": 0,
 }

@@ -241,6 +241,7 @@ def test_a_parallel_layer_adds_two_scaled_branches_of_one_input() -> None:
 
 # A preset's structure at a size for float64; those with a window of attention keep one.
 SMALL = {
+    "NSA_BLOCK": 4, "NSA_STRIDE": 2, "NSA_SELECT_BLOCK": 4,
     "MODEL_DIM": 16, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "PARTIAL_ROPE_DIMS": 4, "VOCAB_SIZE": 256, "TRAIN_SEQ_LEN": 32,
     "TRAIN_BATCH_TOKENS": 64, "MICRO_BATCH_TOKENS": 64, "SKC_BLOCK_SIZE": W, "CAPSULE_DIM": S, "CAPSULE_NUM": N,
     "PRECISION": "fp64", "DEVICE": "cpu", "COMPILE": 0, "GROUP_SIZE": 8,
