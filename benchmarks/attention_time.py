@@ -16,7 +16,6 @@ For a GPU: --lengths 4096,8192,16384,32768,65536 --tokens 65536 --heads 64 --kv-
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,21 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as t
-
-
-def seconds(device: str, work: Callable[[], object]) -> float:
-    """Time of one call, the device's queue emptied."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    wait()
-    began = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - began
-
-
-def quartiles(values: np.ndarray) -> str:
-    low, middle, high = np.percentile(values, (25, 50, 75))
-    return f"{middle:.3g} ({low:.3g} to {high:.3g})"
+from benchmarks.scan_time import quartiles, seconds
 
 
 def config_of(options: argparse.Namespace, pattern: str) -> t.Hyperparameters:
