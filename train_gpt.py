@@ -75,6 +75,8 @@ def var(
 BYTE_VOCABULARIES = (256, 260)  # sizes at which tokens are bytes, without a tokenizer file
 HC_PARTS = ("keep", "write", "bias", "read", "mix")
 MIXER_LETTERS = {"A": "attn", "N": "nsa", "K": "koopman", "S": "skc", "P": "skc"}  # P: beside its MLP
+# Where a backend of NSA other than gather was measured to be the fastest, by compute capability (records/gpu_todo.md).
+NSA_FASTEST: dict[tuple[int, int], str] = {}
 PATTERNS = {"attn": "A", "nsa": "N", "skc": "S", "hybrid": "KA", "skc_competition": "PPPA"}  # layer patterns, repeated
 CODEC_NAMES = ("ternary", "int4", "int5", "int6", "int7", "int8", "fp8", "bf16", "fp16", "exact")
 
@@ -123,7 +125,7 @@ class Hyperparameters:
         low=0)
 
     # Model
-    num_layers: int = var(9, "model", "layers, each a mixer and an MLP", low=1)
+    num_layers: int = var(9, "model", "layers, each a mixer and an MLP", low=1, high=1000)
     model_dim: int = var(512, "model", "width of the residual stream", low=2)
     num_heads: int = var(8, "model", "query heads", low=1)
     num_kv_heads: int = var(4, "model", "key and value heads", low=1)
@@ -184,7 +186,10 @@ class Hyperparameters:
         when=lambda h: h.residual == "mhc")
     sinkhorn_iters: int = var(20, "topology", "iterations of Sinkhorn", low=1,
         when=lambda h: h.residual == "mhc" and h.mhc_mode == "sinkhorn" and h.mhc_n > 2)
-    mhc_lr: float = var(0.1, "optimizer", "Adam rate of mHC", low=0, when=lambda h: h.residual == "mhc")
+    mhc_lr: float = var(0.1, "optimizer", "Adam rate of mHC's reads and writes", low=0,
+        when=lambda h: h.residual == "mhc")
+    mhc_mix_lr: float = var(0.01, "optimizer", "Adam rate of its mixing and gates", low=0,
+        when=lambda h: h.residual == "mhc")
     resid_mix: bool = var(True, "model", "each block mixes the embedding back in, per channel",
         when=lambda h: h.residual in ("plain", "unet"))
     embed_dim: int = var(0, "model", "width of factored embeddings; 0: MODEL_DIM", low=0)
@@ -582,11 +587,20 @@ class Hyperparameters:
         more |= dict.fromkeys(("sketch", "feedback"), self.feedback_passes > 0)
         return tuple(dict.fromkeys((*self.mixers, *self.feeds, *(kind for kind, there in more.items() if there))))
 
+    @property
+    def sparse_backends(self) -> tuple[str, ...]:
+        """Backends of NSA that a run may choose or fall back to."""
+        if "nsa" not in self.mixers:
+            return ()
+        automatic = self.nsa_impl == "auto"
+        chosen = NSA_FASTEST.values() if automatic else (self.nsa_impl,)
+        return tuple(dict.fromkeys((*chosen, *["gather"] * (automatic or self.rmt_segment > 0))))
+
     def used(self) -> dict[str, tuple[str, ...]]:
         """Which entries of each registry this configuration reaches; the extractor keeps only those."""
         kinds = {"matrix": True, "embed": True, "head": self.has_head, "table": bool(self.ngram_orders), "scalar": True}
         kinds |= {"koopman": self.capsule_bank and self.feedback_passes > 0}
-        kinds |= {"hc": self.residual == "hc", "mhc": self.residual == "mhc"}
+        kinds |= {"hc": self.residual == "hc"} | dict.fromkeys(("mhc", "mhc_mix"), self.residual == "mhc")
         groups = tuple(name for name, there in kinds.items() if there)
         more = {"koopman_diagonal": kinds["koopman"], "expert": "moe" in self.feeds, "hc_keep": kinds["hc"]}
         more["router"] = more["expert"]
@@ -599,7 +613,7 @@ class Hyperparameters:
             "SITE_KINDS": self.site_kinds,
             "RESIDUALS": (self.residual,),
             "BATCH_MODES": (self.batch_mode,),
-            "NSA_BACKENDS": ("gather" if self.nsa_impl == "auto" else self.nsa_impl,) if "nsa" in self.mixers else (),
+            "NSA_BACKENDS": self.sparse_backends,
             "ATTENTION": ("fa3", "fa2", "blocks", "sdpa") if self.attn_impl == "auto" else (self.attn_impl, "sdpa"),
             "ADAPTERS": ("temperature",) if self.temp_scaling else (),
         }
@@ -860,12 +874,12 @@ def validate(h: Hyperparameters) -> None:
         (h.rmt_segment and (2 * h.rmt_segment > h.train_seq_len or (h.carry_train and h.train_seq_len % h.rmt_segment)),
             f"RMT_SEGMENT={h.rmt_segment} must be at most half of TRAIN_SEQ_LEN={h.train_seq_len}, or no gradient "
             "teaches it what to write; and with CARRY_TRAIN=1 divide it"),
-        (h.rmt_segment and ("nsa" in h.mixers or h.attn_window),
-            "RMT_SEGMENT bounds attention by itself: not with sparse attention, and ATTN_WINDOW must be 0"),
-        ((h.carry_train or h.carry_eval) and "nsa" in h.mixers,
-            "CARRY_TRAIN/CARRY_EVAL are not for sparse attention: what may be chosen grows without end"),
-        ("nsa" in h.mixers and h.nsa_block > h.train_seq_len,
-            f"NSA_BLOCK={h.nsa_block} must be at most TRAIN_SEQ_LEN={h.train_seq_len}, or there is no compressed key"),
+        (h.rmt_segment and h.attn_window, "RMT_SEGMENT bounds attention by itself: ATTN_WINDOW must be 0"),
+        ((h.carry_train or h.carry_eval) and "nsa" in h.mixers and not h.rmt_segment,
+            "CARRY_TRAIN/CARRY_EVAL with sparse attention needs RMT_SEGMENT, or what may be chosen grows without end"),
+        ("nsa" in h.mixers and h.nsa_block > (h.rmt_segment or h.train_seq_len),
+            f"NSA_BLOCK={h.nsa_block} must be at most {'RMT_SEGMENT' if h.rmt_segment else 'TRAIN_SEQ_LEN'}="
+            f"{h.rmt_segment or h.train_seq_len}, or there is no compressed key"),
         ("nsa" in h.mixers
             and (h.nsa_block % h.nsa_stride or h.nsa_select_block % h.nsa_stride or h.nsa_select_block < h.nsa_block),
             f"NSA_STRIDE={h.nsa_stride} must divide NSA_BLOCK={h.nsa_block} and NSA_SELECT_BLOCK={h.nsa_select_block}, "
@@ -2137,6 +2151,7 @@ class Ctx(NamedTuple):
     fresh: Tensor | None  # (B, T) bool, a document or the stream begins: a recurrence begins anew
     blocks: Blocks | None  # how the tokens lie in blocks, for parts that need it
     rotary: tuple[Tensor, Tensor]  # cosine and sine, each (B, T, 1, rope_dims / 2)
+    reads: int  # so many of the first positions are memory that is read
     writes: int  # so many of the last positions are written memory: they see all of the segment
     v0: Tensor | None  # (B, T, Hkv, Dh) values of the first attention layer
     memory: dict[str, Any]  # what sites and passes leave for later ones: values, engram, capsules, ...
@@ -2199,6 +2214,7 @@ ROLE_KINDS: dict[str, Callable[[Hyperparameters], Role]] = {
     "hc": lambda h: Role(h.scalar_codec, "hc", decay=0.0),
     "hc_keep": lambda h: Role(h.scalar_codec, "hc", lr_mult=5.0, decay=0.0),
     "mhc": lambda h: Role(h.scalar_codec, "mhc", decay=0.0),
+    "mhc_mix": lambda h: Role(h.scalar_codec, "mhc_mix", decay=0.0),
 }
 
 
@@ -3099,17 +3115,35 @@ class Part(NamedTuple):
 
 
 class Ranges(NamedTuple):
-    """Which keys queries may see: those from low up to, not including, high (B or 1, T); neither ever falls along T."""
+    """Which keys queries may see: those from low up to, not including, high (B or 1, T); neither ever falls along T.
+
+    And of the first M keys those where `front` is True: memory, which no part begins before.
+    """
 
     low: Tensor
     high: Tensor
     parts: tuple[Part, ...]
+    front: Tensor | None = None  # (B or 1, T, M) bool
 
     def hides(self, queries: slice, keys: slice) -> Tensor:
         """(B or 1, t, s) bool, True where a key is not seen; False of a query that sees none: `sees` mends that."""
         low, high = self.low[:, queries, None], self.high[:, queries, None]
         key = torch.arange(keys.start, keys.stop, device=low.device)
-        return ((key < low) | (key >= high)) & (low < high)
+        hidden = ((key < low) | (key >= high)) & (low < high)
+        if self.front is None:
+            return hidden
+        front = ~self.front[:, queries, keys]
+        return torch.cat((front.expand(len(hidden), -1, -1), hidden[..., front.shape[-1] :]), -1)
+
+    @property
+    def ahead(self) -> int:
+        """M."""
+        return 0 if self.front is None else self.front.shape[-1]
+
+    def of(self, part: Part, x: Tensor) -> Tensor:
+        """A part's keys or values, memory first, of x (B, Hkv, S, Dh)."""
+        own = x[:, :, part.first : part.last]
+        return own if self.front is None else torch.cat((x[:, :, : self.ahead], own), 2)
 
     def sees(self, queries: slice = slice(None)) -> Tensor:
         """(B or 1, t) bool, whether a query sees a key."""
@@ -3121,17 +3155,19 @@ class Ranges(NamedTuple):
         for part in self.parts:
             queries = slice(part.start, part.stop)
             found.append((~self.hides(queries, slice(part.first, part.last))).sum(-1) * self.sees(queries))
-        return torch.cat(found, 1)
+        seen = torch.cat(found, 1)
+        return seen if self.front is None else seen + self.front.sum(-1)
 
     def shares(self, q: Tensor, k: Tensor, part: Part) -> Tensor:
-        """A part's softmax of q k^T (B, Hkv, t G, s), in at least float32; q (B, Hkv, t G, Dh), k (B, Hkv, s, Dh)."""
+        """A part's softmax of q k^T (B, Hkv, t G, s), in at least float32; q (B, Hkv, t G, Dh), k as `of` gives it."""
         scores = q @ k.mT
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        grid = scores.unflatten(2, (part.stop - part.start, -1))
-        for first, last in ((part.first, part.sure_from), (part.sure_to, part.last)):
+        grid, shift = scores.unflatten(2, (part.stop - part.start, -1)), self.ahead - part.first
+        own = ((part.first, part.sure_from, shift), (part.sure_to, part.last, shift))
+        for first, last, shift in ((0, self.ahead, 0), *own):
             if first < last:
                 hidden = self.hides(slice(part.start, part.stop), slice(first, last))
-                grid[..., first - part.first : last - part.first].masked_fill_(hidden[:, None, :, None], -math.inf)
+                grid[..., first + shift : last + shift].masked_fill_(hidden[:, None, :, None], -math.inf)
         return scores.softmax(-1)
 
 
@@ -3178,57 +3214,68 @@ class RangedAttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, parts: tuple[Part, ...], blocks: Any
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, front: Any, how: tuple
     ) -> tuple[Tensor, Tensor]:
-        ctx.parts, ctx.scale, groups, ranges = parts, q.shape[-1] ** -0.5, k.shape[2], Ranges(low, high, parts)
-        pairs = sum((part.stop - part.start) * (part.last - part.first) for part in parts)
+        parts, blocks = how
+        ranges, ctx.scale, groups = Ranges(low, high, parts, front), q.shape[-1] ** -0.5, k.shape[2]
+        ctx.parts, pairs = parts, sum((part.stop - part.start) * (part.last - part.first) for part in parts)
         keeps, (length, heads) = pairs * q.shape[0] * q.shape[2] <= RANGE_KEPT, q.shape[1:3]
         q, k, v = by_groups(q * ctx.scale, groups), by_groups(k, groups), by_groups(v, groups)
         kept: list[Tensor] = []
         y, importance = torch.empty_like(q), [q.new_empty(0, dtype=torch.float32)]
         for part in parts:
-            some, keys = slice(part.start * heads // groups, part.stop * heads // groups), slice(part.first, part.last)
-            p = ranges.shares(q[:, :, some], k[:, :, keys], part)
+            some = slice(part.start * heads // groups, part.stop * heads // groups)
+            p = ranges.shares(q[:, :, some], ranges.of(part, k), part)
             if blocks is not None:
                 importance = [*importance, importance_of(p, ranges.sees(slice(part.start, part.stop)), *blocks)]
             p = p.to(v.dtype)
-            y[:, :, some] = p @ v[:, :, keys]
+            y[:, :, some] = p @ ranges.of(part, v)
             kept += [p] if keeps else []
         y = by_heads(y, length) * ranges.sees()[:, :, None, None]
-        ctx.save_for_backward(q, k, v, y, low, high, *kept)
+        ctx.save_for_backward(q, k, v, y, low, high, front, *kept)
         found = torch.cat(importance[1:], 2) if blocks is not None else importance[0]
         ctx.mark_non_differentiable(found)
         return y, found
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
-        q, k, v, y, low, high, *kept = ctx.saved_tensors
-        ranges, (length, heads), groups = Ranges(low, high, ctx.parts), y.shape[1:3], k.shape[1]
+        q, k, v, y, low, high, front, *kept = ctx.saved_tensors
+        ranges, (length, heads), groups = Ranges(low, high, ctx.parts, front), y.shape[1:3], k.shape[1]
         grad = grad * ranges.sees()[:, :, None, None]
         dy, along = by_groups(grad, groups), by_groups(torch.linalg.vecdot(grad, y).unsqueeze(-1), groups)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for number, part in enumerate(ctx.parts):
-            some, keys = slice(part.start * heads // groups, part.stop * heads // groups), slice(part.first, part.last)
-            p = kept[number] if kept else ranges.shares(q[:, :, some], k[:, :, keys], part).to(v.dtype)
-            ds = (dy[:, :, some] @ v[:, :, keys].mT).sub_(along[:, :, some]).mul_(p)
-            dq[:, :, some] = ds @ k[:, :, keys]
-            dk[:, :, keys] += ds.mT @ q[:, :, some]
-            dv[:, :, keys] += p.mT @ dy[:, :, some]
+            some = slice(part.start * heads // groups, part.stop * heads // groups)
+            keys = ranges.of(part, k)
+            p = kept[number] if kept else ranges.shares(q[:, :, some], keys, part).to(v.dtype)
+            ds = (dy[:, :, some] @ ranges.of(part, v).mT).sub_(along[:, :, some]).mul_(p)
+            dq[:, :, some] = ds @ keys
+            for total, found in ((dk, ds.mT @ q[:, :, some]), (dv, p.mT @ dy[:, :, some])):
+                total[:, :, part.first : part.last] += found[:, :, ranges.ahead :]
+                if ranges.ahead:
+                    total[:, :, : ranges.ahead] += found[:, :, : ranges.ahead]
         return by_heads(dq * ctx.scale, length), dk.transpose(1, 2), dv.transpose(1, 2), None, None, None, None
 
 
+def ranged_attention(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, blocks: Any = None) -> tuple[Tensor, Tensor]:
+    """RangedAttentionFunction."""
+    return RangedAttentionFunction.apply(q, k, v, ranges.low, ranges.high, ranges.front, (ranges.parts, blocks))
+
+
 def block_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention by RangedAttentionFunction."""
+    """Causal attention by matrix products."""
     place = torch.arange(q.shape[1], device=q.device).unsqueeze(0)
-    return RangedAttentionFunction.apply(q, k, v, *ranges_of(0 * place, place + 1, True, lambda i: (0, i + 1)), None)[0]
+    return ranged_attention(q, k, v, ranges_of(0 * place, place + 1, True, lambda i: (0, i + 1)))[0]
 
 
-def importance_of(p: Tensor, seen: Tensor, block: int, stride: int, size: int, count: int) -> Tensor:
+def importance_of(p: Tensor, seen: Tensor, block: int, stride: int, size: int, count: int, skip: int) -> Tensor:
     """How important `count` blocks of `size` tokens are, (B, Hkv, t, count), by shares p of blocks (B, Hkv, t G, s).
 
     The sum of the shares of compressed blocks, each times the part of it that lies in the block, over the group's heads
-    (Yuan et al. 2025, equation 9 read 0-based); `seen` (B or 1, t) says which queries see any.
+    (Yuan et al. 2025, equation 9 read 0-based); `seen` (B or 1, t) says which queries see any. The first `skip` shares
+    are memory's.
     """
+    p = p[..., skip:]
     p = (p.unflatten(2, (seen.shape[1], -1)).sum(3) * seen[:, None, :, None]).float()
     starts = torch.arange(0, size, stride, device=p.device)
     inside = (size - starts).clamp(max=block).float() / block
@@ -3256,25 +3303,45 @@ def import_problem(package: str) -> str:
     return ""
 
 
-def check_nsa(h: Hyperparameters, rt: Runtime) -> None:
-    """Raise UserError if NSA_IMPL=triton cannot run here."""
-    if "nsa" in h.mixers and h.nsa_strict and rt.compile:
-        raise UserError("NSA_STRICT=1 needs COMPILE=0")
-    if "nsa" not in h.mixers or h.nsa_impl != "triton":
-        return
-    problem, package = "", find_spec("triton") is not None
+def kernel_problem(h: Hyperparameters, rt: Runtime) -> str:
+    """What NSA's kernels need and do not have here, or nothing."""
+    package = find_spec("triton") is not None
     if not package or (rt.device.type != "cuda" and isinstance(scan_kernel, triton.JITFunction)):  # not interpreted
-        problem = f"the package triton and a CUDA device, or TRITON_INTERPRET=1; this is {rt.device.type}"
-    elif rt.dtype == torch.float64:
-        problem = "PRECISION=bf16 or fp32"
-    elif h.head_dim & (h.head_dim - 1) or not 16 <= h.head_dim <= 128:
-        problem = f"heads of 16, 32, 64 or 128, not {h.head_dim}"
-    elif h.nsa_select_block > 128:
-        problem = f"NSA_SELECT_BLOCK of at most 128, not {h.nsa_select_block}"
-    elif h.num_heads > 16 * h.num_kv_heads:
-        problem = f"at most 16 heads for each of NUM_KV_HEADS, not {h.num_heads // h.num_kv_heads}"
-    if problem:
+        return f"the package triton and a CUDA device, or TRITON_INTERPRET=1; this is {rt.device.type}"
+    if rt.dtype == torch.float64:
+        return "PRECISION=bf16 or fp32"
+    if h.head_dim & (h.head_dim - 1) or not 16 <= h.head_dim <= 128:
+        return f"heads of 16, 32, 64 or 128, not {h.head_dim}"
+    if h.nsa_select_block > 128:
+        return f"NSA_SELECT_BLOCK of at most 128, not {h.nsa_select_block}"
+    if h.num_heads > 16 * h.num_kv_heads:
+        return f"at most 16 heads for each of NUM_KV_HEADS, not {h.num_heads // h.num_kv_heads}"
+    return ""
+
+
+def choose_sparse(h: Hyperparameters, rt: Runtime) -> tuple[str, str]:
+    """The backend of sparse attention and why: what NSA_FASTEST has for this GPU, else gather. Raises UserError."""
+    if h.nsa_strict and rt.compile:
+        raise UserError("NSA_STRICT=1 needs COMPILE=0")
+    name, problem = h.nsa_impl, kernel_problem(h, rt)
+    if name == "triton" and problem:
         raise UserError(f"NSA_IMPL=triton needs {problem}; try NSA_IMPL=auto")
+    if name != "auto":
+        return name, "requested"
+    fastest = NSA_FASTEST.get(torch.cuda.get_device_capability(rt.device)) if rt.device.type == "cuda" else None
+    if fastest == "triton" and problem:
+        return "gather", f"kernels need {problem}"
+    return (fastest, "measured to be the fastest here") if fastest else ("gather", "nothing is measured to be faster")
+
+
+def with_backends(h: Hyperparameters, rt: Runtime) -> tuple[Hyperparameters, str]:
+    """The configuration with the backends that it runs on, and in words which and why. Raises UserError."""
+    backend, why = choose_attention(h, rt)
+    h, text = dataclasses.replace(h, attn_impl=backend), f"{backend} ({why})"
+    if "nsa" not in h.mixers:
+        return h, text
+    backend, why = choose_sparse(h, rt)
+    return dataclasses.replace(h, nsa_impl=backend), f"{text} sparse attention:{backend} ({why})"
 
 
 def choose_attention(h: Hyperparameters, rt: Runtime) -> tuple[str, str]:
@@ -3284,7 +3351,6 @@ def choose_attention(h: Hyperparameters, rt: Runtime) -> tuple[str, str]:
     serve full attention over at most 1,024 tokens, since they keep a number for each pair.
     """
     on_gpu = rt.autocast and rt.device.type == "cuda"
-    check_nsa(h, rt)
     short = not h.attn_window and not h.doc_mask and max(h.train_seq_len, h.eval_window) <= 1024
     if h.attn_impl == "blocks" and not short:
         raise UserError("ATTN_IMPL=blocks is for ATTN_WINDOW=0, DOC_MASK=0, at most 1024 tokens; try ATTN_IMPL=auto")
@@ -4033,8 +4099,10 @@ def fused_compressed(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, blocks: tu
     """RangedAttentionFunction by kernels, with the importance of blocks."""
     (low, high), k = bounds_of(ranges), k.to(q.dtype)  # what a state keeps may be wider than bf16
     y, lse = FusedRangedFunction.apply(q, k, v.to(q.dtype), low, high)
+    (*form, skip) = blocks
     with torch.no_grad():
-        return y, fused_importance(q.contiguous(), k.contiguous(), lse, low, high, list(blocks))
+        low, high = ((bound - skip).clamp(min=0) for bound in (low, high))
+        return y, fused_importance(q.contiguous(), k[:, skip:].contiguous(), lse, low, high, form)
 
 
 def fused_chosen(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, ranges: Ranges, size: int) -> Tensor:
@@ -4043,7 +4111,9 @@ def fused_chosen(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, ranges: Ranges
 
 
 def fused_near(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges) -> Tensor:
-    """RangedAttentionFunction by kernels."""
+    """RangedAttentionFunction by kernels; with memory in front, which they cannot read, without them."""
+    if ranges.front is not None:
+        return NSA_BACKENDS["gather"].near(q, k.to(q.dtype), v.to(q.dtype), ranges)
     return FusedRangedFunction.apply(q, k.to(q.dtype), v.to(q.dtype), *bounds_of(ranges))[0]
 
 
@@ -4057,11 +4127,11 @@ class NSABackend(NamedTuple):
 
 NSA_BACKENDS: dict[str, NSABackend] = {
     "gather": NSABackend(
-        lambda q, k, v, ranges, blocks: RangedAttentionFunction.apply(q, k, v, *ranges, blocks),
+        ranged_attention,
         lambda q, k, v, chosen, ranges, size: SelectedAttentionFunction.apply(
             q, k, v, chosen, ranges.low, ranges.high, size
         ),
-        lambda q, k, v, ranges: RangedAttentionFunction.apply(q, k, v, *ranges, None)[0],
+        lambda q, k, v, ranges: ranged_attention(q, k, v, ranges)[0],
     ),
     "masked": NSABackend(masked_compressed, masked_selected, masked_attention),
     "triton": NSABackend(fused_compressed, fused_chosen, fused_near),
@@ -4073,6 +4143,7 @@ class Choice(NamedTuple):
 
     blocks: Tensor
     importance: Tensor
+    close: Tensor  # (B, Hkv, T, 1) bool, the best one that was left is worse by less than 1e-6: rounding may decide
 
 
 @torch.no_grad()
@@ -4092,14 +4163,22 @@ def best_blocks(importance: Tensor, tokens: Ranges, size: int, count: int) -> Ch
         key = here.view(torch.int32).long() << 31 | (blocks - 1 - block)
         key = torch.where((block == first_here) | (block >= last_here - 1), key | 1 << 62, key)
         key = torch.where((block < first_here) | (block > last_here), -1, key)
-        best = key.topk(min(count, blocks), -1)
-        chosen = F.pad(torch.where(best.values < 0, -1, best.indices), (0, max(0, count - blocks)), value=-1)
-        found.append(Choice(chosen, here.gather(-1, chosen.clamp(min=0)) * (chosen >= 0)))
+        best, order = key.topk(min(count + 1, blocks), -1)
+        shares, free = here.gather(-1, order), (best >= 0) & (best < 1 << 62)
+        close = torch.zeros_like(free[..., :1])
+        if blocks > count:
+            close = (free[..., -2:].all(-1) & (shares[..., -2] - shares[..., -1] < 1e-6)).unsqueeze(-1)
+        chosen, shares = torch.where(best < 0, -1, order)[..., :count], (shares * (best >= 0))[..., :count]
+        more = (0, max(0, count - blocks))
+        found.append(Choice(F.pad(chosen, more, value=-1), F.pad(shares, more), close))
     return Choice(*(torch.cat(parts, 2) for parts in zip(*found, strict=True)))
 
 
 class NSAState(NamedTuple):
-    """What NSA keeps of the past: all that may still be chosen, and what a window or an open block needs."""
+    """What NSA keeps of the past: all that may still be chosen, and what a window or an open block needs.
+
+    Where a segment reads memory, its keys and values come first in each branch; of the selected one it ends a block.
+    """
 
     keys: Cache  # of the selected branch
     values: Cache
@@ -4109,6 +4188,15 @@ class NSAState(NamedTuple):
     open_values: Tensor
     near_keys: Tensor  # (B, < NSA_WINDOW, Hkv, Dh)
     near_values: Tensor
+
+
+class Views(NamedTuple):
+    """What queries of text may see: of compressed blocks, of all tokens, of the selected and of the near keys."""
+
+    blocks: Ranges
+    tokens: Ranges
+    keys: Ranges  # tokens and what lies before them, memory
+    near: Ranges
 
 
 def portion(part: Tensor, whole: Tensor) -> Tensor:
@@ -4150,7 +4238,8 @@ class NSA(Module):
     Query t of a document sees, in branches with keys and values of their own: the compressed blocks that lie in the
     document up to t; the tokens up to t of the blocks that choose_blocks chose by the first branch's shares; and the
     last NSA_WINDOW tokens. y = sum_c g_c o_c with three gates a head, made by an MLP; sigmoids, or NSA_GATES=softmax.
-    A branch that sees nothing is zero.
+    A branch that sees nothing is zero. Memory of RMT that a segment reads has keys in each branch, which all queries of
+    its document see; what is written sees in each branch what the last token does, of the selected keys all.
     """
 
     kinds: ClassVar[dict[str, str]] = {"q_gain": "scalar"}
@@ -4160,6 +4249,8 @@ class NSA(Module):
         super().__init__()
         self.h, width = h, h.head_dim
         self.backend = NSA_BACKENDS["gather" if h.nsa_impl == "auto" else h.nsa_impl]
+        self.ahead = h.rmt_tokens if h.rmt_segment else 0
+        self.lead = -(-self.ahead // h.nsa_select_block) * h.nsa_select_block  # memory has blocks of its own
         self.qkv = Linear(name + ".qkv", h.model_dim, (h.num_heads + 6 * h.num_kv_heads) * width)
         projection = NormedLinear if h.proj_norm else Linear
         self.proj = projection(name + ".proj", h.num_heads * width, h.model_dim)
@@ -4178,66 +4269,107 @@ class NSA(Module):
         h, old = self.h, self.init_state(x.shape[0], x.dtype) if state is None else state
         qkv = self.qkv(x, ctx).unflatten(-1, (-1, h.head_dim))  # (B, T, H + 6 Hkv, Dh)
         q, k, v = QKVFunction.apply(qkv, self.q_gain, *ctx.rotary, h.qk_norm)
-        keys, values, new = self.appended(old, k.chunk(3, 2), v.chunk(3, 2), ctx)
-        before, size = keys.shape[1] - x.shape[1], h.nsa_select_block
-        views, form = self.views(before, old.near_keys.shape[1], ctx), (h.nsa_block, h.nsa_stride, size)
-        coarse, importance = self.backend.compressed(
-            q, new.block_keys, new.block_values, views[0], (*form, -(-keys.shape[1] // size))
-        )
-        choice = best_blocks(importance, views[1], size, h.nsa_select)
-        if h.nsa_strict:
-            self.check(views, choice.blocks, before)
-        fine = self.backend.selected(q, keys, values, choice.blocks, views[1], size)
-        branches = (coarse, fine, self.backend.near(q, new.near_keys, new.near_values, views[2]))
-        gates = self.gates(x, views[0].sees(), ctx)  # three of (B, T, H, 1)
-        mixed = added(branches[0] * gates[0], gates[1:], branches[1:])
-        metrics = self.measured(gates, choice, views) if ctx.variant.measures else {}
+        new_keys, new_values = k.chunk(3, 2), v.chunk(3, 2)
+        keys, values, new = self.appended(old, new_keys, new_values, ctx)
+        text = slice(ctx.reads, x.shape[1] - ctx.writes)
+        views = self.views(keys.shape[1] - self.lead, new.near_keys.shape[1] - self.ahead, ctx)
+        found, choice = self.attend(q[:, text], keys, values, new, views)
+        if ctx.reads or ctx.writes:
+            held = ((new.block_keys, new.block_values), (keys, values), (new.near_keys, new.near_values))
+            pairs = zip(new_keys, new_values, held, (views.blocks, views.keys, views.near), found, strict=True)
+            found = tuple(self.around(q, *pair, ctx) for pair in pairs)
+        gates = self.gates(x, F.pad(views.blocks.sees(), (ctx.reads, ctx.writes), value=True), ctx)
+        mixed = added(found[0] * gates[0], gates[1:], found[1:])
+        metrics = self.measured([gate[:, text] for gate in gates], choice, views) if ctx.variant.measures else {}
         return Out(self.proj(mixed.flatten(-2), ctx), None if state is None else self.kept(new), metrics=metrics)
+
+    def attend(
+        self, q: Tensor, keys: Tensor, values: Tensor, new: NSAState, views: Views
+    ) -> tuple[tuple[Tensor, ...], Choice]:
+        """What the branches give queries of text (B, T, H, Dh), and the blocks of text that these chose."""
+        h, size = self.h, self.h.nsa_select_block
+        form = (h.nsa_block, h.nsa_stride, size, (keys.shape[1] - self.lead + size - 1) // size, self.ahead)
+        coarse, importance = self.backend.compressed(q, new.block_keys, new.block_values, views.blocks, form)
+        choice = best_blocks(importance, views.tokens, size, h.nsa_select)
+        if h.nsa_strict:
+            self.check(views, choice.blocks, keys.shape[1] - self.lead, new.near_keys.shape[1] - self.ahead)
+        fine = self.backend.selected(q, keys, values, self.behind(choice.blocks), views.keys, size)
+        return (coarse, fine, self.backend.near(q, new.near_keys, new.near_values, views.near)), choice
+
+    def behind(self, chosen: Tensor) -> Tensor:
+        """Chosen blocks of text with those of memory before them."""
+        count = self.lead // self.h.nsa_select_block
+        if not count:
+            return chosen
+        memory = torch.arange(count, device=chosen.device).expand(*chosen.shape[:-1], -1)
+        return torch.cat((memory, torch.where(chosen >= 0, chosen + count, -1)), -1)
+
+    def around(
+        self, q: Tensor, k: Tensor, v: Tensor, held: tuple[Tensor, Tensor], view: Ranges, y: Tensor, ctx: Ctx
+    ) -> Tensor:
+        """What a branch gives memory that is read, the text y, and memory that is written."""
+        reads, stop, length = ctx.reads, q.shape[1] - ctx.writes, y.shape[1]
+        parts = [sdpa(q[:, :reads], k[:, :reads], v[:, :reads], None, True), y] if reads else [y]
+        if ctx.writes:
+            last = slice(length - 1, length)
+            seen = ~view.hides(last, slice(0, held[0].shape[1])) & view.sees(last)[..., None]  # (B or 1, 1, S)
+            keys, values = (torch.cat((old, x[:, stop:]), 1) for old, x in zip(held, (k, v), strict=True))
+            parts += [sdpa(q[:, stop:], keys, values, F.pad(seen, (0, ctx.writes), value=True)[:, None], False)]
+        return torch.cat(parts, 1)
 
     def appended(
         self, old: NSAState, k: Sequence[Tensor], v: Sequence[Tensor], ctx: Ctx
     ) -> tuple[Tensor, Tensor, NSAState]:
         """All keys and values that may be chosen, and what the state is made of; new ones (B, T, Hkv, Dh) a branch."""
-        (keys, key_cache), (values, value_cache) = self.cacher.add(old.keys, k[1]), self.cacher.add(old.values, v[1])
+        reads, stop = ctx.reads, k[0].shape[1] - ctx.writes
+        fill = (0, 0, 0, 0, self.lead - self.ahead if reads else 0, 0)
+        keys, key_cache = self.cacher.add(old.keys, F.pad(k[1][:, :stop], fill))
+        values, value_cache = self.cacher.add(old.values, F.pad(v[1][:, :stop], fill))
         raw = (old.open_keys, old.open_values, old.near_keys, old.near_values)
-        parts = [torch.cat(pair, 1) for pair in zip(raw, (k[0], v[0], k[2], v[2]), strict=True)]
-        block_keys = torch.cat((old.block_keys, self.key_pool(parts[0], ctx)), 1)
-        block_values = torch.cat((old.block_values, self.value_pool(parts[1], ctx)), 1)
+        new = (k[0][:, reads:stop], v[0][:, reads:stop], k[2][:, :stop], v[2][:, :stop])
+        parts = [torch.cat(pair, 1) for pair in zip(raw, new, strict=True)]
+        block_keys = torch.cat((old.block_keys, k[0][:, :reads], self.key_pool(parts[0], ctx)), 1)
+        block_values = torch.cat((old.block_values, v[0][:, :reads], self.value_pool(parts[1], ctx)), 1)
         return keys, values, NSAState(key_cache, value_cache, block_keys, block_values, *parts)
 
     def kept(self, new: NSAState) -> NSAState:
         """Of all that a later query may see."""
-        begin = new.keys.codes.shape[1] - new.open_keys.shape[1]  # the first of the open keys
-        done = new.block_keys.shape[1] * self.h.nsa_stride - begin
-        near = max(0, new.near_keys.shape[1] - self.h.nsa_window + 1)
+        begin = new.keys.codes.shape[1] - self.lead - new.open_keys.shape[1]  # the first of the open keys
+        done = (new.block_keys.shape[1] - self.ahead) * self.h.nsa_stride - begin
+        near = max(self.ahead, new.near_keys.shape[1] - self.h.nsa_window + 1)
         opened = (part[:, done:].contiguous() for part in (new.open_keys, new.open_values))
-        return NSAState(*new[:4], *opened, *(part[:, near:].contiguous() for part in new[6:]))
+        nearest = (torch.cat((part[:, : self.ahead], part[:, near:]), 1) for part in new[6:])
+        return NSAState(*new[:4], *opened, *nearest)
 
-    def views(self, before: int, kept: int, ctx: Ctx) -> tuple[Ranges, Ranges, Ranges]:
-        """What queries may see of compressed blocks, of all tokens, and of near ones; the state has some of each."""
-        h, place = self.h, before + torch.arange(ctx.tokens.shape[1], device=ctx.tokens.device).unsqueeze(0)
-        exact, shift = ctx.age is None or not h.doc_mask, before - kept
-        begin = 0 * place if ctx.age is None or exact else place - ctx.age
+    def views(self, total: int, near: int, ctx: Ctx) -> Views:
+        """What queries may see: of `total` tokens, the last ones new, of which the near keys are the last `near`."""
+        h, ahead, text = self.h, self.ahead, slice(ctx.reads, ctx.tokens.shape[1] - ctx.writes)
+        before = total - (text.stop - text.start)
+        place = torch.arange(before, total, device=ctx.tokens.device).unsqueeze(0)
+        exact, shift = ctx.age is None or not h.doc_mask, total - near - ahead
+        begin = 0 * place if ctx.age is None or exact else place - ctx.age[:, text]
+        later = begin > 0  # another document than that of memory
 
         def whole(query: Any) -> Any:
             return (query - h.nsa_block + 1) // h.nsa_stride + 1
 
-        return (
-            ranges_of(
-                (begin + h.nsa_stride - 1) // h.nsa_stride,
-                whole(place).clamp(min=0),
-                exact,
-                lambda i: (0, max(0, whole(before + i))),
-            ),
-            ranges_of(begin, place + 1, exact, lambda i: (0, before + i + 1)),
-            ranges_of(
-                torch.maximum(begin, place - h.nsa_window + 1) - shift,
-                place + 1 - shift,
-                exact,
-                lambda i: (max(0, kept + i - h.nsa_window + 1), kept + i + 1),
-                h.nsa_window,
-            ),
+        blocks = ranges_of(
+            (ahead + (begin + h.nsa_stride - 1) // h.nsa_stride) * later,
+            ahead + whole(place).clamp(min=0),
+            exact,
+            lambda i: (0, ahead + max(0, whole(before + i))),
         )
+        tokens = ranges_of(begin, place + 1, exact, lambda i: (0, before + i + 1))
+        low = torch.where(later, begin + self.lead, self.lead - ahead)
+        nearest = ranges_of(
+            torch.maximum(begin, place - h.nsa_window + 1) - shift,
+            place + 1 - shift,
+            exact,
+            lambda i: (max(ahead, before + i - h.nsa_window + 1 - shift), before + i + 1 - shift),
+            h.nsa_window,
+        )
+        front = ~later.unsqueeze(-1).expand(-1, -1, ahead) if ahead else None
+        return Views(blocks, tokens, Ranges(low, self.lead + tokens.high, ()), nearest._replace(front=front))
 
     def gates(self, x: Tensor, seen: Tensor, ctx: Ctx) -> tuple[Tensor, ...]:
         """Three of (B, T, H, 1); where no compressed block is seen (B or 1, T) its gate is 0, and not counted."""
@@ -4250,22 +4382,22 @@ class NSA(Module):
             gates = torch.sigmoid(logits).masked_fill(unseen, 0.0)
         return gates.to(x.dtype).split(1, -1)
 
-    def check(self, views: Sequence[Ranges], chosen: Tensor, before: int) -> None:
+    def check(self, views: Views, chosen: Tensor, total: int, near: int) -> None:
         """NSA_STRICT: raise RuntimeError if a branch is about to read a key from after its query."""
-        h, length = self.h, chosen.shape[2]
-        place = before + torch.arange(length, device=chosen.device)
+        h, place = self.h, torch.arange(total - chosen.shape[2], total, device=chosen.device)
+        newest = views.blocks.high - self.ahead - 1
         last = (
-            (views[0].high - 1) * h.nsa_stride + h.nsa_block - 1,
-            torch.maximum(chosen.amax((1, 3)) * h.nsa_select_block, views[1].high - 1),
-            views[2].high - 1 + max(0, before - h.nsa_window + 1),
+            torch.where(newest >= 0, newest * h.nsa_stride + h.nsa_block - 1, -1),
+            torch.maximum(chosen.amax((1, 3)) * h.nsa_select_block, views.keys.high - self.lead - 1),
+            views.near.high - self.ahead - 1 + total - near,
         )
-        for branch, reads, view in zip(self.BRANCHES, last, views, strict=True):
-            if bool(((reads > place) & view.sees()).any()):
+        for branch, reads in zip(self.BRANCHES, last, strict=True):
+            if bool((reads > place).any()):
                 raise RuntimeError(f"NSA reads a later key in its {branch} branch")
 
-    def measured(self, gates: Sequence[Tensor], choice: Choice, views: Sequence[Ranges]) -> dict[str, Tensor]:
+    def measured(self, gates: Sequence[Tensor], choice: Choice, views: Views) -> dict[str, Tensor]:
         """How the gates share, what is chosen, and how many keys a query reads, foreseen and counted."""
-        h, tokens = self.h, views[1]
+        h, tokens = self.h, views.tokens
         share = torch.cat([*gates], -1).float()
         share = share / (share.sum(-1, keepdim=True) + 1e-12)  # (B, T, H, 3)
         entropy = -(share * (share + 1e-12).log()).sum(-1) / math.log(3)
@@ -4281,8 +4413,11 @@ class NSA(Module):
         there = last - first + 1
         free = (choice.blocks > first) & (choice.blocks < last - 1) & (there > h.nsa_select)
         weak = free & (choice.importance * h.num_kv_heads / h.num_heads < 0.5 / there)
-        found |= {"blocks": (choice.blocks >= 0).float().sum(-1).mean(), "weak_choices": portion(weak, free)}
+        count, picky = (choice.blocks >= 0).float().sum(-1), (there > h.nsa_select).expand_as(choice.close)
+        found |= {"blocks": count.mean(), "blocks_most": count.amax(), "weak_choices": portion(weak, free)}
+        found["close_choices"] = portion(choice.close, picky)
         found["unchosen"] = self.unchosen(choice.blocks, free, first, last - 1, there > h.nsa_select)
+        found["fallbacks"] = count.new_tensor(self.ahead > 0 and h.nsa_impl == "triton")  # branches not by kernels
         return {**found, **self.reads(choice.blocks, views)}
 
     def ranges(self) -> dict[str, tuple[float, float, float, float]]:
@@ -4302,19 +4437,18 @@ class NSA(Module):
         open_ = edges.cumsum(2) > 0
         return portion(open_ & (taken == 0), open_)
 
-    def reads(self, chosen: Tensor, views: Sequence[Ranges]) -> dict[str, Tensor]:
+    def reads(self, chosen: Tensor, views: Views) -> dict[str, Tensor]:
         """Keys of a group that a query reads, by the formula from its document's length and counted in the masks."""
-        h, (blocks, tokens, near) = self.h, views
-        begin, end, size, stride = tokens.low, tokens.high, h.nsa_select_block, h.nsa_stride
+        h, begin, end = self.h, views.tokens.low, views.tokens.high
+        size, stride = h.nsa_select_block, h.nsa_stride
         first, last, age = begin // size, (end - 1) // size, end - begin
-        inner = (
-            (last - first + 1).clamp(max=h.nsa_select) - 2
-        ) * size  # the first and the current block may be cut off
+        inner = ((last - first + 1).clamp(max=h.nsa_select) - 2) * size  # the first and the own block may be cut off
         selected = torch.where(first == last, age, (first + 1) * size - begin + inner + end - last * size)
         compressed = ((age - (-begin) % stride - h.nsa_block) // stride + 1).clamp(min=0)
-        foreseen = compressed + selected + age.clamp(max=h.nsa_window)
-        _, hidden = chosen_keys(chosen, tokens.low, tokens.high, chosen.shape[0] * chosen.shape[1], size)
-        done = blocks.counted() + near.counted() + (~hidden).float().sum(-1).mean(1)
+        foreseen = compressed + selected + age.clamp(max=h.nsa_window) + 3 * self.ahead * (begin == 0)
+        chosen = self.behind(chosen)
+        _, hidden = chosen_keys(chosen, views.keys.low, views.keys.high, chosen.shape[0] * chosen.shape[1], size)
+        done = views.blocks.counted() + views.near.counted() + (~hidden).float().sum(-1).mean(1)
         return {"reads_foreseen": foreseen.float().mean(), "reads_done": done.float().mean()}
 
 
@@ -4788,7 +4922,8 @@ class ManifoldConnections(PlainResidual):
 
     kinds: ClassVar[dict[str, str]] = {
         **PlainResidual.kinds,
-        **dict.fromkeys(("take", "give", "gate", "base", "alpha", "look", "gate_look"), "mhc"),
+        **dict.fromkeys(("take", "give"), "mhc"),
+        **dict.fromkeys(("gate", "base", "alpha", "look", "gate_look"), "mhc_mix"),
     }
 
     def build(self, h: Hyperparameters, sites: Sequence[Site]) -> None:
@@ -5342,7 +5477,7 @@ class GPT(Module):
         place = (self.bos, tokens, history, positions, documents, age, fresh, blocks, rotary)
         rows = self.embed.value_rows
         memory = {} if rows is None else {"values": F.embedding(tokens, rows)}
-        return Ctx(*place, 0, None, memory, moment, variant, observe, adapters)
+        return Ctx(*place, 0, 0, None, memory, moment, variant, observe, adapters)
 
     def piece_context(self, ctx: Ctx, piece: Piece, stream: StreamState | None) -> Ctx:
         """The context of a piece of a window with its memory tokens, which have no token and no rotary phase."""
@@ -5366,7 +5501,7 @@ class GPT(Module):
             history=self.no_history(ctx.tokens) if stream is None else stream.history,
             positions=positions, documents=documents, age=age, fresh=fresh if h.has_ages else None,
             blocks=lay_blocks(h.skc_block_size, positions, documents, stream, places) if h.has_blocks else None,
-            rotary=self.rotary(turned.to(device).unsqueeze(0)), writes=piece.writes,
+            rotary=self.rotary(turned.to(device).unsqueeze(0)), reads=piece.reads, writes=piece.writes,
             memory={name: F.pad(part[:, text], (0, 0, *around)) for name, part in ctx.memory.items()},
         )  # fmt: skip
 
@@ -5940,6 +6075,7 @@ GROUPS: dict[str, Callable[[Hyperparameters], Group]] = {
     "koopman": lambda h: Group("adamw", h.koopman_lr, 0.0, *h.adam),
     "hc": lambda h: Group("adamw", h.hc_lr, 0.0, 0.9, 0.95, h.adam_eps),
     "mhc": lambda h: Group("adamw", h.mhc_lr, 0.0, 0.9, 0.95, 1e-12),  # first gradients of R are some 1e-10
+    "mhc_mix": lambda h: Group("adamw", h.mhc_mix_lr, 0.0, 0.9, 0.95, 1e-12),
 }
 
 
@@ -6952,13 +7088,12 @@ def open_session(h: Hyperparameters, rt: Runtime, folder: Path, log: Log) -> Ses
             f"TEMP_SCALING=1 has {held} held-out tokens to fit on, too few for a window of {h.eval_window}; "
             "raise HOLDOUT_TOKENS (at most a tenth of the training tokens are held out)"
         )
-    backend, why = choose_attention(h, rt)
-    h = dataclasses.replace(h, attn_impl=backend)
+    h, attention = with_backends(h, rt)
     model = build_model(h, rt, tokenizer.bos)
     weights = Weights(model)
     weights.materialize(0.0)
     optimizer = Optimizer(h, rt, weights)
-    table, attention = tokenizer.byte_table(), f"{backend} ({why})"
+    table = tokenizer.byte_table()
     prints = {"data": data_fingerprint(h, loader.stream), "tokenizer": tokenizer.fingerprint}
     return Session(
         h, rt, log, folder, loader, tokenizer, model, weights, optimizer, validation, table, attention, prints
@@ -6992,10 +7127,6 @@ def describe(s: Session) -> None:
     log.line(
         f"device:{name} ranks:{rt.world} precision:{rt.arithmetic} compile:{int(rt.compile)} attention:{s.attention}"
     )
-    if "nsa" in h.mixers:
-        log.line(
-            "sparse attention:" + (h.nsa_impl if h.nsa_impl != "auto" else "gather (auto: no kernel measured faster)")
-        )
     log.line(f"train_tokens:{s.loader.usable} val_tokens:{len(s.validation)} data:{h.data_path}")
     log.line(f"data_fingerprint:{s.prints['data']} tokenizer:{s.prints['tokenizer']}")
     for line in role_lines(s):
@@ -7570,7 +7701,7 @@ def open_artifact(
     tokenizer = load_tokenizer(h)
     if header["prints"].get("tokenizer") != tokenizer.fingerprint:
         raise UserError(f"{path} was trained with another tokenizer than TOKENIZER_PATH={h.tokenizer_path}")
-    h = dataclasses.replace(h, attn_impl=choose_attention(h, rt)[0])
+    h, _ = with_backends(h, rt)
     model = build_model(h, rt, tokenizer.bos, fill=False)
     load_weights(model, arrays)
     return h, rt, model, tokenizer, header["calibration"]

@@ -80,7 +80,7 @@ class Case:
         rows = max(1, options.tokens // length)
         self.layer, self.backend = model.blocks[0]["nsa"], model.blocks[0]["nsa"].backend
         self.ctx = model.context(torch.full((rows, length), 2, device=rt.device), None, t.Variant())
-        self.views, self.size = self.layer.views(0, 0, self.ctx), self.h.nsa_select_block
+        self.views, self.size = self.layer.views(length, length, self.ctx), self.h.nsa_select_block
         dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
 
         def drawn(heads: int) -> Tensor:
@@ -98,17 +98,17 @@ class Case:
         return t.sdpa(self.q, self.k[1], self.v[1], None, True)
 
     def compressed(self) -> tuple[Tensor, Tensor]:
-        form = (self.h.nsa_block, self.h.nsa_stride, self.size, -(-self.q.shape[1] // self.size))
-        return self.backend.compressed(self.q, *self.blocks(), self.views[0], form)
+        form = (self.h.nsa_block, self.h.nsa_stride, self.size, -(-self.q.shape[1] // self.size), 0)
+        return self.backend.compressed(self.q, *self.blocks(), self.views.blocks, form)
 
     def choice(self, importance: Tensor) -> Tensor:
-        return t.best_blocks(importance, self.views[1], self.size, self.h.nsa_select).blocks
+        return t.best_blocks(importance, self.views.tokens, self.size, self.h.nsa_select).blocks
 
     def selected(self, chosen: Tensor) -> Tensor:
-        return self.backend.selected(self.q, self.k[1], self.v[1], chosen, self.views[1], self.size)
+        return self.backend.selected(self.q, self.k[1], self.v[1], chosen, self.views.keys, self.size)
 
     def near(self) -> Tensor:
-        return self.backend.near(self.q, self.k[2], self.v[2], self.views[2])
+        return self.backend.near(self.q, self.k[2], self.v[2], self.views.near)
 
     def both(self, work: Callable[[], Tensor]) -> Callable[[], object]:
         """Forward and backward."""

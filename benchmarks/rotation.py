@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         h = t.load_config({"ENV_FILE": str(folder / "config.env")})
         rt, tokenizer = t.start_runtime(h), t.load_tokenizer(h)
-        h = dataclasses.replace(h, attn_impl=t.choose_attention(h, rt)[0])
+        h, _ = t.with_backends(h, rt)
         model = t.build_model(h, rt, tokenizer.bos)
         weights = t.Weights(model)
         path = t.find_checkpoint(dataclasses.replace(h, resume="auto"), folder)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Done, scramble
+from test_nsa import naive_nsa
 from torch import Tensor
 
 import train_gpt as t
@@ -42,9 +43,15 @@ def tops(model: t.GPT, tokens: Tensor, state: tuple | None = None) -> Tensor:
 # ---- the formula
 
 
-def naive_layer(model: t.GPT, layer: int, x: Tensor, kinds: list[str], documents: list[int]) -> Tensor:
-    """Attention and MLP of one segment, x (S, D), query by query; memory has no rotary phase."""
-    h, attention, mlp = model.h, model.blocks[layer]["attn"], model.blocks[layer]["mlp"]
+SPARSE = {
+    "LAYER_PATTERN": "NA", "RMT_SEGMENT": 9, "NSA_BLOCK": 2, "NSA_STRIDE": 1, "NSA_SELECT_BLOCK": 2, "NSA_SELECT": 3,
+    "NSA_WINDOW": 2, "NSA_STRICT": 1,
+}  # fmt: skip
+
+
+def naive_attention(model: t.GPT, layer: int, x: Tensor, kinds: list[str], documents: list[int]) -> Tensor:
+    """Attention of one segment, x (S, D), query by query; memory has no rotary phase."""
+    h, attention = model.h, model.blocks[layer]["attn"]
     sizes = (h.num_heads * h.head_dim, h.num_kv_heads * h.head_dim, h.num_kv_heads * h.head_dim)
     parts = (t.rms_norm(x) @ attention.qkv.weight.T).split(sizes, -1)
     q, k, v = (part.unflatten(-1, (-1, h.head_dim)) for part in parts)
@@ -69,7 +76,18 @@ def naive_layer(model: t.GPT, layer: int, x: Tensor, kinds: list[str], documents
         ]
         p = torch.softmax(k[seen, group] @ q[i, head] / math.sqrt(h.head_dim), 0)
         y[i, head] = p @ v[seen, group]
-    x = x + model.residual.scale[layer, 0] * (y.flatten(1) @ attention.proj.weight.T)
+    return y.flatten(1) @ attention.proj.weight.T
+
+
+def naive_layer(model: t.GPT, layer: int, x: Tensor, kinds: list[str], documents: list[int], tokens: Tensor) -> Tensor:
+    """Mixer and MLP of one segment, x (S, D) of its tokens and memory."""
+    mlp = model.blocks[layer]["mlp"]
+    if model.h.mixers[layer] == "nsa":
+        counts = kinds.count("read"), kinds.count("write")
+        y = naive_nsa(model, t.rms_norm(x), tokens, layer, *counts)[0]
+    else:
+        y = naive_attention(model, layer, x, kinds, documents)
+    x = x + model.residual.scale[layer, 0] * y
     inner = torch.relu(t.rms_norm(x) @ mlp.up.weight.T).square()
     return x + model.residual.scale[layer, 1] * (inner @ mlp.down.weight.T)
 
@@ -92,7 +110,7 @@ def naive_tops(model: t.GPT, tokens: Tensor) -> Tensor:
             place = [*place, *[own[-1]] * h.rmt_tokens]
         x = torch.cat(parts)
         for layer in range(h.num_layers):
-            x = naive_layer(model, layer, x, kinds, place)
+            x = naive_layer(model, layer, x, kinds, place, tokens[start : start + len(own)])
         x = t.rms_norm(x)
         found.append(x[h.rmt_tokens : h.rmt_tokens + len(own)])
         kept, written = (x[-h.rmt_tokens :], own[-1]) if whole else (kept, written)
@@ -100,7 +118,18 @@ def naive_tops(model: t.GPT, tokens: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("length", [4, 5, 13, 20])
-@pytest.mark.parametrize("variables", [{}, {"DOC_MASK": 0}, {"DOC_MASK": 0, "ATTN_IMPL": "blocks"}], ids=str)
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"DOC_MASK": 0},
+        {"DOC_MASK": 0, "ATTN_IMPL": "blocks"},
+        SPARSE,
+        {**SPARSE, "DOC_MASK": 0, "NSA_SELECT_BLOCK": 3, "RMT_TOKENS": 4},
+        {**SPARSE, "NSA_IMPL": "masked", "NSA_GATES": "softmax"},
+    ],
+    ids=str,
+)
 @torch.no_grad()
 def test_memory_is_its_formula(length: int, variables: dict[str, object]) -> None:
     model = built(**variables)
@@ -109,6 +138,36 @@ def test_memory_is_its_formula(length: int, variables: dict[str, object]) -> Non
         want = torch.stack([naive_tops(model, row) for row in tokens])
         torch.testing.assert_close(tops(model, tokens), want, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(tops(model, tokens, model.init_state(2)), want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("variables", [{}, SPARSE, {**SPARSE, "DOC_MASK": 0, "NSA_IMPL": "masked"}], ids=str)
+def test_gradients_are_those_of_the_formula(variables: dict[str, object]) -> None:
+    model, tokens = built(RMT_BPTT=9, **variables), some_tokens(2, 13, seed=1)
+    got, want = tops(model, tokens), torch.stack([naive_tops(model, row) for row in tokens])
+    weight = torch.randn(got.shape, dtype=got.dtype, generator=torch.Generator().manual_seed(0))
+    named = [(name, part) for name, part in model.named_parameters() if part.requires_grad]
+    mine, theirs = (
+        torch.autograd.grad((y * weight).sum(), [p for _, p in named], allow_unused=True) for y in (got, want)
+    )
+    for (name, _), one, other in zip(named, mine, theirs, strict=True):
+        assert (one is None) == (other is None), name
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("variables", [{}, SPARSE, {**SPARSE, "DOC_MASK": 0}], ids=str)
+@torch.no_grad()
+def test_a_window_in_pieces_is_the_whole_window(variables: dict[str, object]) -> None:
+    """A prefill of every length, then token by token, over segments and documents."""
+    model, tokens = built(**variables), some_tokens(2, 21)
+    want = tops(model, tokens)
+    for prefill in (*range(1, 12), 17, 18, 19):
+        state, parts = model.init_state(2), []
+        for start, stop in [(0, prefill), *((i, i + 1) for i in range(prefill, 21))]:
+            context = model.context(tokens[:, start:stop], state, t.Variant())
+            top, state, _ = model.hidden(context, state)
+            parts.append(top)
+        torch.testing.assert_close(torch.cat(parts, 1), want, rtol=1e-10, atol=1e-10)
 
 
 # ---- what memory carries, and where it begins anew
@@ -127,12 +186,13 @@ def test_memory_carries_the_past_and_nothing_else_does() -> None:
     assert difference[:, 5:].abs().max() == 0 and difference[:, 1:5].abs().max() > 0
 
 
-@pytest.mark.parametrize("pattern", ["A", "S", "K", "SKPA"])
+@pytest.mark.parametrize("pattern", ["A", "S", "K", "SKPA", "N"])
 @pytest.mark.parametrize("start", [5, 7, 9, 10])
 @torch.no_grad()
 def test_memory_begins_anew_with_a_document(pattern: str, start: int) -> None:
     """Nothing from before a document's start reaches anything after it, however many documents came before."""
-    model = built(LAYER_PATTERN=pattern, CAPSULE_DIM=8, CAPSULE_NUM=3, SKC_BLOCK_SIZE=2)
+    sparse = {**SPARSE, "RMT_SEGMENT": 5} if pattern == "N" else {}
+    model = built(**{**sparse, "LAYER_PATTERN": pattern}, CAPSULE_DIM=8, CAPSULE_NUM=3, SKC_BLOCK_SIZE=2)
     tokens = some_tokens(2, 20, starts=0)
     tokens[:, start] = BOS
     other = tokens.clone()
@@ -279,13 +339,14 @@ def test_a_light_checkpoint_leaves_memory_out_and_reads_a_window_again(
 
 
 @pytest.mark.parametrize("residual", ["hc", "mhc"])
-@pytest.mark.parametrize("pattern", ["A", "S", "KP"])
+@pytest.mark.parametrize("pattern", ["A", "S", "KP", "N"])
 def test_memory_trains_over_mixers_and_topologies(
     residual: str, pattern: str, run_job: Run, tiny_env: dict[str, str]
 ) -> None:
     """Train, export, reload and score with carried memory; the round trip changes nothing."""
     skc = {"CAPSULE_DIM": "8", "CAPSULE_NUM": "3", "SKC_BLOCK_SIZE": "8"}
-    env = {**tiny_env, **JOB, **skc, "LAYER_PATTERN": pattern, "RESIDUAL": residual, "CARRY_EVAL": "1"}
+    sparse = {name: str(value) for name, value in SPARSE.items() if name.startswith("NSA")}
+    env = {**tiny_env, **skc, **sparse, **JOB, "LAYER_PATTERN": pattern, "RESIDUAL": residual, "CARRY_EVAL": "1"}
     done = run_job(env)
     assert done.code == 0, done.err
     line = next(line for line in done.out.splitlines() if line.startswith("final_roundtrip_exact"))
@@ -300,7 +361,7 @@ def test_memory_trains_over_mixers_and_topologies(
         {"RMT_SEGMENT": 11},
         {"RMT_SEGMENT": 6, "CARRY_TRAIN": 1, "BATCH_MODE": "streams"},
         {"ATTN_WINDOW": 4},
-        {"LAYER_PATTERN": "N"},
+        {"LAYER_PATTERN": "N", "NSA_BLOCK": 6},
         {"RMT_BPTT": 1},
     ],
     ids=str,

@@ -57,12 +57,10 @@ def some_inputs(model: t.GPT, tokens: Tensor, seed: int = 1) -> Tensor:
 # ---- the formula, one query at a time
 
 
-def naive_turn(x: Tensor, h: t.Hyperparameters) -> Tensor:
+def naive_turn(x: Tensor, h: t.Hyperparameters, places: Tensor) -> Tensor:
     """Rotary positions (S, H, Dh) by complex numbers, each head for itself."""
     half = h.rope_dims // 2
-    angle = torch.arange(len(x), dtype=torch.float64)[:, None] * 10_000.0 ** (
-        -torch.arange(half, dtype=torch.float64) / half
-    )
+    angle = places.double()[:, None] * 10_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
     z = torch.complex(x[..., :half], x[..., half : 2 * half]) * torch.polar(torch.ones_like(angle), angle)[:, None]
     return torch.cat((z.real, z.imag, x[..., 2 * half :]), -1)
 
@@ -92,50 +90,67 @@ def naive_choice(shares: dict[int, float], begin: int, place: int, h: t.Hyperpar
     return sorted([*forced, *free[:count]]), close
 
 
-def naive_nsa(model: t.GPT, x: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """The layer's output for one row, x (T, D), and which keys each query and group saw."""
-    h, layer = model.h, model.blocks[0]["nsa"]
+def naive_mean(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention of one query to vectors, and its shares; zero of none."""
+    if not keys:
+        return torch.zeros_like(q), q[:0]
+    p = (torch.stack(keys) @ q / math.sqrt(len(q))).softmax(0)
+    return p @ torch.stack(values), p
+
+
+def naive_nsa(
+    model: t.GPT, x: Tensor, tokens: Tensor, layer: int = 0, reads: int = 0, writes: int = 0
+) -> tuple[Tensor, dict[str, Any]]:
+    """The layer's output for one row, x (reads + T + writes, D), and which keys each query of text and group saw."""
+    h, part = model.h, model.blocks[layer]["nsa"]
     dim, groups, each = h.head_dim, h.num_kv_heads, h.num_heads // h.num_kv_heads
-    parts = (x @ layer.qkv.weight.T).unflatten(-1, (-1, dim)).split([h.num_heads, *[groups] * 6], 1)
+    parts = (x @ part.qkv.weight.T).unflatten(-1, (-1, dim)).split([h.num_heads, *[groups] * 6], 1)
     q, keys, values = parts[0], parts[1:4], parts[4:]
     if h.qk_norm:
         q, keys = t.rms_norm(q), tuple(t.rms_norm(k) for k in keys)
-    q, keys = naive_turn(q, h) * layer.q_gain[:, None], tuple(naive_turn(k, h) for k in keys)
-    logits = (torch.relu(x @ layer.gate_in.weight.T).square() @ layer.gate.weight.T).unflatten(-1, (-1, 3))
+    places = torch.tensor([0] * reads + list(range(len(tokens))) + [0] * writes)
+    q, keys = naive_turn(q, h, places) * part.q_gain[:, None], tuple(naive_turn(k, h, places) for k in keys)
+    logits = (torch.relu(x @ part.gate_in.weight.T).square() @ part.gate.weight.T).unflatten(-1, (-1, 3))
     y, seen = torch.zeros(len(x), h.num_heads, dim, dtype=x.dtype), {"chosen": {}, "reads": {}, "close": {}}
-    begin = 0
-    for place in range(len(x)):
-        begin = place if h.doc_mask and tokens[place] == BOS else begin
-        numbers = [
-            i for i in range(len(x)) if i * h.nsa_stride >= begin and i * h.nsa_stride + h.nsa_block - 1 <= place
-        ]
-        spans = [slice(i * h.nsa_stride, i * h.nsa_stride + h.nsa_block) for i in numbers]
+    begin, size = 0, h.nsa_select_block
+    for row in range(len(x)):
+        place = row - reads
+        written = place >= len(tokens)
+        place = min(place, len(tokens) - 1)
+        begin = place if h.doc_mask and place > 0 and tokens[place] == BOS else begin
+        memory = list(range(min(row + 1, reads))) if begin == 0 else []
+        memory += range(reads + len(tokens), len(x)) if written else []
+        numbers = [i for i in range(len(x)) if begin <= i * h.nsa_stride <= place - h.nsa_block + 1]
+        spans = [slice(reads + i * h.nsa_stride, reads + i * h.nsa_stride + h.nsa_block) for i in numbers]
         for group in range(groups):
             heads = range(group * each, (group + 1) * each)
+            k = [keys[0][j, group] for j in memory] + [naive_pool(part.key_pool, keys[0][s, group]) for s in spans]
+            v = [values[0][j, group] for j in memory] + [
+                naive_pool(part.value_pool, values[0][s, group]) for s in spans
+            ]
             found, shares = {}, dict.fromkeys(numbers, 0.0)
-            for head in heads if numbers else ():
-                k = torch.stack([naive_pool(layer.key_pool, keys[0][span, group]) for span in spans])
-                v = torch.stack([naive_pool(layer.value_pool, values[0][span, group]) for span in spans])
-                p = (k @ q[place, head] / math.sqrt(dim)).softmax(0)
-                found[head] = p @ v
-                for number, share in zip(numbers, p.tolist(), strict=True):
-                    shares[number] += share
-            chosen, seen["close"][place, group] = naive_choice(shares, begin, place, h)
-            size = h.nsa_select_block
-            picked = [j for j in range(begin, place + 1) if j // size in chosen]
-            near = list(range(max(begin, place - h.nsa_window + 1), place + 1))
-            seen["chosen"][place, group] = chosen
-            seen["reads"][place, group] = len(numbers) + len(picked) + len(near)
             for head in heads:
-                gates = logits[place, head].clone()
-                gates[0] = gates[0] if numbers else -math.inf
+                found[head], p = naive_mean(q[row, head], k, v)
+                for number, share in zip(numbers, p[len(memory) :].tolist(), strict=True):
+                    shares[number] += share
+            picked, near = [], []
+            if place >= 0:
+                chosen, close = naive_choice(shares, begin, place, h)
+                picked = [j + reads for j in range(begin, place + 1) if written or j // size in chosen]
+                near = [j + reads for j in range(max(begin, place - h.nsa_window + 1), place + 1)]
+            if place >= 0 and not written:
+                seen["chosen"][place, group], seen["close"][place, group] = chosen, close
+                seen["reads"][place, group] = len(numbers) + len(picked) + len(near) + 3 * len(memory)
+            for head in heads:
+                gates = logits[row, head].clone()
+                gates[0] = gates[0] if k else -math.inf
                 gates = gates.softmax(0) if h.nsa_gates == "softmax" else torch.sigmoid(gates)
-                y[place, head] = gates[0] * found.get(head, torch.zeros(dim, dtype=x.dtype))
-                for branch, js in ((1, picked), (2, near)):
-                    p = (keys[branch][js, group] @ q[place, head] / math.sqrt(dim)).softmax(0)
-                    y[place, head] += gates[branch] * (p @ values[branch][js, group])
+                y[row, head] = gates[0] * found[head]
+                for branch, js in ((1, memory + picked), (2, memory + near)):
+                    own = [keys[branch][j, group] for j in js], [values[branch][j, group] for j in js]
+                    y[row, head] += gates[branch] * naive_mean(q[row, head], *own)[0]
     y = y.flatten(1)
-    return (t.rms_norm(y) * layer.proj.gain if h.proj_norm else y) @ layer.proj.weight.T, seen
+    return (t.rms_norm(y) * part.proj.gain if h.proj_norm else y) @ part.proj.weight.T, seen
 
 
 @shapes
@@ -350,8 +365,8 @@ def selects_among_all_blocks(patch: pytest.MonkeyPatch) -> None:
 
     inner = t.RangedAttentionFunction.apply
 
-    def apply(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, parts: tuple, blocks: Any) -> Any:
-        y, importance = inner(q, k, v, low, high, parts, blocks)
+    def apply(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, _: Any, how: tuple) -> Any:
+        (y, importance), (parts, blocks) = inner(q, k, v, low, high, None, how), how
         if blocks is not None:
             whole = t.Part(0, q.shape[1], 0, k.shape[1], 0, 0)
             with pytest.MonkeyPatch.context() as inside:
@@ -367,13 +382,13 @@ def reads_a_cut_cache_by_absolute_position(patch: pytest.MonkeyPatch) -> None:
     """The window's cache, cut to the last keys, is indexed as if it were whole: early queries read late keys."""
     inner = t.NSA.views
 
-    def views(self: t.NSA, before: int, kept: int, ctx: t.Ctx) -> tuple:
-        coarse, fine, near = inner(self, before, kept, ctx)
-        cut = max(0, ctx.tokens.shape[1] - self.h.nsa_window)
+    def views(self: t.NSA, total: int, kept: int, ctx: t.Ctx) -> t.Views:
+        found = inner(self, total, kept, ctx)
+        near, cut = found.near, max(0, ctx.tokens.shape[1] - self.h.nsa_window)
         top = near.high.amax()
         low, high = ((bound + cut).clamp(max=top) for bound in (near.low, near.high))
         parts = tuple(part._replace(first=0, last=int(top), sure_from=0, sure_to=0) for part in near.parts)
-        return coarse, fine, t.Ranges(low.clamp(max=top - 1), high, parts)
+        return found._replace(near=t.Ranges(low.clamp(max=top - 1), high, parts))
 
     patch.setattr(t.NSA, "views", views)
 
@@ -441,12 +456,12 @@ def test_strict_mode_stops_a_read_of_the_future(monkeypatch: pytest.MonkeyPatch)
     tokens, model = ragged(2, 30), built({"NSA_STRICT": 1})
     model.logits(tokens, t.Variant())
     inner = t.NSA.views
-    for number, branch in enumerate(t.NSA.BRANCHES):
+    for field, branch in zip(("blocks", "keys", "near"), t.NSA.BRANCHES, strict=True):
 
-        def views(self: t.NSA, *given: Any, number: int = number) -> tuple:
-            found = list(inner(self, *given))
-            found[number] = found[number]._replace(high=found[number].high + 1)
-            return tuple(found)
+        def views(self: t.NSA, *given: Any, field: str = field) -> t.Views:
+            found = inner(self, *given)
+            view = getattr(found, field)
+            return found._replace(**{field: view._replace(high=view.high + 1)})
 
         monkeypatch.setattr(t.NSA, "views", views)
         with pytest.raises(RuntimeError, match=branch):

@@ -84,7 +84,7 @@ def check_compressed(shape: tuple[int, ...]) -> None:
     rows, before, length, *rest = shape
     ranges, keys = seen("compressed", rows, before, length)
     leaves, blocks = drawn(rows, length, keys, *rest), -(-(before + length) // SIZE)
-    for form in ((BLOCK, STRIDE, SIZE, blocks), (BLOCK, STRIDE, 12, -(-(before + length) // 12))):
+    for form in ((BLOCK, STRIDE, SIZE, blocks, 0), (BLOCK, STRIDE, 12, -(-(before + length) // 12), 0)):
         found = [t.NSA_BACKENDS[name].compressed(*leaves, ranges, form) for name in ("triton", "gather")]
         agree(found[0][0], found[1][0], leaves)
         torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-6)
@@ -113,7 +113,7 @@ def check_nothing(_: tuple[int, ...]) -> None:
     y = mine.selected(*leaves, chosen, every, 16)
     agree(y, torch.zeros_like(y).index_copy(1, some, found), leaves)
     nothing = drawn(1, 6, 0, 1, 2, 16)
-    y, importance = mine.compressed(*nothing, among(0 * low, 0 * low, 0), (BLOCK, STRIDE, SIZE, 1))
+    y, importance = mine.compressed(*nothing, among(0 * low, 0 * low, 0), (BLOCK, STRIDE, SIZE, 1, 0))
     assert not y.any() and not importance.any() and importance.shape == (1, 1, 6, 1)
     assert not torch.autograd.grad(y.sum(), nothing)[0].any()
 
@@ -139,13 +139,13 @@ MODEL = {
 }  # fmt: skip
 
 
-def check_model(_: tuple[int, ...]) -> None:
+def check_model(_: tuple[int, ...], **more: object) -> None:
     """A network compiled as one graph: the same loss and gradients."""
     found = []
     for backend in ("triton", "gather"):
-        h = t.load_config({name: str(value) for name, value in {**MODEL, "NSA_IMPL": backend}.items()})
+        h = t.load_config({name: str(value) for name, value in {**MODEL, **more, "NSA_IMPL": backend}.items()})
         rt = t.start_runtime(h)
-        assert t.choose_attention(h, rt)[0] in t.ATTENTION
+        assert t.with_backends(h, rt)[0].nsa_impl == backend
         model, tokens = scramble(t.build_model(h, rt, 255)).float(), torch.arange(40).view(1, 40) % 7
         tokens[:, 13] = 255
         loss = torch.compile(model.loss, backend="aot_eager", fullgraph=True) if backend == "triton" else model.loss
@@ -155,6 +155,17 @@ def check_model(_: tuple[int, ...]) -> None:
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-5)
 
 
+def check_memory(shape: tuple[int, ...]) -> None:
+    """The same with memory around segments: near keys are read without kernels then, and it is counted."""
+    memory = {"RMT_SEGMENT": 16, "RMT_TOKENS": 3}
+    check_model(shape, **memory)
+    for more, count in (({}, 0), (memory, 1)):
+        h = t.load_config({name: str(value) for name, value in {**MODEL, **more, "NSA_IMPL": "triton"}.items()})
+        model, tokens = t.build_model(h, t.start_runtime(h), 255), torch.arange(32).view(1, 32)
+        metrics = model.loss(tokens, tokens, t.Variant(measures=True)).metrics
+        assert {float(value) for name, value in metrics.items() if name.endswith("fallbacks")} == {count}
+
+
 CHECKS: dict[str, tuple[Callable[[tuple[int, ...]], None], tuple[tuple[int, ...], ...]]] = {
     "near": (check_near, SHAPES),
     "compressed": (check_compressed, SHAPES),
@@ -162,6 +173,7 @@ CHECKS: dict[str, tuple[Callable[[tuple[int, ...]], None], tuple[tuple[int, ...]
     "nothing": (check_nothing, SHAPES[:1]),
     "half": (check_half, SHAPES[:1]),
     "model": (check_model, SHAPES[:1]),
+    "memory": (check_memory, SHAPES[:1]),
 }
 INTERPRETED = """
 import sys
@@ -235,7 +247,7 @@ def test_kernels_build_for_hopper(width: int, dtype: torch.dtype, monkeypatch: p
     q, k, v = (x.to(dtype).detach().requires_grad_() for x in drawn(2, 256, 256, 2, 16, width))
     place, backend = torch.arange(256).unsqueeze(0), t.NSA_BACKENDS["triton"]
     ranges = among(0 * place.expand(2, -1), place + 1, 256)
-    backend.compressed(q, k, v, ranges, (32, 16, 64, 64))[0].sum().backward()
+    backend.compressed(q, k, v, ranges, (32, 16, 64, 64, 0))[0].sum().backward()
     backend.selected(q, k, v, torch.zeros(2, 2, 256, 16, dtype=torch.int64), ranges, 64).sum().backward()
     for name, launch in launches.items():
         assert launch.found, name
@@ -251,10 +263,24 @@ def test_where_kernels_cannot_run_is_an_error_at_the_start(variables: dict[str, 
     rt = t.start_runtime(h)
     for here in (rt, rt._replace(device=torch.device("cuda"), dtype=torch.float64)):
         with pytest.raises(t.UserError, match="NSA_IMPL=triton needs .*; try NSA_IMPL=auto"):
-            t.choose_attention(h, here)
+            t.with_backends(h, here)
     if variables:
         with pytest.raises(t.UserError, match="heads of 16, 32, 64 or 128"):
-            t.choose_attention(h, rt._replace(device=torch.device("cuda")))
+            t.with_backends(h, rt._replace(device=torch.device("cuda")))
     other = t.load_config({name: str(value) for name, value in MODEL.items()})
-    assert t.choose_attention(other, rt)[0] == "sdpa"
+    chosen, why = t.with_backends(other, rt)
+    assert chosen.nsa_impl == "gather" and "sparse attention:gather (nothing is measured to be faster)" in why
     assert other.used()["NSA_BACKENDS"] == ("gather",)
+
+
+def test_a_kernel_is_the_default_where_it_was_measured_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    h = t.load_config({name: str(value) for name, value in {**MODEL, "PARTIAL_ROPE_DIMS": 0}.items()})
+    rt = t.start_runtime(h)._replace(device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(t, "NSA_FASTEST", {(9, 0): "triton"})
+    assert t.choose_sparse(h, rt)[0] == "triton" and h.used()["NSA_BACKENDS"] == ("triton", "gather")
+    narrow = t.load_config({name: str(value) for name, value in {**MODEL, "MODEL_DIM": 24}.items()})
+    assert t.choose_sparse(narrow, rt) == ("gather", "kernels need heads of 16, 32, 64 or 128, not 12")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert t.choose_sparse(h, rt) == ("gather", "nothing is measured to be faster")

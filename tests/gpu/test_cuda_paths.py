@@ -106,7 +106,7 @@ def test_sparse_attention_kernels_agree_with_gathers_in_float64(
 ) -> None:
     """Each branch's output and gradients, by the norm of the difference; three documents, a length of no tile."""
     torch.manual_seed(0)
-    length, form = 1500, (32, 16, 64, 24)
+    length, form = 1500, (32, 16, 64, 24, 0)
     place = torch.arange(length, device="cuda").expand(2, -1)
     begin = torch.where((place == 300) | ((place == 997) & (torch.arange(2, device="cuda")[:, None] == 1)), place, 0)
     begin = begin.cummax(1).values
