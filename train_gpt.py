@@ -4207,14 +4207,16 @@ def portion(part: Tensor, whole: Tensor) -> Tensor:
 class BlockPool(Module):
     """One key or value of each NSA_BLOCK tokens, every NSA_STRIDE: their mean, and of NSA_POOL=mlp plus an MLP of them.
 
-    The MLP reads them one after the other, with a learned vector added for each place in the block.
+    The MLP reads them one after the other, with a learned vector added for each place in the block. Keys' means are
+    multiplied by `scale`, sqrt(NSA_BLOCK): by so much a mean of unlike keys is shorter than each, and scores of blocks
+    that are so small hardly tell one from another (records/2026-11-22_needle).
     """
 
     kinds: ClassVar[dict[str, str]] = {"place": "scalar"}
 
-    def __init__(self, h: Hyperparameters, name: str) -> None:
+    def __init__(self, h: Hyperparameters, name: str, scale: float) -> None:
         super().__init__()
-        self.size, self.stride, self.mlp = h.nsa_block, h.nsa_stride, h.nsa_pool == "mlp"
+        self.size, self.stride, self.mlp, self.scale = h.nsa_block, h.nsa_stride, h.nsa_pool == "mlp", scale
         if self.mlp:
             self.place = nn.Parameter(torch.empty(h.nsa_block, h.head_dim))
             self.up = Linear(name + ".up", h.nsa_block * h.head_dim, h.head_dim)
@@ -4225,7 +4227,7 @@ class BlockPool(Module):
         if x.shape[1] < self.size:
             return x[:, :0]
         blocks = x.unfold(1, self.size, self.stride).mT  # (B, C, Hkv, l, Dh)
-        mean = blocks.mean(-2)
+        mean = blocks.mean(-2) * self.scale
         if not self.mlp:
             return mean
         inner = self.up((blocks + self.place.to(x.dtype)).flatten(-2), ctx)
@@ -4255,7 +4257,8 @@ class NSA(Module):
         projection = NormedLinear if h.proj_norm else Linear
         self.proj = projection(name + ".proj", h.num_heads * width, h.model_dim)
         self.q_gain = nn.Parameter(torch.empty(h.num_heads))
-        self.key_pool, self.value_pool = (BlockPool(h, f"{name}.{part}_pool") for part in ("key", "value"))
+        self.key_pool = BlockPool(h, name + ".key_pool", math.sqrt(h.nsa_block))
+        self.value_pool = BlockPool(h, name + ".value_pool", 1.0)
         self.cacher = Cacher(h)
         self.gate_in = Linear(name + ".gate_in", h.model_dim, width)
         self.gate = Linear(name + ".gate", width, 3 * h.num_heads)

@@ -227,7 +227,9 @@ def test_preset_that_the_file_overrides_entirely_is_refused(tmp_path: Path) -> N
     assert "no effect" in refused({"ENV_FILE": path, "PRESET": "local_float"})
 
 
-@pytest.mark.parametrize("huge", [{"MODEL_DIM": "1000000"}, {"MLP_MULT": "1e9"}, {"NUM_LAYERS": "1000", "MODEL_DIM": "65536"}])
+@pytest.mark.parametrize(
+    "huge", [{"MODEL_DIM": "1000000"}, {"MLP_MULT": "1e9"}, {"NUM_LAYERS": "1000", "MODEL_DIM": "65536"}]
+)
 def test_network_beyond_this_machines_memory_is_refused(huge: dict[str, str]) -> None:
     assert "GiB" in refused(huge)
 

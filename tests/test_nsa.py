@@ -65,9 +65,9 @@ def naive_turn(x: Tensor, h: t.Hyperparameters, places: Tensor) -> Tensor:
     return torch.cat((z.real, z.imag, x[..., 2 * half :]), -1)
 
 
-def naive_pool(pool: t.BlockPool, x: Tensor) -> Tensor:
+def naive_pool(pool: t.BlockPool, x: Tensor, keys: bool) -> Tensor:
     """One vector of the keys or values x (l, Dh) of a block."""
-    mean = x.mean(0)
+    mean = x.mean(0) * (math.sqrt(len(x)) if keys else 1)
     if not pool.mlp:
         return mean
     return mean + torch.relu((x + pool.place).flatten() @ pool.up.weight.T).square() @ pool.down.weight.T
@@ -124,9 +124,11 @@ def naive_nsa(
         spans = [slice(reads + i * h.nsa_stride, reads + i * h.nsa_stride + h.nsa_block) for i in numbers]
         for group in range(groups):
             heads = range(group * each, (group + 1) * each)
-            k = [keys[0][j, group] for j in memory] + [naive_pool(part.key_pool, keys[0][s, group]) for s in spans]
+            k = [keys[0][j, group] for j in memory] + [
+                naive_pool(part.key_pool, keys[0][s, group], True) for s in spans
+            ]
             v = [values[0][j, group] for j in memory] + [
-                naive_pool(part.value_pool, values[0][s, group]) for s in spans
+                naive_pool(part.value_pool, values[0][s, group], False) for s in spans
             ]
             found, shares = {}, dict.fromkeys(numbers, 0.0)
             for head in heads:
