@@ -3262,10 +3262,11 @@ def ranged_attention(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, blocks: An
     return RangedAttentionFunction.apply(q, k, v, ranges.low, ranges.high, ranges.front, (ranges.parts, blocks))
 
 
-def block_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention by matrix products."""
-    place = torch.arange(q.shape[1], device=q.device).unsqueeze(0)
-    return ranged_attention(q, k, v, ranges_of(0 * place, place + 1, True, lambda i: (0, i + 1)))[0]
+def block_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
+    """Attention by matrix products, causal or to all keys."""
+    place, keys = torch.arange(q.shape[1], device=q.device).unsqueeze(0), k.shape[1]
+    high = place + 1 if causal else torch.full_like(place, keys)
+    return ranged_attention(q, k, v, ranges_of(0 * place, high, True, lambda i: (0, i + 1 if causal else keys)))[0]
 
 
 def importance_of(p: Tensor, seen: Tensor, block: int, stride: int, size: int, count: int, skip: int) -> Tensor:
@@ -3440,9 +3441,10 @@ class Attention(Module):
     ) -> tuple[Tensor, AttentionState | None]:
         """Attend to the state's keys and the new ones; the new state keeps what a later query may still see."""
         if state is None and not self.doc_mask and (self.backend != "sdpa" or not self.window):
-            y = ATTENTION[self.backend](q, k, v, self.window)
-            text = k.shape[1] - ctx.writes
-            return torch.cat((y[:, :text], sdpa(q[:, text:], k, v, None, False)), 1) if ctx.writes else y, None
+            text = slice(k.shape[1] - ctx.writes)
+            y = ATTENTION[self.backend](q[:, text], k[:, text], v[:, text], self.window)
+            last = q[:, text.stop :]  # torch's fused kernel takes longer for these few than for all others
+            return torch.cat((y, block_attention(last, k, v, causal=False)), 1) if ctx.writes else y, None
         if state is None:
             return sdpa(q, k, v, self.mask(ctx.documents, ctx.documents, ctx.writes), False), None
         (k, keys), (v, values) = self.cacher.add(state.k, k), self.cacher.add(state.v, v)
