@@ -44,7 +44,7 @@ def tops(model: t.GPT, tokens: Tensor, state: tuple | None = None) -> Tensor:
 
 
 SPARSE = {
-    "LAYER_PATTERN": "NA", "RMT_SEGMENT": 9, "NSA_BLOCK": 2, "NSA_STRIDE": 1, "NSA_SELECT_BLOCK": 2, "NSA_SELECT": 3,
+    "LAYER_PATTERN": "NA", "RMT_SEGMENT": 9, "NSA_BLOCK": 2, "NSA_STRIDE": 1, "NSA_SELECT_BLOCK": 2, "NSA_SELECT": 4,
     "NSA_WINDOW": 2, "NSA_STRICT": 1,
 }  # fmt: skip
 
