@@ -581,7 +581,7 @@ def test_logits_of_minus_eight_at_a_twentieth_can_never_learn(n: int) -> None:
 
 @torch.no_grad()
 def test_measurements_are_of_streams_and_matrices() -> None:
-    model = scramble(network(RESIDUAL="mhc", MHC_N=3, MHC_MODE="sinkhorn"))
+    model = scramble(network(RESIDUAL="mhc", MHC_N=3, MHC_MODE="sinkhorn", SINKHORN_ITERS=2))
     tokens = torch.randint(0, 255, (2, 7), generator=torch.Generator().manual_seed(3))
     ctx, seen = model.context(tokens, None, t.Variant(measures=True)), list[t.Stream]()
     real = model.residual.close
@@ -598,6 +598,7 @@ def test_measurements_are_of_streams_and_matrices() -> None:
         ("column_error", (mixing.sum(-2) - 1).abs().max()),
     ):
         torch.testing.assert_close(found[f"residual.{name}"].double(), torch.as_tensor(value), rtol=1e-5, atol=1e-7)
+    assert found["residual.column_error"] > 1e-4, "so few iterations leave an error to be seen"
     assert not model.hidden(model.context(tokens, None, t.Variant()), None)[2].metrics, "nothing is measured unasked"
 
 
