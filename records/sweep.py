@@ -109,7 +109,7 @@ def open_study(sweep: Sweep, storage: str) -> optuna.Study:
     study = optuna.create_study(study_name=sweep.path.stem, storage=database, load_if_exists=True)
     trials = study.get_trials(deepcopy=False)
     failed = Counter(trial.user_attrs.get("job") for trial in trials if trial.state == TrialState.FAIL)
-    known = {trial.user_attrs.get("job") for trial in trials if trial.state != TrialState.FAIL}
+    known = {trial.user_attrs.get("job") for trial in trials if trial.state not in (TrialState.FAIL, TrialState.PRUNED)}
     for name, seed in sweep.jobs():
         number = job_number(sweep, name, seed)
         if number not in known and failed[number] <= RETRIES:
@@ -160,11 +160,12 @@ TAKING = threading.Lock()
 def work(sweep: Sweep, storage: str, core: int, out: Path) -> None:
     """Take jobs from the queue until all are done, those of workers that died in between included."""
     study, taking = open_study(sweep, storage), ExitStack()
+    wanted = {job_number(sweep, name, seed) for name, seed in sweep.jobs()}
 
     def objective(trial: optuna.Trial) -> float:
         taking.close()  # the job is this worker's: another one may take the next
-        if "config" not in trial.user_attrs:
-            raise optuna.TrialPruned  # another worker took the last job just before
+        if trial.user_attrs.get("job") not in wanted:
+            raise optuna.TrialPruned  # another worker took the last job just before, or the list is no longer that
         loss = run_job(sweep, trial, core, out)
         print(f"core {core}: {trial.user_attrs['config']} seed {trial.user_attrs['seed']}: {loss:.4f}", flush=True)
         return loss

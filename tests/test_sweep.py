@@ -132,6 +132,33 @@ def test_queue_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "missing: wide (1)" in sweep.table(changed, sweep.losses(changed, storage))
 
 
+def test_a_job_that_has_left_the_list_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its variables are gone, or others now; back in the list, it is run."""
+    ran: list[str] = []
+
+    def run(s: sweep.Sweep, trial: Any, core: int, out: Path) -> float:
+        number = trial.suggest_int("job", 0, 2**32 - 1)
+        ran.append(s.variables(trial.user_attrs["config"], 1).get("MODEL_DIM", "none"))
+        assert number == sweep.job_number(s, trial.user_attrs["config"], 1)
+        return 3.0
+
+    monkeypatch.setattr(sweep, "run_job", run)
+    storage = storage_of(tmp_path)
+    first = sweep.read_sweep(
+        write_list(tmp_path, seeds=[1], configs={"plain": {}, "a": {"MODEL_DIM": 64}, "b": {"MODEL_DIM": 32}})
+    )
+    sweep.open_study(first, storage)  # all are queued, none has run
+    sweep.work(
+        sweep.read_sweep(write_list(tmp_path, seeds=[1], configs={"plain": {}, "a": {"MODEL_DIM": 96}})),
+        storage,
+        0,
+        tmp_path,
+    )
+    assert sorted(ran) == ["96", "none"]
+    sweep.work(first, storage, 0, tmp_path)
+    assert sorted(ran) == ["32", "64", "96", "none"]
+
+
 def test_more_workers_than_jobs_share_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that finds the last job taken waits for it; nothing but jobs is left in the database."""
     monkeypatch.setattr(sweep, "POLL", 0.05)
