@@ -253,8 +253,8 @@ class Hyperparameters:
         "one before", low=3, when=lambda h: "nsa" in h.mixers)
     nsa_window: int = var(512, "nsa", "near keys of a query, itself included", "tokens", low=1,
         when=lambda h: "nsa" in h.mixers)
-    nsa_pool: str = var("mlp", "nsa", "compressed keys and values: means, or those and an MLP", choices=("mlp", "mean"),
-        when=lambda h: "nsa" in h.mixers)
+    nsa_pool: str = var("mlp", "nsa", "compressed keys and values: scaled means, or also an MLP",
+        choices=("mlp", "mean"), when=lambda h: "nsa" in h.mixers)
     nsa_gates: str = var("sigmoid", "nsa", "gates of the three branches: each for itself, or shares of one",
         choices=("sigmoid", "softmax"), when=lambda h: "nsa" in h.mixers)
     nsa_impl: str = var("auto", "nsa", "backend: by gathers, by masks over all pairs, or by Triton "
@@ -594,7 +594,7 @@ class Hyperparameters:
             return ()
         automatic = self.nsa_impl == "auto"
         chosen = NSA_FASTEST.values() if automatic else (self.nsa_impl,)
-        return tuple(dict.fromkeys((*chosen, *["gather"] * (automatic or self.rmt_segment > 0))))
+        return tuple(dict.fromkeys((*chosen, *["gather"] * (automatic or (self.rmt_segment and "triton" in chosen)))))
 
     def used(self) -> dict[str, tuple[str, ...]]:
         """Which entries of each registry this configuration reaches; the extractor keeps only those."""
@@ -841,6 +841,7 @@ def validate(h: Hyperparameters) -> None:
     rows = h.train_batch_tokens // h.train_seq_len
     head, kv, stage_tokens = h.head_dim, h.num_kv_heads, [tokens for _, tokens in h.stages]
     windows = [length for _, length in h.lengths]
+    shortest = min(windows)
     # fmt: off
     problems = (
         (h.model_dim % h.num_heads, f"MODEL_DIM={h.model_dim} must be a multiple of NUM_HEADS={h.num_heads}"),
@@ -871,15 +872,15 @@ def validate(h: Hyperparameters) -> None:
         (h.carry_train and h.batch_mode != "streams", "CARRY_TRAIN=1 needs BATCH_MODE=streams, so that rows continue"),
         ((h.carry_train or h.carry_eval) and "attn" in h.mixers and not h.attn_window and not h.rmt_segment,
             "CARRY_TRAIN/CARRY_EVAL with attention needs ATTN_WINDOW, or its cache grows without end"),
-        (h.rmt_segment and (2 * h.rmt_segment > h.train_seq_len or (h.carry_train and h.train_seq_len % h.rmt_segment)),
-            f"RMT_SEGMENT={h.rmt_segment} must be at most half of TRAIN_SEQ_LEN={h.train_seq_len}, or no gradient "
-            "teaches it what to write; and with CARRY_TRAIN=1 divide it"),
+        (h.rmt_segment and (2 * h.rmt_segment > shortest or (h.carry_train and h.train_seq_len % h.rmt_segment)),
+            f"RMT_SEGMENT={h.rmt_segment} must be at most half of TRAIN_SEQ_LEN={h.train_seq_len} and shorter windows, "
+            "or no gradient teaches it what to write; and with CARRY_TRAIN=1 divide it"),
         (h.rmt_segment and h.attn_window, "RMT_SEGMENT bounds attention by itself: ATTN_WINDOW must be 0"),
         ((h.carry_train or h.carry_eval) and "nsa" in h.mixers and not h.rmt_segment,
             "CARRY_TRAIN/CARRY_EVAL with sparse attention needs RMT_SEGMENT, or what may be chosen grows without end"),
-        ("nsa" in h.mixers and h.nsa_block > (h.rmt_segment or h.train_seq_len),
-            f"NSA_BLOCK={h.nsa_block} must be at most {'RMT_SEGMENT' if h.rmt_segment else 'TRAIN_SEQ_LEN'}="
-            f"{h.rmt_segment or h.train_seq_len}, or there is no compressed key"),
+        ("nsa" in h.mixers and h.nsa_block > (h.rmt_segment or shortest),
+            f"NSA_BLOCK={h.nsa_block} must be at most {'RMT_SEGMENT' if h.rmt_segment else 'the shortest window'}="
+            f"{h.rmt_segment or shortest}, or there is no compressed key"),
         ("nsa" in h.mixers
             and (h.nsa_block % h.nsa_stride or h.nsa_select_block % h.nsa_stride or h.nsa_select_block < h.nsa_block),
             f"NSA_STRIDE={h.nsa_stride} must divide NSA_BLOCK={h.nsa_block} and NSA_SELECT_BLOCK={h.nsa_select_block}, "
@@ -3035,6 +3036,11 @@ class Cache(NamedTuple):
         return Cache(*(part[:, start:].clone(memory_format=torch.contiguous_format) for part in self))
 
 
+def following(old: Tensor, new: Tensor) -> Tensor:
+    """Both, one after the other, in the type of what is new: a state begins empty and in that of the weights."""
+    return torch.cat((old.to(new.dtype), new), 1)
+
+
 class Cacher(Module):
     """Between keys or values (B, T, Hkv, Dh) and a Cache: one scale for each token and head, the greatest number's.
 
@@ -3062,7 +3068,7 @@ class Cacher(Module):
 
     def read(self, cache: Cache, dtype: torch.dtype) -> Tensor:
         if not self.top:
-            return cache.codes
+            return cache.codes.to(dtype)
         codes = cache.codes
         if self.top == 7:  # arithmetic shifts bring the signs back
             codes = torch.stack((codes >> 4, (codes << 4) >> 4), -1).flatten(-2)
@@ -3072,7 +3078,7 @@ class Cacher(Module):
     def add(self, old: Cache, x: Tensor) -> tuple[Tensor, Cache]:
         """All keys or values, new ones as they are, and the cache that holds them."""
         new = self.store(x)
-        return torch.cat((self.read(old, x.dtype), x), 1), Cache(*(torch.cat(p, 1) for p in zip(old, new, strict=True)))
+        return following(self.read(old, x.dtype), x), Cache(*map(following, old, new))
 
 
 class AttentionState(NamedTuple):
@@ -3134,6 +3140,19 @@ class Ranges(NamedTuple):
             return hidden
         front = ~self.front[:, queries, keys]
         return torch.cat((front.expand(len(hidden), -1, -1), hidden[..., front.shape[-1] :]), -1)
+
+    def read(self, keys: int) -> Tensor:
+        """(B or 1, T, keys) bool, the keys that an attention by parts reads."""
+        shape = (*torch.broadcast_shapes(self.low.shape, self.high.shape), keys)
+        found = torch.zeros(shape, dtype=torch.bool, device=self.low.device)
+        for part in self.parts:
+            some, own = slice(part.start, part.stop), slice(part.first, part.last)
+            found[:, some, own] = ~self.hides(some, own)
+            found[:, some, part.sure_from : part.sure_to] = True
+        found &= self.sees().unsqueeze(-1)
+        if self.front is not None:
+            found[..., : self.ahead] = self.front
+        return found
 
     @property
     def ahead(self) -> int:
@@ -3328,7 +3347,7 @@ def choose_sparse(h: Hyperparameters, rt: Runtime) -> tuple[str, str]:
     if name == "triton" and problem:
         raise UserError(f"NSA_IMPL=triton needs {problem}; try NSA_IMPL=auto")
     if name != "auto":
-        return name, "requested"
+        return name, "requested" + "; near keys behind memory by gather" * (name == "triton" and h.rmt_segment > 0)
     fastest = NSA_FASTEST.get(torch.cuda.get_device_capability(rt.device)) if rt.device.type == "cuda" else None
     if fastest == "triton" and problem:
         return "gather", f"kernels need {problem}"
@@ -3981,7 +4000,7 @@ def fused_ranged_gradient(
 
 @torch.library.custom_op("golf::importance", mutates_args=())
 def fused_importance(q: Tensor, k: Tensor, lse: Tensor, low: Tensor, high: Tensor, blocks: list[int]) -> Tensor:
-    """importance_of by lse; `blocks` are its last four arguments."""
+    """importance_of by lse, of keys without memory; `blocks`: the arguments of it from `block` to `count`."""
     (block, stride, size, count), tile, shape = blocks, nsa_tile("importance", q), nsa_shape(q, k)
     importance = q.new_zeros((len(q), k.shape[2], q.shape[1], count), dtype=torch.float32)
     slots = triton.next_power_of_2(size // stride)
@@ -4240,7 +4259,7 @@ class NSA(Module):
     """Native sparse attention (Yuan et al. 2025, arXiv 2502.11089): compressed, selected and near keys, each gated.
 
     Query t of a document sees, in branches with keys and values of their own: the compressed blocks that lie in the
-    document up to t; the tokens up to t of the blocks that choose_blocks chose by the first branch's shares; and the
+    document up to t; the tokens up to t of the blocks that best_blocks chose by the first branch's shares; and the
     last NSA_WINDOW tokens. y = sum_c g_c o_c with three gates a head, made by an MLP; sigmoids, or NSA_GATES=softmax.
     A branch that sees nothing is zero. Memory of RMT that a segment reads has keys in each branch, which all queries of
     its document see; what is written sees in each branch what the last token does, of the selected keys all.
@@ -4278,7 +4297,7 @@ class NSA(Module):
         keys, values, new = self.appended(old, new_keys, new_values, ctx)
         text = slice(ctx.reads, x.shape[1] - ctx.writes)
         views = self.views(keys.shape[1] - self.lead, new.near_keys.shape[1] - self.ahead, ctx)
-        found, choice = self.attend(q[:, text], keys, values, new, views)
+        found, choice = self.attend(q[:, text], keys, values, new, views, ctx)
         if ctx.reads or ctx.writes:
             held = ((new.block_keys, new.block_values), (keys, values), (new.near_keys, new.near_values))
             pairs = zip(new_keys, new_values, held, (views.blocks, views.keys, views.near), found, strict=True)
@@ -4289,7 +4308,7 @@ class NSA(Module):
         return Out(self.proj(mixed.flatten(-2), ctx), None if state is None else self.kept(new), metrics=metrics)
 
     def attend(
-        self, q: Tensor, keys: Tensor, values: Tensor, new: NSAState, views: Views
+        self, q: Tensor, keys: Tensor, values: Tensor, new: NSAState, views: Views, ctx: Ctx
     ) -> tuple[tuple[Tensor, ...], Choice]:
         """What the branches give queries of text (B, T, H, Dh), and the blocks of text that these chose."""
         h, size = self.h, self.h.nsa_select_block
@@ -4297,7 +4316,7 @@ class NSA(Module):
         coarse, importance = self.backend.compressed(q, new.block_keys, new.block_values, views.blocks, form)
         choice = best_blocks(importance, views.tokens, size, h.nsa_select)
         if h.nsa_strict:
-            self.check(views, choice.blocks, keys.shape[1] - self.lead, new.near_keys.shape[1] - self.ahead)
+            self.check(views, choice.blocks, new, ctx)
         fine = self.backend.selected(q, keys, values, self.behind(choice.blocks), views.keys, size)
         return (coarse, fine, self.backend.near(q, new.near_keys, new.near_values, views.near)), choice
 
@@ -4332,9 +4351,10 @@ class NSA(Module):
         values, value_cache = self.cacher.add(old.values, F.pad(v[1][:, :stop], fill))
         raw = (old.open_keys, old.open_values, old.near_keys, old.near_values)
         new = (k[0][:, reads:stop], v[0][:, reads:stop], k[2][:, :stop], v[2][:, :stop])
-        parts = [torch.cat(pair, 1) for pair in zip(raw, new, strict=True)]
-        block_keys = torch.cat((old.block_keys, k[0][:, :reads], self.key_pool(parts[0], ctx)), 1)
-        block_values = torch.cat((old.block_values, v[0][:, :reads], self.value_pool(parts[1], ctx)), 1)
+        parts = [*map(following, raw, new)]
+        pooled = (self.key_pool(parts[0], ctx), self.value_pool(parts[1], ctx))
+        block_keys = torch.cat((following(old.block_keys, k[0][:, :reads]), pooled[0]), 1)
+        block_values = torch.cat((following(old.block_values, v[0][:, :reads]), pooled[1]), 1)
         return keys, values, NSAState(key_cache, value_cache, block_keys, block_values, *parts)
 
     def kept(self, new: NSAState) -> NSAState:
@@ -4387,18 +4407,28 @@ class NSA(Module):
             gates = torch.sigmoid(logits).masked_fill(unseen, 0.0)
         return gates.to(x.dtype).split(1, -1)
 
-    def check(self, views: Views, chosen: Tensor, total: int, near: int) -> None:
-        """NSA_STRICT: raise RuntimeError if a branch is about to read a key from after its query."""
-        h, place = self.h, torch.arange(total - chosen.shape[2], total, device=chosen.device)
-        newest = views.blocks.high - self.ahead - 1
-        last = (
-            torch.where(newest >= 0, newest * h.nsa_stride + h.nsa_block - 1, -1),
-            torch.maximum(chosen.amax((1, 3)) * h.nsa_select_block, views.keys.high - self.lead - 1),
-            views.near.high - self.ahead - 1 + total - near,
+    def check(self, views: Views, chosen: Tensor, new: NSAState, ctx: Ctx) -> None:
+        """NSA_STRICT: raise RuntimeError if a branch is about to read a later key, or one of another document."""
+        h, size, length, device = self.h, self.h.nsa_select_block, chosen.shape[2], chosen.device
+        coarse, near = (
+            torch.arange(n, device=device) - self.ahead for n in (new.block_keys.shape[1], new.near_keys.shape[1])
         )
-        for branch, reads in zip(self.BRANCHES, last, strict=True):
-            if bool((reads > place).any()):
-                raise RuntimeError(f"NSA reads a later key in its {branch} branch")
+        total, key = new.keys.codes.shape[1] - self.lead, self.behind(chosen)
+        place = torch.arange(total - length, total, device=device).view(1, 1, length, 1)
+        begin = 0 * place
+        if ctx.age is not None and h.doc_mask:
+            begin = place - ctx.age[:, None, ctx.reads :][:, :, :length, None]
+        _, hidden = chosen_keys(key, views.keys.low, views.keys.high, key.shape[0] * key.shape[1], size)
+        picked = (key.unsqueeze(-1) * size + torch.arange(size, device=device)).flatten(-2) - self.lead
+        latest, start = near + total - len(near) + self.ahead, coarse * h.nsa_stride
+        spans = (  # of each key whether it is read, and of which tokens it is, the first and the last; below 0: memory
+            (views.blocks.read(len(coarse)).unsqueeze(1), start, start + h.nsa_block - 1, coarse < 0),
+            (~hidden, picked, picked, picked < 0),
+            (views.near.read(len(near)).unsqueeze(1), latest, latest, near < 0),
+        )
+        for branch, (read, first, last, memory) in zip(self.BRANCHES, spans, strict=True):
+            if bool((read & torch.where(memory, begin > 0, (last > place) | (first < begin))).any()):
+                raise RuntimeError(f"NSA reads a later key, or one of another document, in its {branch} branch")
 
     def measured(self, gates: Sequence[Tensor], choice: Choice, views: Views) -> dict[str, Tensor]:
         """How the gates share, what is chosen, and how many keys a query reads, foreseen and counted."""
@@ -5256,13 +5286,14 @@ class SegmentMemory(Module):
         self.segment, self.tokens = h.rmt_segment, h.rmt_tokens
         self.first, self.read, self.write = (nn.Parameter(torch.empty(h.rmt_tokens, h.model_dim)) for _ in range(3))
 
-    def pieces(self, length: int, phase: int) -> Iterator[Piece]:
-        """A window in pieces, after `phase` tokens of an open segment."""
+    def pieces(self, length: int, phase: int, goes_on: bool) -> Iterator[Piece]:
+        """A window in pieces, after `phase` tokens of an open segment; nothing is written for nobody."""
         start = 0
         while start < length:
             stop = min(length, start + self.segment - phase)
             whole = phase + stop - start == self.segment
-            yield Piece(start, stop, phase, 0 if phase else self.tokens, self.tokens * whole)
+            read = whole and (goes_on or stop < length)
+            yield Piece(start, stop, phase, 0 if phase else self.tokens, self.tokens * read)
             start, phase = stop, 0
 
     def around(self, kept: SegmentState, x: Tensor, documents: Tensor, piece: Piece) -> Tensor:
@@ -5586,7 +5617,7 @@ class GPT(Module):
         tops: list[Tensor] = []
         traces: list[Trace] = []
         fresh = self.no_history(ctx.tokens)
-        for number, piece in enumerate(self.memory.pieces(x0.shape[1], kept.segment.shape[1])):
+        for number, piece in enumerate(self.memory.pieces(x0.shape[1], kept.segment.shape[1], state is not None)):
             if piece.reads:
                 kept = self.memory.known(kept, ctx.documents[:, piece.start])
             if number and number % self.h.rmt_bptt == 0:
@@ -5869,9 +5900,10 @@ def flops_per_token(model: GPT) -> float:
     for site in model.sites:  # a layer counts as often as it is visited, and of its experts those that a token takes
         own = {n: size for n, size in matrices.items() if n.startswith(f"blocks.{site.block}.{site.kind}.")}
         total += sum(size * uses_of(h, name) for name, size in own.items())
-    length, sparse = h.train_seq_len, h.train_seq_len // h.nsa_stride + h.nsa_select * h.nsa_select_block + h.nsa_window
-    reach = h.rmt_segment + h.rmt_tokens if h.rmt_segment else h.attn_window or length
-    keys = {"attn": min(length, reach), "nsa": min(3 * length, sparse)}
+    memory = h.rmt_tokens if h.rmt_segment else 0
+    length = min(h.train_seq_len, h.rmt_segment or h.train_seq_len)
+    sparse = length // h.nsa_stride + h.nsa_select * h.nsa_select_block + h.nsa_window
+    keys = {"attn": min(length, h.attn_window or length) + memory, "nsa": min(3 * length, sparse) + 3 * memory}
     more = 1 + 2 * h.rmt_tokens / h.rmt_segment if h.rmt_segment else 1.0
     return more * (6.0 * total + 12.0 * h.model_dim * sum(keys.get(site.kind, 0) for site in model.sites))
 

@@ -37,11 +37,12 @@ def built(preset: str, **variables: object) -> t.GPT:
     return scramble(t.build_model(h, t.start_runtime(h), BOS))
 
 
-@pytest.mark.parametrize("preset", t.PRESETS)
+@pytest.mark.parametrize("preset", [*t.PRESETS, "nsa with memory"])
 @torch.no_grad()
 def test_greedy_text_is_the_argmax_of_the_parallel_forward(preset: str) -> None:
     """At every position, in float64, from a prompt with a document start in it, past several blocks and segments."""
-    model, texts = built(preset), set()
+    memory = {"RMT_SEGMENT": 8, "RMT_TOKENS": 2} if " with" in preset else {}
+    model, texts = built(preset.split()[0], **memory), set()
     for prompt in ([BOS, 17, 200, 3, BOS, 9, 77], [BOS, 5], [BOS, *range(20, 40)]):
         written = list(t.generate(model, t.start_runtime(model.h), prompt, 30, 0.0, 1.0, 0))
         logits, _ = model.logits(torch.tensor([prompt + written]), t.scoring_variant(model.h))
@@ -145,11 +146,29 @@ def test_numbers_of_four_bits_survive_packing() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["A", "N"])
+@torch.no_grad()
+def test_exact_caches_hold_what_was_computed(pattern: str) -> None:
+    """Under bf16 two bytes a number, though states begin in the type of the weights; and what they give is the same."""
+    model = built("nsa", LAYER_PATTERN=pattern, PRECISION="bf16").float()
+    rt, tokens = t.start_runtime(model.h), torch.randint(0, BOS, (2, 24), generator=torch.Generator().manual_seed(3))
+    state, parts = model.init_state(2), []
+    with rt.precision():
+        want = model.logits(tokens, t.scoring_variant(model.h))[0]
+        for place in range(24):
+            logits, state = model.logits(tokens[:, place : place + 1], t.scoring_variant(model.h), state)
+            parts.append(logits)
+    assert {part.dtype for part in t.flatten_state(state[1]) if part.is_floating_point()} == {torch.bfloat16}
+    assert (torch.cat(parts, 1) - want).abs().mean() < 0.02 * want.std()
+
+
+@pytest.mark.parametrize("pattern", ["A", "N", "N with memory"])
 @pytest.mark.parametrize(("kind", "share", "most"), [("int8", 0.5, 0.02), ("int4", 0.25, 0.35)])
 @torch.no_grad()
 def test_decoding_from_small_caches_is_near_the_exact_one(pattern: str, kind: str, share: float, most: float) -> None:
     """Relative to the spread of logits; and what is kept of each token takes that share of bfloat16's bytes."""
-    variables = {"LAYER_PATTERN": pattern, "NSA_WINDOW": 2} if pattern == "N" else {"LAYER_PATTERN": pattern}
+    variables: dict[str, object] = {"LAYER_PATTERN": pattern[0], "NSA_WINDOW": 2}
+    variables |= {"RMT_SEGMENT": 64, "RMT_TOKENS": 2, "TRAIN_SEQ_LEN": 128} if " with" in pattern else {}
+    variables |= {"TRAIN_BATCH_TOKENS": 128, "MICRO_BATCH_TOKENS": 128} if " with" in pattern else {}
     exact = built("nsa", **variables)
     tokens = torch.randint(0, BOS, (2, 40), generator=torch.Generator().manual_seed(3))
     found = {}
@@ -162,7 +181,8 @@ def test_decoding_from_small_caches_is_near_the_exact_one(pattern: str, kind: st
         layer = state[1]
         caches = (layer.k, layer.v) if pattern == "A" else (layer.keys, layer.values)
         size = sum(part.numel() * part.element_size() for cache in caches for part in cache)
-        bf16 = 2 * 2 * 2 * 40 * model.h.num_kv_heads * model.h.head_dim
+        kept = 40 + (4 if " with" in pattern else 0)  # a block of memory before them
+        bf16 = 2 * 2 * 2 * kept * model.h.num_kv_heads * model.h.head_dim
     assert size <= bf16 * (share + 4 / (2 * model.h.head_dim))
     error = (found[kind] - found["exact"]).square().mean().sqrt() / found["exact"].std()
     assert 0 < error < most

@@ -170,6 +170,18 @@ def test_a_window_in_pieces_is_the_whole_window(variables: dict[str, object]) ->
         torch.testing.assert_close(torch.cat(parts, 1), want, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("variables", [SPARSE, {**SPARSE, "DOC_MASK": 0, "RMT_TOKENS": 5}], ids=str)
+@torch.no_grad()
+def test_reads_of_sparse_attention_are_counted_with_memory(variables: dict[str, object]) -> None:
+    model, tokens = built(**variables), some_tokens(3, 20)
+    metrics = model.hidden(model.context(tokens, None, t.Variant(measures=True)), None)[2].metrics
+    done, foreseen = (
+        [float(value) for name, value in metrics.items() if name.endswith(end)]
+        for end in ("reads_done", "reads_foreseen")
+    )
+    assert done and done == pytest.approx(foreseen, rel=1e-6)
+
+
 # ---- what memory carries, and where it begins anew
 
 
@@ -274,7 +286,7 @@ def test_memory_is_no_neighbour_of_text() -> None:
     tokens = some_tokens(1, 10, starts=0)
     tokens[0, 7] = BOS
     ctx = model.context(tokens, None, t.Variant())
-    first, second = (model.piece_context(ctx, piece, None) for piece in model.memory.pieces(10, 0))
+    first, second = (model.piece_context(ctx, piece, None) for piece in model.memory.pieces(10, 0, True))
     assert first.tokens.tolist() == [[-1] * 3 + tokens[0, :5].tolist() + [-1] * 3]
     assert first.age is not None and first.age.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2]]
     assert first.fresh is not None and not first.fresh.any()

@@ -453,21 +453,52 @@ def test_a_fault_of_the_origin_is_caught(fault: str, monkeypatch: pytest.MonkeyP
     assert caught(built(variables), tokens)
 
 
+def later(view: t.Ranges) -> t.Ranges:
+    """Each query sees one key more than it may; and no part says that all its queries see all."""
+    top = max([part.last for part in view.parts], default=0)
+    parts = tuple(part._replace(last=min(top, part.last + 1), sure_from=0, sure_to=0) for part in view.parts)
+    return view._replace(high=view.high + 1, parts=parts)
+
+
+def older(view: t.Ranges) -> t.Ranges:
+    """Queries see what lies before their documents."""
+    return view._replace(low=0 * view.low)
+
+
+def sure(view: t.Ranges) -> t.Ranges:
+    """A part takes it for sure that its first query sees what its last one does."""
+    return view._replace(parts=tuple(part._replace(sure_from=part.first, sure_to=part.last) for part in view.parts))
+
+
+def of_all(view: t.Ranges) -> t.Ranges:
+    """Memory of another document is seen."""
+    return view._replace(low=0 * view.low if view.front is None else view.low, front=(view.low >= 0).unsqueeze(-1))
+
+
+STRICT = [
+    ("blocks", later, {}), ("keys", later, {}), ("near", later, {}), ("blocks", older, {}), ("keys", older, {}),
+    ("near", older, {}), ("blocks", sure, {}), ("near", sure, {}), ("near", of_all, {"RMT_TOKENS": 1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "fault", "variables"), STRICT)
 @torch.no_grad()
-def test_strict_mode_stops_a_read_of_the_future(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens, model = ragged(2, 30), built({"NSA_STRICT": 1})
+def test_strict_mode_stops_a_read_of_the_future_and_of_other_documents(
+    field: str, fault: Callable[[t.Ranges], t.Ranges], variables: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = {"RMT_SEGMENT": 16, **variables} if variables else {}
+    tokens, model = ragged(2, 30), built({"NSA_STRICT": 1, **memory})
     model.logits(tokens, t.Variant())
-    inner = t.NSA.views
-    for field, branch in zip(("blocks", "keys", "near"), t.NSA.BRANCHES, strict=True):
+    model.logits(tokens[:, :7], t.Variant(), model.init_state(2))
+    inner, branch = t.NSA.views, dict(zip(("blocks", "keys", "near"), t.NSA.BRANCHES, strict=True))[field]
 
-        def views(self: t.NSA, *given: Any, field: str = field) -> t.Views:
-            found = inner(self, *given)
-            view = getattr(found, field)
-            return found._replace(**{field: view._replace(high=view.high + 1)})
+    def views(self: t.NSA, *given: Any) -> t.Views:
+        found = inner(self, *given)
+        return found._replace(**{field: fault(getattr(found, field))})
 
-        monkeypatch.setattr(t.NSA, "views", views)
-        with pytest.raises(RuntimeError, match=branch):
-            model.logits(tokens, t.Variant())
+    monkeypatch.setattr(t.NSA, "views", views)
+    with pytest.raises(RuntimeError, match=f"in its {branch} branch"):
+        model.logits(tokens, t.Variant())
 
 
 # ---- configuration

@@ -988,6 +988,17 @@ COMPILED = {
         "DOC_MASK": 1,
     },
     "memory": {"RMT_SEGMENT": 4, "RMT_TOKENS": 2, "LAYER_PATTERN": "SA", "LABEL_SMOOTHING": 0.1},
+    "memory over sparse attention": {
+        "LAYER_PATTERN": "N",
+        "NSA_BLOCK": 2,
+        "NSA_STRIDE": 1,
+        "NSA_SELECT_BLOCK": 2,
+        "NSA_SELECT": 3,
+        "NSA_WINDOW": 2,
+        "DOC_MASK": 1,
+        "RMT_SEGMENT": 4,
+        "RMT_TOKENS": 2,
+    },  # fmt: skip
     "hyper-connections": {"RESIDUAL": "hc", "HC_LEARN": "keep,write,bias,read,mix", "VALUE_EMBED": 1},
     "static connections": {"RESIDUAL": "mhc", "MHC_GATE_NOISE": 0.1, "LAYER_PATTERN": "SA", "UNET_SKIPS": 1},
     "dynamic connections": {"RESIDUAL": "mhc", "MHC_N": 4, "MHC_MODE": "sinkhorn", "MHC_LOGITS": "dynamic"},

@@ -257,7 +257,7 @@ def test_everything_is_annotated() -> None:
 
 
 def test_file_and_lines_stay_within_bounds() -> None:
-    assert len(LINES) <= 7900
+    assert len(LINES) <= 7950
     long = [number for number, line in enumerate(LINES, 1) if len(line) > 120]
     assert not long, long
 
@@ -381,6 +381,7 @@ CHOICES += [{"MOE_EXPERTS": "2"}, {"BIGRAM_HASH_BUCKETS": "50", "ENGRAM_INJECT_L
 CHOICES += [
     {"LAYER_PATTERN": "N", "NSA_IMPL": "masked"},
     {"RMT_SEGMENT": "8"},
+    {"RMT_SEGMENT": "8", "LAYER_PATTERN": "N", "NSA_BLOCK": "4", "NSA_STRIDE": "2", "NSA_SELECT_BLOCK": "4"},
     {"KV_CACHE": "int4"},
 ]
 CHOICES += [{"TEMP_SCALING": "1"}, {"ATTN_IMPL": "sdpa"}, {"GRAD_CHECKPOINT": "1", "UNTIE_AT_FRACTION": "0.5"}]
