@@ -188,7 +188,7 @@ class Hyperparameters:
         when=lambda h: h.residual == "mhc" and h.mhc_mode == "sinkhorn" and h.mhc_n > 2)
     mhc_lr: float = var(0.1, "optimizer", "Adam rate of mHC's reads and writes", low=0,
         when=lambda h: h.residual == "mhc")
-    mhc_mix_lr: float = var(0.01, "optimizer", "Adam rate of its mixing and gates", low=0,
+    mhc_mix_lr: float = var(0.001, "optimizer", "Adam rate of its mixing and gates", low=0,
         when=lambda h: h.residual == "mhc")
     resid_mix: bool = var(True, "model", "each block mixes the embedding back in, per channel",
         when=lambda h: h.residual in ("plain", "unet"))

@@ -445,14 +445,18 @@ def test_first_values_and_groups_are_those_of_the_design() -> None:
     assert torch.equal(sharp.base, 2 * torch.eye(3, dtype=torch.float64).flatten().expand(6, 9) - 2)
     torch.testing.assert_close(sharp.alpha, torch.full_like(sharp.alpha, 0.01), rtol=1e-3, atol=0)
     assert not sharp.gate_look.any() and float((sharp.look.square().mean() * sharp.look.shape[-1]).detach()) < 1.2
-    for model, names in ((hc, {"keep": 5.0, "give": 1.0, "x0_bias": 1.0}), (network(RESIDUAL="mhc"), {"gate": 1.0})):
+    groups = (
+        {"keep": ("hc", 5.0), "give": ("hc", 1.0), "x0_bias": ("hc", 1.0)},
+        {"give": ("mhc", 1.0), "gate": ("mhc_mix", 1.0)},
+    )
+    for model, names in zip((hc, network(RESIDUAL="mhc")), groups, strict=True):
         h, rows = model.h, t.role_table(model)
-        group = t.GROUPS[h.residual](h)
-        assert (group.rule, group.beta1, group.beta2, group.decay) == ("adamw", 0.9, 0.95, 0.0)
-        assert group.eps == (1e-12 if h.residual == "mhc" else h.adam_eps)
-        for name, rate in names.items():
-            role = rows[f"residual.{name}"]
-            assert (role.group, role.lr_mult, role.decay) == (h.residual, rate, 0.0)
+        for name, (group, rate) in names.items():
+            role, made = rows[f"residual.{name}"], t.GROUPS[group](h)
+            assert (role.group, role.lr_mult, role.decay) == (group, rate, 0.0)
+            assert (made.rule, made.beta1, made.beta2, made.decay) == ("adamw", 0.9, 0.95, 0.0)
+            assert made.eps == (1e-12 if h.residual == "mhc" else h.adam_eps)
+    assert t.GROUPS["mhc"](h).rate == h.mhc_lr and t.GROUPS["mhc_mix"](h).rate == h.mhc_mix_lr
 
 
 def test_biases_that_are_detached_give_the_embedding_no_gradient() -> None:
