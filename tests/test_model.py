@@ -555,3 +555,15 @@ def test_flops_against_a_hand_count() -> None:
     assert t.flops_per_token(build(config(EMBED_DIM=12))) == factored
     gated = 6 * (2 * (layer + up) + head) + attention
     assert t.flops_per_token(build(config(MLP_ACT="swiglu"))) == gated
+    memory = 1.5 * (6 * (2 * layer + head) + 12 * 2 * 32 * (8 + 2))
+    assert t.flops_per_token(build(config(RMT_SEGMENT=8, RMT_TOKENS=2))) == memory
+    sparse = {
+        "LAYER_PATTERN": "N",
+        "NSA_BLOCK": 4,
+        "NSA_STRIDE": 2,
+        "NSA_SELECT_BLOCK": 4,
+        "NSA_SELECT": 3,
+        "RMT_SEGMENT": 8,
+    }
+    short, long = (t.flops_per_token(build(config(**sparse, TRAIN_SEQ_LEN=length))) for length in (32, 64))
+    assert short == long, "a segment is all that is attended to"
