@@ -2275,7 +2275,7 @@ class SquaredReLUFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, slope: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.slope = slope
-        return F.leaky_relu(x, slope).square_()
+        return F.leaky_relu(x, slope).square()  # not in place: compiled by torch 2.11, the gradient would be zero
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -2839,7 +2839,8 @@ def scan_in_place(a: Tensor, b: Tensor, reverse: bool, chunk: int = 32) -> Tenso
 # Triton kernels of linear_scan and of its gradient: a program walks one row and some channels tile by tile. Within a
 # tile the scan is associative: (a1, b1) then (a2, b2) is (a1 a2, a2 b1 + b2). Every number is read and written once, so
 # memory bandwidth is the bound.
-if find_spec("triton") is not None:
+HAS_TRITON = find_spec("triton") is not None  # asked once: a look-up in forward cannot be compiled
+if HAS_TRITON:
     import triton
     import triton.language as tl
 
@@ -2943,7 +2944,7 @@ def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = None) -> tuple[Tensor,
     h0 = b.new_zeros((b.shape[0], b.shape[2]), dtype=wide) if h0 is None else h0.to(wide)
     if h0.shape != (b.shape[0], b.shape[2]) or a.shape[-1] not in (1, b.shape[2]):
         raise ValueError(f"linear_scan of a {tuple(a.shape)}, b {tuple(b.shape)}, h0 {tuple(h0.shape)}")
-    fused = b.is_cuda and wide == torch.float32 and find_spec("triton") is not None
+    fused = HAS_TRITON and b.is_cuda and wide == torch.float32
     h = ScanFunction.apply(a.to(wide).expand(b.shape), b.to(wide), h0, fused)
     return h, h[:, -1].clone()
 
@@ -3164,16 +3165,16 @@ class Ranges(NamedTuple):
         own = x[:, :, part.first : part.last]
         return own if self.front is None else torch.cat((x[:, :, : self.ahead], own), 2)
 
-    def sees(self, queries: slice = slice(None)) -> Tensor:
-        """(B or 1, t) bool, whether a query sees a key."""
-        return self.low[:, queries] < self.high[:, queries]
+    def sees(self) -> Tensor:
+        """(B or 1, T) bool, whether a query sees a key."""
+        return self.low < self.high
 
     def counted(self) -> Tensor:
         """(B or 1, T) int64, how many keys each query sees, counted in the masks."""
         found = []
         for part in self.parts:
             queries = slice(part.start, part.stop)
-            found.append((~self.hides(queries, slice(part.first, part.last))).sum(-1) * self.sees(queries))
+            found.append((~self.hides(queries, slice(part.first, part.last))).sum(-1) * self.sees()[:, queries])
         seen = torch.cat(found, 1)
         return seen if self.front is None else seen + self.front.sum(-1)
 
@@ -3246,7 +3247,7 @@ class RangedAttentionFunction(torch.autograd.Function):
             some = slice(part.start * heads // groups, part.stop * heads // groups)
             p = ranges.shares(q[:, :, some], ranges.of(part, k), part)
             if blocks is not None:
-                importance = [*importance, importance_of(p, ranges.sees(slice(part.start, part.stop)), *blocks)]
+                importance = [*importance, importance_of(p, ranges.sees()[:, part.start : part.stop], *blocks)]
             p = p.to(v.dtype)
             y[:, :, some] = p @ ranges.of(part, v)
             kept += [p] if keeps else []
@@ -3325,8 +3326,7 @@ def import_problem(package: str) -> str:
 
 def kernel_problem(h: Hyperparameters, rt: Runtime) -> str:
     """What NSA's kernels need and do not have here, or nothing."""
-    package = find_spec("triton") is not None
-    if not package or (rt.device.type != "cuda" and isinstance(scan_kernel, triton.JITFunction)):  # not interpreted
+    if not HAS_TRITON or (rt.device.type != "cuda" and isinstance(scan_kernel, triton.JITFunction)):  # not interpreted
         return f"the package triton and a CUDA device, or TRITON_INTERPRET=1; this is {rt.device.type}"
     if rt.dtype == torch.float64:
         return "PRECISION=bf16 or fp32"
@@ -3588,7 +3588,7 @@ def masked_selected(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, ranges: Ran
 # base 2; matrix products take the inputs' type (bf16) and add up in float32. A forward pass leaves the logarithm of
 # each row's sum (lse), with which a backward pass makes the shares again: a kernel for dQ, one for dK and dV. Each
 # number is written by the program that owns it: there are no atomics, and the result is the same each time.
-if find_spec("triton") is not None:
+if HAS_TRITON:
 
     @triton.jit
     def product(a, b, total):
@@ -3922,9 +3922,12 @@ CHUNK_SUM_TILE = 1024  # numbers
 
 
 def nsa_tile(kernel: str, q: Tensor) -> Tile:
-    """A kernel's tile, in float32 of half the size, which needs as much shared memory."""
-    tile = NSA_TILES[kernel][q.shape[-1] > 64]
-    return tile if q.element_size() == 2 else tile._replace(rows=tile.rows // 2, keys=tile.keys // 2)
+    """A kernel's tile, in float32 of half the size, which needs as much shared memory.
+
+    Four warps suffice for that: with eight of them Triton 3.6 made the kernel of dK and dV read outside its tensors.
+    """
+    rows, keys, warps, stages = tile = NSA_TILES[kernel][q.shape[-1] > 64]
+    return tile if q.element_size() == 2 else Tile(rows // 2, keys // 2, min(4, warps), stages)
 
 
 def nsa_sizes(q: Tensor, k: Tensor, low: Tensor) -> tuple[int, int, int, int, float]:
@@ -4336,7 +4339,7 @@ class NSA(Module):
         parts = [sdpa(q[:, :reads], k[:, :reads], v[:, :reads], None, True), y] if reads else [y]
         if ctx.writes:
             last = slice(length - 1, length)
-            seen = ~view.hides(last, slice(0, held[0].shape[1])) & view.sees(last)[..., None]  # (B or 1, 1, S)
+            seen = ~view.hides(last, slice(0, held[0].shape[1])) & view.sees()[:, last, None]  # (B or 1, 1, S)
             keys, values = (torch.cat((old, x[:, stop:]), 1) for old, x in zip(held, (k, v), strict=True))
             parts += [sdpa(q[:, stop:], keys, values, F.pad(seen, (0, ctx.writes), value=True)[:, None], False)]
         return torch.cat(parts, 1)

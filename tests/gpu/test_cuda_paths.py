@@ -13,10 +13,16 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 SMALL = {"NUM_LAYERS": "3", "TRAIN_SEQ_LEN": "128", "TRAIN_BATCH_TOKENS": "512", "MICRO_BATCH_TOKENS": "512"}
 
+FEWER = {  # what SMALL's few layers and short windows do not allow
+    "hc": {"BACKOUT": "1"},
+    "nsa_125m": {"CURRICULUM_STAGES": "0:1"},
+    "mac_rmt_mhc_lite": {"RMT_SEGMENT": "64"},
+}
+
 
 def build(preset: str, **more: str) -> tuple[t.Hyperparameters, t.Runtime, t.GPT]:
     """A preset at its own width and vocabulary but few layers, with all weights drawn (none starts at zero)."""
-    h = t.load_config({"PRESET": preset, "DEVICE": "cuda", **SMALL, **more})
+    h = t.load_config({"PRESET": preset, "DEVICE": "cuda", **SMALL, **FEWER.get(preset, {}), **more})
     rt = t.start_runtime(h)
     model = t.build_model(h, rt, 1)
     generator = torch.Generator().manual_seed(7)
