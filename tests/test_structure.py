@@ -329,6 +329,18 @@ def test_every_argument_is_used() -> None:
         assert arguments <= used, f"{place(node)}: {node.name} never reads {sorted(arguments - used)}"
 
 
+def test_no_autograd_function_gives_out_what_it_changed_in_place() -> None:
+    """Compiled by torch 2.11, such a function's gradient is zero (records/2026-11-26_h200)."""
+    classes = [node for node in ast.walk(TREE) if isinstance(node, ast.ClassDef) and node.name.endswith("Function")]
+    forwards = [part for node in classes for part in node.body if isinstance(part, Function) and part.name == "forward"]
+    assert len(forwards) > 3
+    for node in (inner for outer in forwards for inner in ast.walk(outer) if isinstance(inner, ast.Return)):
+        values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
+        for value in values:
+            call = value.func if isinstance(value, ast.Call) else None
+            assert not (isinstance(call, ast.Attribute) and call.attr.endswith("_")), place(node)
+
+
 # ---- used() ----
 
 REGISTRIES: dict[str, dict[str, Any]] = {

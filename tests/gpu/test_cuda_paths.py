@@ -76,9 +76,11 @@ def test_rotary_angles_are_exact_at_64k() -> None:
         assert np.abs(found[0, :, 0].cpu().double().numpy() - expected).max() < 1e-6
 
 
-@pytest.mark.parametrize("preset", ["attn", "ternary", "local", "skc_small"])
-def test_compiled_loss_and_gradients_agree_with_eager(preset: str) -> None:
-    h, rt, model = build(preset)
+@pytest.mark.parametrize(("precision", "error", "floor"), [("bf16", 0.1, 1e-4), ("fp32", 2e-2, 1e-5)])
+@pytest.mark.parametrize("preset", ["attn", "ternary", "local", "skc_small", "nsa", "mhc_lite"])
+def test_compiled_loss_and_gradients_agree_with_eager(preset: str, precision: str, error: float, floor: float) -> None:
+    """But for rounding (TF32 in float32), of which a gradient that is next to nothing has more than of itself."""
+    h, rt, model = build(preset, PRECISION=precision)
     tokens = torch.randint(2, h.vocab_size, (4, 129), generator=torch.Generator().manual_seed(1)).cuda()
     found = []
     for loss_of in (model.loss, torch.compile(model.loss, dynamic=False, fullgraph=True)):
@@ -86,10 +88,12 @@ def test_compiled_loss_and_gradients_agree_with_eager(preset: str) -> None:
         with rt.precision():
             out = loss_of(tokens[:, :-1], tokens[:, 1:], t.final_variant(h))
         (out.total / tokens.numel()).backward()
-        found.append((float(out.total) / tokens.numel(), {n: p.grad.clone() for n, p in model.named_parameters()}))
-    assert abs(found[0][0] - found[1][0]) < 1e-2
-    for name, grad in found[0][1].items():
-        assert (grad - found[1][1][name]).norm() <= 0.1 * grad.norm() + 1e-8, name
+        grads = {n: p.grad.to_dense().clone() for n, p in model.named_parameters() if p.grad is not None}
+        found.append((float(out.total.detach()) / tokens.numel(), grads))
+    whole = sum(float(grad.square().sum()) for grad in found[0][1].values()) ** 0.5
+    assert abs(found[0][0] - found[1][0]) < error / 10
+    wrong = {n: (g - found[1][1][n]).norm() / (g.norm() + floor * whole) for n, g in found[0][1].items()}
+    assert not {n: float(x) for n, x in wrong.items() if x > error}
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 1), (3, 70, 33), (4, 1000, 768)])
