@@ -12,7 +12,7 @@ variables alone (`--help` lists them), and reads from top to bottom: each sectio
     python train_gpt.py --help                      every variable with type, default, unit and meaning
 
 Sections: 1 CONFIG, 2 RUNTIME, 3 DATA, 4 CODECS, 5 LAYERS, 6 MIXERS, 7 RESIDUAL, 8 MEMORY, 9 MODEL,
-10 OPTIMIZERS, 11 ARTIFACT, 12 EVALUATION, 13 CHECKPOINT, 14 TRAINING, 15 MAIN. At most 7,800 lines.
+10 OPTIMIZERS, 11 ARTIFACT, 12 EVALUATION, 13 CHECKPOINT, 14 TRAINING, 15 MAIN. At most 8,100 lines.
 """
 
 from __future__ import annotations
@@ -4843,6 +4843,110 @@ def blended(weights: Sequence[Tensor], lanes: Sequence[Tensor]) -> Tensor:
     return added(lanes[0] * weights[0], weights[1:], lanes[1:])
 
 
+# Triton kernels of two lanes' write, out_k = sum_j w_kj x_j of the lanes, a sublayer's output and, with biases, x0 and
+# e2, and of its gradients. The compiler puts the sums that are gradients of w off and joins them across layers, up to
+# 100 activations in one kernel, and takes 1.7 times the plain backward pass (records/2026-11-26_h200). Here a program
+# walks tiles and adds up its share of them: each number is read and written once, and memory bandwidth is the bound.
+if HAS_TRITON:
+
+    @triton.jit
+    def lanes_kernel(l0, l1, y, x0, e2, w, out0, out1, size, COUNT: tl.constexpr, TILE: tl.constexpr):
+        place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+        there = place < size
+        a, b = tl.load(l0 + place, mask=there).to(tl.float32), tl.load(l1 + place, mask=there).to(tl.float32)
+        c = tl.load(y + place, mask=there).to(tl.float32)
+        first = tl.load(w) * a + tl.load(w + 1) * b + tl.load(w + 2) * c
+        second = tl.load(w + COUNT) * a + tl.load(w + COUNT + 1) * b + tl.load(w + COUNT + 2) * c
+        if COUNT > 3:
+            c = tl.load(x0 + place, mask=there).to(tl.float32)
+            first, second = first + tl.load(w + 3) * c, second + tl.load(w + COUNT + 3) * c
+        if COUNT > 4:
+            c = tl.load(e2 + place, mask=there).to(tl.float32)
+            first, second = first + tl.load(w + 4) * c, second + tl.load(w + COUNT + 4) * c
+        tl.store(out0 + place, first, mask=there)
+        tl.store(out1 + place, second, mask=there)
+
+    @triton.jit
+    def lane_gradient_kernel(x, dx, w, first, second, place, there, sum0, sum1, COUNT: tl.constexpr):
+        """The gradient of one x; and of its two weights, this tile's share added to the sums."""
+        value = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+        tl.store(dx + place, tl.load(w) * first + tl.load(w + COUNT) * second, mask=there)
+        return sum0 + first * value, sum1 + second * value
+
+    @triton.jit
+    def lanes_gradient_kernel(
+        l0, l1, y, x0, e2, w, grad0, grad1, d0, d1, dy, dx0, de2, dw, size, COUNT: tl.constexpr, TILE: tl.constexpr
+    ):  # fmt: skip
+        a0 = tl.zeros((TILE,), tl.float32)
+        a1, b0, b1, c0, c1, x_0, x_1, e_0, e_1 = a0, a0, a0, a0, a0, a0, a0, a0, a0
+        for start in range(tl.program_id(0) * TILE, size, tl.num_programs(0) * TILE):
+            place = start + tl.arange(0, TILE)
+            there = place < size
+            first = tl.load(grad0 + place, mask=there, other=0.0).to(tl.float32)
+            second = tl.load(grad1 + place, mask=there, other=0.0).to(tl.float32)
+            a0, a1 = lane_gradient_kernel(l0, d0, w, first, second, place, there, a0, a1, COUNT)
+            b0, b1 = lane_gradient_kernel(l1, d1, w + 1, first, second, place, there, b0, b1, COUNT)
+            c0, c1 = lane_gradient_kernel(y, dy, w + 2, first, second, place, there, c0, c1, COUNT)
+            if COUNT > 3:
+                x_0, x_1 = lane_gradient_kernel(x0, dx0, w + 3, first, second, place, there, x_0, x_1, COUNT)
+            if COUNT > 4:
+                e_0, e_1 = lane_gradient_kernel(e2, de2, w + 4, first, second, place, there, e_0, e_1, COUNT)
+        dw += tl.program_id(0) * 2 * COUNT
+        tl.store(dw, tl.sum(a0))
+        tl.store(dw + 1, tl.sum(b0))
+        tl.store(dw + 2, tl.sum(c0))
+        tl.store(dw + COUNT, tl.sum(a1))
+        tl.store(dw + COUNT + 1, tl.sum(b1))
+        tl.store(dw + COUNT + 2, tl.sum(c1))
+        if COUNT > 3:
+            tl.store(dw + 3, tl.sum(x_0))
+            tl.store(dw + COUNT + 3, tl.sum(x_1))
+        if COUNT > 4:
+            tl.store(dw + 4, tl.sum(e_0))
+            tl.store(dw + COUNT + 4, tl.sum(e_1))
+
+
+LANES_TILE, LANES_PROGRAMS = 1024, 1056  # numbers of a tile; eight programs for each multiprocessor of an H100
+
+
+@torch.library.custom_op("golf::lanes", mutates_args=())
+def fused_lanes(w: Tensor, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Both lanes after a write, of contiguous inputs (B, T, D), w (2, 3 to 5) float32."""
+    first, second, size = torch.empty_like(inputs[0]), torch.empty_like(inputs[0]), inputs[0].numel()
+    padded = [*inputs, *inputs[:2]][:5]  # what is missing is not read
+    lanes_kernel[(triton.cdiv(size, LANES_TILE),)](*padded, w, first, second, size, len(inputs), LANES_TILE)
+    return first, second
+
+
+@torch.library.custom_op("golf::lanes_gradient", mutates_args=())
+def fused_lanes_gradient(w: Tensor, inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    """Gradients of w and of each of the inputs."""
+    found, size, count = [torch.empty_like(x) for x in inputs], inputs[0].numel(), len(inputs)
+    programs = min(LANES_PROGRAMS, triton.cdiv(size, LANES_TILE))
+    dw = w.new_empty((programs, 2, count))
+    args = (*[*inputs, *inputs[:2]][:5], w, *grads, *[*found, *found[:2]][:5], dw)
+    lanes_gradient_kernel[(programs,)](*args, size, count, LANES_TILE)
+    return [dw.sum(0), *found]
+
+
+fused_lanes.register_fake(lambda w, inputs: (torch.empty_like(inputs[0]), torch.empty_like(inputs[0])))
+fused_lanes_gradient.register_fake(
+    lambda w, inputs, grads: [torch.empty_like(w), *(torch.empty_like(x) for x in inputs)]
+)
+
+
+def lanes_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """No autograd function: at the start lanes are the same tensor, which the compiler does not take from one."""
+    w, *inputs = ctx.saved_tensors
+    dw, *found = fused_lanes_gradient(w, inputs, [grad.contiguous() for grad in grads])
+    return dw, found
+
+
+fused_lanes.register_autograd(
+    lanes_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0], *inputs[1])
+)
+
+
 class HyperConnections(PlainResidual):
     """HC_LANES lanes (Zhu et al. 2024, arXiv 2409.19606), most of them frozen: the form that won on modded-nanogpt.
 
@@ -4877,11 +4981,15 @@ class HyperConnections(PlainResidual):
 
     def prepare(self, r: Stream, e2: Tensor | None, ctx: Ctx) -> Stream:
         x0, parts = r.x0, (self.keep, self.give, self.take, self.cross)
+        if self.h.hc_detach:
+            x0, e2 = x0.detach(), None if e2 is None else e2.detach()
+        if self.fuses(x0):
+            take = () if self.take is None else vectors(self.take, x0)
+            sources = (x0, *(() if self.e2_bias is None or e2 is None else (e2.to(x0.dtype),)))
+            return r._replace(made=(self.matrices(x0).unbind(0), sources, take))
         keep, give, take, cross = (() if part is None else vectors(part, x0) for part in parts)
         biases: tuple[Tensor, ...] = ()
         if self.x0_bias is not None:
-            if self.h.hc_detach:
-                x0, e2 = x0.detach(), None if e2 is None else e2.detach()
             biases = tuple(x0 * beta for beta in vectors(self.x0_bias, x0))
             if self.e2_bias is not None and e2 is not None:
                 deltas = vectors(self.e2_bias, x0)
@@ -4889,6 +4997,24 @@ class HyperConnections(PlainResidual):
                 late = (torch.addcmul(b, e2.to(b.dtype), d) for b, d in zip(biases[early:], deltas, strict=True))
                 biases = (*biases[:early], *late)
         return r._replace(made=(keep, give, take, cross, biases))
+
+    def fuses(self, x: Tensor) -> bool:
+        """Whether writes are made by kernels."""
+        return HAS_TRITON and x.is_cuda and self.lanes == 2 and x.dtype in (torch.float32, torch.bfloat16)
+
+    def matrices(self, x0: Tensor) -> Tensor:
+        """The weights of each write (2 layers, n, n + 3) float32: of the lanes, the output, x0 and e2."""
+        n, layers = self.lanes, self.h.num_layers - self.h.hc_start
+        ones = x0.new_ones((layers, 2, n), dtype=torch.float32)
+        keep = ones * (self.h.hc_keep_init if self.keep is None else self.keep)
+        among = torch.diag_embed(keep) if self.cross is None else keep.unsqueeze(-1) * self.cross
+        give = ones if self.give is None else self.give
+        biases = [0 * ones, 0 * ones]
+        for place, part in enumerate((self.x0_bias, self.e2_bias)):
+            if part is not None:  # of first sublayers, and of e2 not of the network's first
+                late = torch.stack((part, torch.zeros_like(part)), 1)
+                biases[place] = F.pad(late, (0, 0, 0, 0, layers - len(part), 0))
+        return torch.cat((among, torch.stack((give, *biases), -1)), -1).flatten(0, 1)
 
     def gather(self, r: Stream, site: Site, ctx: Ctx) -> tuple[Tensor, Stream, None]:
         if site.sub < 0 or site.layer < self.h.hc_start:
@@ -4903,7 +5029,12 @@ class HyperConnections(PlainResidual):
         n, layer = self.lanes, site.layer - self.h.hc_start
         if site.sub < 0 or layer < 0:
             return (r.lanes[0] + y, *r.lanes[1:])
-        (keep, give, _, cross, biases), o, found = r.made, 2 * layer + site.sub, []
+        o = 2 * layer + site.sub
+        if self.fuses(r.x0):
+            matrices, sources, _ = r.made
+            inputs = (*r.lanes, y, *(sources if self.x0_bias is not None and site.sub == 0 else ()))
+            return fused_lanes(matrices[o][:, : len(inputs)].contiguous(), [x.contiguous() for x in inputs])
+        (keep, give, _, cross, biases), found = r.made, []
         for k in range(n):
             lane = blended(cross[(o * n + k) * n :][:n], r.lanes) if cross else r.lanes[k]
             if keep:

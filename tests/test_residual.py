@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import scramble
+from conftest import ROOT, clean_environment, scramble
 from torch import Tensor
 
 import train_gpt as t
@@ -633,3 +634,79 @@ def test_health_speaks_once_when_a_measurement_leaves_its_range(tmp_path: Path, 
     limits = {"good_from": 0.3, "good_to": 0.7, "bad_below": 0.0, "bad_above": 0.9}
     assert ranges[0]["residual.gate"] == limits
     assert [one["step"] for one in written if one["kind"] == "diagnostics"] == [10, 20, 30, 40, 50, 60]
+
+
+# ---- kernels
+
+INTERPRETED = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+import torch
+import test_residual as r
+import train_gpt as t
+t.LANES_TILE, t.LANES_PROGRAMS = 8, 3  # 24 numbers: whole tiles in turn; 15: a part of one
+launches = []
+for name, settings in r.KERNEL_CASES.items():
+    for dim, dtype in ((4, torch.float32), (2, torch.float32), (4, torch.bfloat16)):
+        found = []
+        for fuses in (False, True):
+            t.HyperConnections.fuses = lambda self, x: fuses and self.lanes == 2
+            h = r.config(NUM_LAYERS=3, MODEL_DIM=dim, NUM_HEADS=1, RESIDUAL="hc", **settings)
+            sites = t.plan_sites(h, t.final_variant(h))
+            residual = r.scramble(t.HyperConnections(h, sites)).float()
+            x0, e2 = (torch.randn(2, 3, dim, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+            leaves = [x0.requires_grad_(), e2.requires_grad_(), *residual.parameters()]
+            stream = residual.open(x0.to(dtype), e2.to(dtype) if h.has_bigram_stream else None, r.CONTEXT)
+            for site in sites:
+                x, stream, link = residual.read(stream, site, r.CONTEXT)
+                stream = residual.write(stream, site, torch.tanh(x * (1 + site.layer)), link)
+            y = residual.close(stream)[0].float()
+            weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+            grads = torch.autograd.grad((y * weight).sum(), leaves, allow_unused=True)
+            found.append([y, *(g if g is not None else torch.zeros(1) for g in grads)])
+        error = 1e-5 if dtype == torch.float32 else 0.05
+        for mine, other in zip(*found, strict=True):
+            assert (mine - other).norm() <= error * other.norm() + 1e-7, (name, dim, dtype, mine, other)
+t.HyperConnections.fuses = lambda self, x: fuses and self.lanes == 2
+tokens, found = torch.arange(10).view(1, 10) % 7, []
+for fuses in (False, True):
+    h = r.config(NUM_LAYERS=2, MODEL_DIM=8, NUM_HEADS=1, RESIDUAL="hc", PRECISION="fp32", **r.NGRAMS)
+    model = r.scramble(t.build_model(h, t.start_runtime(h), 1))
+    loss_of = torch.compile(model.loss, dynamic=False, fullgraph=True, backend="aot_eager") if fuses else model.loss
+    loss_of(tokens[:, :-1], tokens[:, 1:], t.final_variant(h)).total.backward()
+    found.append([p.grad.to_dense() for p in model.parameters()])
+for mine, other in zip(*found, strict=True):
+    torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-5)
+print("agree")
+"""
+KERNEL_CASES = {
+    "as it won": NGRAMS,
+    "without n-grams": {},
+    "nothing learned": {"HC_LEARN": "none"},
+    "all learned": {"HC_LEARN": "keep,write,bias,read,mix", "HC_KEEP_PER_LANE": 1, **NGRAMS},
+    "from layer 1, detached": {"HC_LEARN": "keep,write,bias", "HC_START": 1, "HC_DETACH": 1, **NGRAMS},
+}
+
+
+def test_kernels_of_lanes_agree_with_sums_in_the_interpreter() -> None:
+    """Outputs and all gradients, compiled too; in a process of its own, since that is how kernels are interpreted."""
+    pytest.importorskip("triton")
+    environment = {**clean_environment({}), "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", INTERPRETED, str(ROOT), str(ROOT / "tests")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "agree", done.stderr
+
+
+@pytest.mark.parametrize("count", [3, 4, 5])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_kernels_of_lanes_build_for_hopper(dtype: str, count: int) -> None:
+    triton = pytest.importorskip("triton")
+    for kernel in (t.lanes_kernel, t.lanes_gradient_kernel):
+        constants = {"COUNT": count, "TILE": t.LANES_TILE}
+        signature = dict.fromkeys(kernel.arg_names, f"*{dtype}") | dict.fromkeys(("w", "dw"), "*fp32")
+        signature = {name: signature[name] for name in kernel.arg_names}
+        signature |= {"size": "i32"} | dict.fromkeys(constants, "constexpr")
+        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name not in constants}
+        source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
+        built = triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", 90, 32))
+        assert built.asm["cubin"] and built.metadata.shared <= 227 * 1024

@@ -96,6 +96,24 @@ def test_compiled_loss_and_gradients_agree_with_eager(preset: str, precision: st
     assert not {n: float(x) for n, x in wrong.items() if x > error}
 
 
+@pytest.mark.parametrize(("precision", "error"), [("bf16", 0.1), ("fp32", 1e-2)])
+def test_kernels_of_lanes_agree_with_sums(precision: str, error: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and gradients of the whole network; most of them are of hyper-connections' own parameters."""
+    h, rt, model = build("hc", PRECISION=precision)
+    tokens = torch.randint(2, h.vocab_size, (4, 129), generator=torch.Generator().manual_seed(1)).cuda()
+    assert isinstance(model.residual, t.HyperConnections) and model.residual.fuses(torch.zeros(1).cuda())
+    found = []
+    for fuses in (t.HyperConnections.fuses, lambda self, x: False):
+        monkeypatch.setattr(t.HyperConnections, "fuses", fuses)
+        model.zero_grad()
+        with rt.precision():
+            out = model.loss(tokens[:, :-1], tokens[:, 1:], t.final_variant(h))
+        (out.total / tokens.numel()).backward()
+        found.append({n: p.grad.to_dense().clone() for n, p in model.named_parameters() if p.grad is not None})
+    wrong = {n: float((g - found[1][n]).norm() / (g.norm() + 1e-12)) for n, g in found[0].items()}
+    assert not {n: x for n, x in wrong.items() if x > error}
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 1), (3, 70, 33), (4, 1000, 768)])
 def test_scan_kernels_agree_with_the_plain_scan(shape: tuple[int, int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
