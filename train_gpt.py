@@ -982,6 +982,8 @@ def validate(h: Hyperparameters) -> None:
             "NGRAM_CACHE_ORDERS must begin with at least 2"),
         (h.eval_engram and rising_orders("EVAL_ENGRAM_ORDERS", h.eval_engram_orders)[0] < 2,
             "EVAL_ENGRAM_ORDERS must begin with at least 2"),
+        (h.carry_eval and h.ttt_scope == "global",
+            "TTT_SCOPE=global excludes CARRY_EVAL=1, which carries what other streams have not scored yet"),
         (h.carry_eval and h.sliding_eval, "CARRY_EVAL=1 and SLIDING_EVAL=1 exclude each other"),
         (h.sliding_eval and h.sliding_eval_stride > h.eval_window,
             f"SLIDING_EVAL_STRIDE={h.sliding_eval_stride} must be at most the window {h.eval_window}"),
@@ -7164,6 +7166,8 @@ class TestTimeTraining(Adapter):
     def keep(self, state: Adapted, row: Chunk) -> Adapted:
         """The state with one more sample, begun anew where a document begins."""
         assert row.targets is not None
+        if self.phases > 1 and self.reaches_back(row):
+            return state
         targets, kept = row.targets.clone(), state.kept
         targets[:, : -row.scored] = -100
         starts = (targets[0] == self.scorer.model.bos).nonzero().flatten().tolist() if self.pairs else []
@@ -7171,6 +7175,11 @@ class TestTimeTraining(Adapter):
             state, kept = self.fresh(), ()
             targets[:, : starts[-1] + 1] = -100
         return state._replace(kept=(*kept, Sample(row.tokens, targets, row.carry)))
+
+    def reaches_back(self, row: Chunk) -> bool:
+        """Whether a window sees tokens of the span before, which that span may not have scored when all meet."""
+        begin, first = row.starts[0] + row.scored - row.tokens.shape[1], self.scorer.spans[row.spans[0]][0]
+        return first > 0 and begin - self.h.history <= first
 
     def adapt(self, states: list[Adapted]) -> list[Adapted]:
         """TTT_EPOCHS passes over what the states keep, a step for each chunk, side by side."""
@@ -7291,10 +7300,8 @@ class Scorer:
         self.variant = scoring_variant(h)
         self.adapters = [ADAPTERS[name](h) for name in h.used()["ADAPTERS"]]
         self.say: Callable[[str], None] = lambda text: None  # told before memory is taken, and how long it will take
-        self.limit, self.watch = (
-            0.0,
-            None,
-        )  # seconds; called with (chunk, states, distribution) before a chunk is scored
+        self.limit = 0.0  # seconds; 0: unbounded
+        self.watch: Callable[[str, Chunk, list[list], Distribution], None] | None = None  # sees scores and updates
 
     def score(
         self,
@@ -7310,7 +7317,8 @@ class Scorer:
         first 2%.
         """
         began, kept = time.monotonic(), fingerprint(self.model) if self.checked else b""
-        self.variant = scoring_variant(self.h, variant)
+        self.variant, self.ledger = scoring_variant(self.h, variant), [] if ledger is None else ledger
+        self.versions = Counter[int]()  # chunks that each span's adapters have learned from
         self.tokens, self.spans = tokens, self.cut(len(tokens) - 1)
         count, rt = len(self.spans), self.rt
         mine = range(rt.rank * count // rt.world, (rt.rank + 1) * count // rt.world)
@@ -7329,7 +7337,7 @@ class Scorer:
         for phase in range(phases):
             part = range(phase * turns // phases, (phase + 1) * turns // phases)
             for g, group in enumerate(groups):
-                carries[g] = self.score_group(group, part, (states, carries[g], ledger), sums, pace)
+                carries[g] = self.score_group(group, part, (states, carries[g]), sums, pace)
                 if report:
                     report((phase + (g + 1) / len(groups)) / phases)
             states = self.merge(states) if phase + 1 < phases else states
@@ -7380,9 +7388,9 @@ class Scorer:
     ) -> Carry:
         """Walk some spans side by side, chunk by chunk; adds nats, tokens and bytes to the sums, returns the carry.
 
-        `run` is (states by span, carry, ledger).
+        `run` is (states by span, carry).
         """
-        states, carry, ledger = run
+        states, carry = run
         for turn in turns:
             before = carry
             for chunk in self.chunks(group, turn):
@@ -7393,25 +7401,22 @@ class Scorer:
                 start = take_rows(before.state, rows) if before.state else self.model.start_state(chunk.history)
                 chunk = chunk._replace(carry=start)
                 given, after = self.predict(chunk._replace(targets=None), mine)
-                if self.watch is not None:
-                    self.watch(chunk, mine, given[-1])
+                self.note("score", chunk, mine, given[-1])
                 sums[:3] += self.tally(chunk, given[-1])
                 if before.state and chunk.scored == self.step:  # a shorter chunk ends its span
                     carry = Carry(chunk.spans, after)
-                self.note(ledger, "score", chunk, turn)
-                self.learn(chunk, mine, given, ledger)
+                self.learn(chunk, mine, given)
                 pace.add(len(chunk.spans) * chunk.scored)
         return carry
 
-    def note(self, ledger: list[Entry] | None, kind: str, chunk: Chunk, version: int) -> None:
-        """A line of the ledger for each row of a chunk."""
-        if ledger is not None:
-            rows = zip(chunk.spans, chunk.starts, strict=True)
-            ledger.extend(Entry(kind, span, at + 1, at + 1 + chunk.scored, version) for span, at in rows)
+    def note(self, kind: str, chunk: Chunk, states: list[list], given: Distribution) -> None:
+        """A line of the ledger for each row of a chunk that is being scored or learned from."""
+        for span, at in zip(chunk.spans, chunk.starts, strict=True):
+            self.ledger.append(Entry(kind, span, at + 1, at + 1 + chunk.scored, self.versions[span]))
+        if self.watch is not None:
+            self.watch(kind, chunk, states, given)
 
-    def learn(
-        self, chunk: Chunk, states: list[list], given: list[Distribution], ledger: list[Entry] | None = None
-    ) -> None:
+    def learn(self, chunk: Chunk, states: list[list], given: list[Distribution]) -> None:
         """Let the adapters learn from a chunk that has been scored, but for rows whose span ends with it."""
         on = [i for i, span in enumerate(chunk.spans) if chunk.starts[i] + chunk.scored < self.spans[span][1]]
         if not on or not self.adapters:
@@ -7419,7 +7424,8 @@ class Scorer:
         if len(on) < len(chunk.spans):
             chunk, states = chunk_rows(chunk, on), [states[i] for i in on]
             given = [Distribution(d.log_probs[on], take_rows(d.parts, on)) for d in given]
-        self.note(ledger, "learn", chunk, (chunk.starts[0] - self.spans[chunk.spans[0]][0]) // self.step)
+        self.note("learn", chunk, states, given[-1])
+        self.versions.update(chunk.spans)
         for i, adapter in enumerate(self.adapters):
             learned = adapter.learn([state[i] for state in states], chunk, given[1 + i])
             for state, new in zip(states, learned, strict=True):
@@ -7467,6 +7473,192 @@ class Scorer:
         nats = -float(given.log_prob(targets).cpu().double().sum())
         previous, current = (x[:, -chunk.scored :].cpu().numpy() for x in (chunk.tokens, targets))
         return np.array([nats, current.size, self.table.count(previous, current).sum()])
+
+
+class Finding(NamedTuple):
+    """One line of an audit."""
+
+    check: str
+    ok: bool
+    found: str
+
+
+class Reached(Exception):
+    """An audited run has scored the position that was asked for."""
+
+
+class Seen(NamedTuple):
+    """What an audited run showed, by the index of the predicted token."""
+
+    vectors: dict[int, Tensor]  # log-probabilities of the whole vocabulary, on the CPU
+    states: dict[int, bytes]  # digest of the span's adapters and carry before the chunk
+    gap: float  # largest difference between the log-probabilities that were scored and the vectors
+    ledger: list[Entry]
+    score: Score | None  # None where the run was cut short
+    kept: bool  # no adapter changed anything of itself but its spans' states
+
+
+class Audit:
+    """Whole evaluations of a short stream, with all adapters on, that show whether an evaluation is legal.
+
+    `make` gives a new scorer; tokens (N,) int64 of its stream. Positions are all edges of chunks, spans, documents and
+    segments (or as many as fit), and others by chance.
+    """
+
+    def __init__(self, make: Callable[[], Scorer], tokens: np.ndarray, positions: int = 200) -> None:
+        self.make, self.tokens, self.choose = make, tokens, np.random.default_rng(0)
+        self.before = fingerprint(make().model)
+        self.whole = self.run(tokens, set(range(1, len(tokens))))
+        self.positions = self.some_positions(positions)
+
+    def some_positions(self, count: int) -> list[int]:
+        scorer, last = self.make(), len(self.tokens)
+        edges = {at for e in self.whole.ledger if e.kind == "score" for at in (e.first, e.first + 1, e.stop - 1)}
+        starts = np.flatnonzero(self.tokens == scorer.model.bos).tolist()
+        window, segment = scorer.h.eval_window, scorer.h.rmt_segment
+        starts += [*range(0, last, window), *(range(0, last, segment) if segment else ())]
+        edges |= {at + i for at in starts for i in (-1, 0, 1)}
+        near = [at for at in sorted(edges) if 1 <= at < last]
+        chosen = set(self.choose.permutation(near)[: count * 3 // 4].tolist())
+        others = self.choose.permutation([at for at in range(1, last) if at not in chosen])
+        return sorted(chosen | set(others[: max(0, count - len(chosen))].tolist()))
+
+    def run(self, tokens: np.ndarray, wanted: set[int], until: int = 0, adapters: list[Adapter] | None = None) -> Seen:
+        """Evaluate and look; ends after the chunk of `until`, if that is given."""
+        scorer = self.make()
+        if adapters is not None:
+            scorer.adapters = adapters
+        return self.look(scorer, tokens, wanted, until)
+
+    def look(self, scorer: Scorer, tokens: np.ndarray, wanted: set[int], until: int = 0) -> Seen:
+        """Run a scorer and keep what it shows."""
+        vectors, states, ledger, gaps = dict[int, Tensor](), dict[int, bytes](), list[Entry](), [0.0]
+        own: list[bytes] = []
+
+        def watch(kind: str, chunk: Chunk, columns: list[list], given: Distribution) -> None:
+            if kind != "score":
+                return
+            own.append(own[0] if own else own_state(scorer))
+            targets = chunk.targets[:, -chunk.scored :] if chunk.targets is not None else chunk.tokens
+            for row, start in enumerate(chunk.starts):
+                inside = wanted.intersection(range(start + 1, start + 1 + chunk.scored))
+                if not inside:
+                    continue
+                full = given.full()[row]
+                exact = full.gather(-1, targets[row, :, None])[:, 0]
+                gaps.append(float((given.log_prob(targets)[row] - exact).abs().max()))
+                digest = fingerprint([columns[row], flatten_state(take_rows(chunk.carry, slice(row, row + 1)))])
+                vectors.update({index: full[index - start - 1].cpu().clone() for index in inside})
+                states.update(dict.fromkeys(inside, digest))
+            if until in vectors:
+                raise Reached
+
+        scorer.watch, score = watch, None
+        with suppress(Reached):
+            score = scorer.score(tokens, ledger=ledger)
+        kept = not own or own[0] == own_state(scorer)
+        return Seen(vectors, states, max(gaps), ledger, score, kept)
+
+    def findings(self) -> list[Finding]:
+        """All checks that need no more than a scorer and a stream."""
+        return [self.causality(), self.order(), *self.normalization(), *self.state(), self.determinism()]
+
+    def causality(self) -> Finding:
+        """A token and all after it replaced: its whole vector, and what its chunk was scored with, are the same bits.
+
+        Where adapters meet between phases, what was scored in time before the token is not after it.
+        """
+        turn = {at: i for i, e in enumerate(self.whole.ledger) if e.kind == "score" for at in range(e.first, e.stop)}
+        order = np.array([-1, *(turn.get(at, 0) * len(self.tokens) + at for at in range(1, len(self.tokens)))])
+        meets, wrong, size = any(a.phases > 1 for a in self.make().adapters), list[int](), self.make().h.vocab_size
+        for at in self.positions:
+            later = np.arange(len(self.tokens)) >= at
+            later &= (order >= order[at]) | (not meets)
+            shift = self.choose.integers(1, size, len(self.tokens))
+            changed = np.where(later, (self.tokens + shift) % size, self.tokens)
+            seen = self.run(changed, {at}, at)
+            same = seen.states.get(at) == self.whole.states[at] and torch.equal(
+                seen.vectors[at], self.whole.vectors[at]
+            )
+            wrong += [] if same else [at]
+        found = f"{len(self.positions)} positions, {len(wrong)} differ" + (f", first {wrong[0]}" if wrong else "")
+        return Finding("causality", not wrong, found)
+
+    def order(self) -> Finding:
+        """Every token is scored once, in order, and before anything learns from it."""
+        places, problem = dict[int, int](), ""
+        for e in self.whole.ledger:
+            reached = places.get(e.span, e.first)
+            if e.kind == "learn" and (e.span not in places or e.stop > reached):
+                problem = problem or f"tokens {e.first} to {e.stop - 1} were learned from before they were scored"
+            elif e.kind == "score":
+                if e.first != reached:
+                    problem = problem or f"token {e.first} was scored where {reached} was due"
+                places[e.span] = e.stop
+        scored = Counter(at for e in self.whole.ledger if e.kind == "score" for at in range(e.first, e.stop))
+        once = scored == Counter(range(1, len(self.tokens)))
+        if not problem and not (once and self.whole.score and self.whole.score.tokens == len(self.tokens) - 1):
+            problem = "not every token was scored exactly once"
+        return Finding("order", not problem, problem or f"{len(scored)} tokens scored once, in order, before updates")
+
+    def normalization(self) -> list[Finding]:
+        """Every distribution sums to 1: the model's, each adapter's alone, and that of their stack."""
+        stacks = {"model": [], **{type(a).__name__: [a] for a in self.make().adapters}}
+        runs = {name: self.run(self.tokens, set(self.positions), 0, stack) for name, stack in stacks.items()}
+        found = []
+        for name, seen in (*runs.items(), ("all", self.whole)):
+            rows = torch.stack([seen.vectors[at] for at in self.positions]).double()
+            off = float(rows.logsumexp(-1).abs().max())
+            ok = off <= 1e-5 and seen.gap <= 1e-5
+            found.append(Finding(f"normalization: {name}", ok, f"|logsumexp| {off:.1e}, scored differs {seen.gap:.1e}"))
+        return found
+
+    def state(self) -> list[Finding]:
+        """Evaluations change nothing but their spans' states, and leave none behind."""
+        scorer = self.make()
+        first, second = (self.look(scorer, self.tokens, set(self.positions)) for _ in range(2))
+        clean = self.before == fingerprint(scorer.model)
+        alike = digest_of(first) == digest_of(second)
+        return [
+            Finding("state: weights", clean, "unchanged" if clean else "changed by the evaluation"),
+            Finding("state: adapters", self.whole.kept, "declared" if self.whole.kept else "an adapter keeps its own"),
+            Finding("state: survival", alike, "none survives" if alike else "the next evaluation differs"),
+        ]
+
+    def determinism(self) -> Finding:
+        """The same again with a new scorer."""
+        again = self.run(self.tokens, set(self.whole.vectors))
+        same = digest_of(again) == digest_of(self.whole)
+        nats = abs((again.score.nats if again.score else math.nan) - (self.whole.score.nats if self.whole.score else 0))
+        return Finding("determinism", same, f"nats differ by {nats:g}")
+
+
+def own_state(scorer: Scorer) -> bytes:
+    """A digest of what adapters hold beside the states of their spans."""
+    return fingerprint([dict(adapter.__dict__) for adapter in scorer.adapters])
+
+
+def digest_of(seen: Seen) -> bytes:
+    """A digest of all that a whole run showed."""
+    return fingerprint([sorted(seen.vectors.items()), sorted(seen.states.items()), tuple(seen.score or ())])
+
+
+def audit_stream(h: Hyperparameters, tokens: np.ndarray) -> np.ndarray:
+    """The begin of a stream, long enough for each span to have four chunks, and all together a window and a half."""
+    step = h.sliding_eval_stride if h.sliding_eval else h.eval_window
+    chunks = max(4, -(-3 * h.eval_window // (2 * step * h.eval_streams)))
+    return tokens[: max(h.eval_streams * chunks * step - step // 3, 300) + 1]
+
+
+def check_bytes(tokenizer: Tokenizer, table: ByteTable, tokens: np.ndarray) -> Finding:
+    """The denominator of bits per byte is the bytes of the text, decoded between tokens that have no surface form."""
+    cuts = np.flatnonzero(table.boundary[tokens])
+    if len(cuts) < 2:
+        return Finding("bytes", False, "no whole document among the tokens")
+    parts = [tokens[a + 1 : b].tolist() for a, b in itertools.pairwise(cuts)]
+    decoded = sum(len(tokenizer.decode(part).encode()) for part in parts)
+    total = int(table.count(tokens[cuts[0] : cuts[-1]], tokens[cuts[0] + 1 : cuts[-1] + 1]).sum())
+    return Finding("bytes", decoded == total, f"{total} counted, {decoded} decoded, {len(parts)} stretches of text")
 
 
 def flatten_state(state: Any) -> list[Tensor]:
@@ -8361,6 +8553,60 @@ def evaluate_command(path: str, environ: dict[str, str]) -> int:
     return 0
 
 
+def trained_weights(h: Hyperparameters, rt: Runtime, folder: Path, bos: int) -> GPT | None:
+    """The network as the latest checkpoint of a run's folder gives it, in its final form; None without one."""
+    latest = find_checkpoint(dataclasses.replace(h, resume="auto"), folder / "checkpoints")
+    if latest is None or not latest.is_file():
+        return None
+    model = build_model(h, rt, bos)
+    weights = Weights(model)
+    Optimizer(h, rt, weights)
+    load_checkpoint(h, rt, latest, model, weights)
+    weights.swap_average()
+    weights.materialize(1.0)
+    return model
+
+
+@torch.no_grad()
+def check_fidelity(scorer: Scorer, trained: GPT | None, tokens: np.ndarray) -> Finding:
+    """How near the reloaded network is to the trained one, on a window of each of eight places."""
+    if trained is None:
+        return Finding("fidelity", True, "not measured: no checkpoint beside the artifact")
+    h, rt = scorer.h, scorer.rt
+    length = min(h.eval_window, len(tokens) // 2)
+    starts = np.linspace(0, len(tokens) - length, 8).astype(int).tolist()
+    history, rows = windows(tokens, starts, length, h.history, rt)
+    with rt.precision():
+        one, two = (m.logits(rows, scoring_variant(h), m.start_state(history))[0] for m in (trained, scorer.model))
+    agree_share = float((one.argmax(-1) == two.argmax(-1)).double().mean())
+    apart = float((one - two).abs().max())
+    found = f"argmax agrees at {agree_share:.4%} of {rows.numel()} positions, logits differ by at most {apart:.2e}"
+    return Finding("fidelity", agree_share >= 0.999, found)
+
+
+def audit_command(path: str, positions: int, environ: dict[str, str]) -> int:
+    """Prove that an artifact's evaluation is legal; prints a table, writes ARTIFACT.audit.json, 4 if anything fails."""
+    h, rt, model, tokenizer, calibration = open_artifact(path, environ)
+    if rt.world > 1:
+        raise UserError("audit runs in one process; start it without torchrun")
+    log, table, validation = Log(None, rt.main), tokenizer.byte_table(), read_validation(h)
+    short = dataclasses.replace(h, eval_streams=min(3, h.eval_streams), freeze_check_strict=False)
+    stream = audit_stream(short, validation)
+    log.line(f"protocol:{h.protocol} audited on {len(stream) - 1} tokens in {short.eval_streams} streams")
+    audit = Audit(lambda: Scorer(short, rt, model, table, calibration), stream, positions)
+    trained = trained_weights(h, rt, Path(path).parent, tokenizer.bos)
+    findings = [*audit.findings(), check_bytes(tokenizer, table, validation)]
+    findings.append(check_fidelity(audit.make(), trained, validation))
+    for finding in findings:
+        log.line(f"{'ok  ' if finding.ok else 'FAIL'} {finding.check:<34}{finding.found}")
+    ok = all(finding.ok for finding in findings)
+    report = {"artifact_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "protocol": h.protocol, "ok": ok,
+        "tokens": len(stream) - 1, "positions": audit.positions, "checks": [f._asdict() for f in findings]}  # fmt: skip
+    write_atomically(Path(path + ".audit.json"), (json.dumps(report, indent=1) + "\n").encode())
+    log.line(f"audit: {'passed' if ok else 'FAILED'}, written to {path}.audit.json")
+    return 0 if ok else 4
+
+
 def generate_command(path: str, options: Any, environ: dict[str, str]) -> int:
     """Stream a continuation of the prompt."""
     _, rt, model, tokenizer, _ = open_artifact(path, environ)
@@ -8455,6 +8701,9 @@ def parse_command(argv: list[str]) -> Any:
     for name in ("train", "preflight", "plan"):
         commands.add_parser(name)
     commands.add_parser("eval").add_argument("artifact")
+    auditor = commands.add_parser("audit")
+    auditor.add_argument("artifact")
+    auditor.add_argument("--positions", type=number(int, 1), default=200)
     writer = commands.add_parser("generate")
     writer.add_argument("artifact")
     writer.add_argument("--prompt", default="")
@@ -8476,6 +8725,8 @@ def main(argv: list[str], environ: dict[str, str]) -> int:
     try:
         if options.command == "eval":
             return evaluate_command(options.artifact, environ)
+        if options.command == "audit":
+            return audit_command(options.artifact, options.positions, environ)
         if options.command == "generate":
             return generate_command(options.artifact, options, environ)
         h = load_config(environ)

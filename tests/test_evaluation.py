@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pytest
@@ -777,6 +777,7 @@ def test_protocol_names_what_it_fixes() -> None:
         ({"EVAL_PROTOCOL": "window=64,streams=2,adapters=oracle"}, "oracle is unknown"),
         ({"EVAL_PROTOCOL": "window=64,streams=x"}, "EVAL_STREAMS=x"),
         ({"EVAL_PROTOCOL": "window=64,streams=2", "EVAL_STREAMS": "3"}, "contradicts EVAL_PROTOCOL"),
+        ({"TTT_SCOPE": "global", "CARRY_EVAL": "1", "ATTN_WINDOW": "8"}, "excludes CARRY_EVAL"),
         ({"NGRAM_CACHE": "1", "NGRAM_CACHE_ORDERS": "1,2"}, "NGRAM_CACHE_ORDERS"),
         ({"EVAL_ENGRAM": "1", "EVAL_ENGRAM_ORDERS": "1,2"}, "EVAL_ENGRAM_ORDERS"),
     ],
@@ -784,6 +785,182 @@ def test_protocol_names_what_it_fixes() -> None:
 def test_protocol_mistakes_are_one_line(environ: dict[str, str], named: str) -> None:
     with pytest.raises(t.UserError, match=named):
         t.load_config({"PRESET": "tiny", **environ})
+
+
+# ---- the audit
+
+
+def audited(h: t.Hyperparameters, make: Callable[[], t.Scorer] | None = None, positions: int = 24) -> t.Audit:
+    model = scrambled(h)
+    tokens = t.audit_stream(h, stream(3000))
+    return t.Audit(make or (lambda: scorer_of(h, model)), tokens, positions)
+
+
+def failed(audit: t.Audit) -> set[str]:
+    return {finding.check.split(":")[0] for finding in audit.findings() if not finding.ok}
+
+
+@pytest.mark.parametrize("stack", ["plain", *OWN])
+@pytest.mark.parametrize("mode", ["carried history", "sliding history"])
+def test_honest_evaluations_pass_the_audit(stack: str, mode: str) -> None:
+    h = config(**MODES[mode], EVAL_STREAMS=3)
+    h = stacked(h, stack)[0] if stack != "plain" else h
+    if stack == "global" and h.carry_eval:
+        pytest.skip("refused")
+    audit = audited(h, positions=8)
+    findings = audit.findings()
+    assert not [finding for finding in findings if not finding.ok]
+    assert {f.check.split(":")[0] for f in findings} == {"causality", "order", "normalization", "state", "determinism"}
+    assert len(audit.positions) == 8
+
+
+def test_positions_of_an_audit_hold_all_kinds_of_edges() -> None:
+    h = config(EVAL_STREAMS=2, SLIDING_EVAL=1, SLIDING_EVAL_STRIDE=4)
+    audit = audited(h, positions=200)
+    assert len(audit.positions) == 200 == len(set(audit.positions))
+    document = int(np.flatnonzero(audit.tokens == BOS)[2])
+    spans = [min(e.first for e in audit.whole.ledger if e.span == span) for span in (0, 1)]
+    for edge in (document, *spans, spans[1] - 1, 5, WINDOW + 1):
+        assert edge in audit.positions or len(audit.positions) == 200
+    assert sum(at % 4 == 1 for at in audit.positions) > 30, "chunks begin at every fourth token"
+
+
+class Oracle(t.Adapter):
+    """Knows what it should predict: looks into the stream for the targets."""
+
+    def begin(self, scorer: t.Scorer) -> Tensor:
+        return torch.from_numpy(scorer.tokens)
+
+    def wrap(self, states: list[Tensor], chunk: t.Chunk, given: t.Distribution) -> t.Distribution:
+        rows = [state[at + 1 : at + 1 + chunk.scored] for state, at in zip(states, chunk.starts, strict=True)]
+        bonus = F.one_hot(torch.stack(rows), VOCAB).to(given.full())
+        return t.Distribution((given.full() + 0.01 * bonus).log_softmax(-1))
+
+
+class Future(t.Adapter):
+    """Takes a hint from a token three places on."""
+
+    def begin(self, scorer: t.Scorer) -> Tensor:
+        return F.pad(torch.from_numpy(scorer.tokens), (0, 9))
+
+    def wrap(self, states: list[Tensor], chunk: t.Chunk, given: t.Distribution) -> t.Distribution:
+        rows = [state[at + 4 : at + 4 + chunk.scored] for state, at in zip(states, chunk.starts, strict=True)]
+        scale = 1 + torch.stack(rows).to(given.full())[..., None] / 1e6
+        return t.Distribution((given.full() * scale).log_softmax(-1))
+
+
+class Unnormalized(t.Adapter):
+    """Adds the score of a cache without renormalizing."""
+
+    def wrap(self, states: list[None], chunk: t.Chunk, given: t.Distribution) -> t.Distribution:
+        return t.Distribution((given.full().exp() + 0.0005).log())
+
+
+class Peeking(NamedTuple):
+    """A distribution that is better for the target than for anyone who asks for all of it."""
+
+    log_probs: Tensor
+    parts: Any = None
+
+    def log_prob(self, targets: Tensor) -> Tensor:
+        return self.log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1) + 0.1
+
+    def full(self, positions: slice = slice(None)) -> Tensor:
+        return self.log_probs[:, positions]
+
+
+class Partial(t.Adapter):
+    def wrap(self, states: list[None], chunk: t.Chunk, given: t.Distribution) -> Any:
+        return Peeking(given.full())
+
+
+class Hoarder(Unigram):
+    """Keeps what it saw to itself instead of in its spans' states."""
+
+    def __init__(self) -> None:
+        self.seen = torch.ones(VOCAB, dtype=torch.float64)
+
+    def begin(self, scorer: t.Scorer) -> None:
+        return None
+
+    def wrap(self, states: list[None], chunk: t.Chunk, given: t.Distribution) -> t.Distribution:
+        shares = (self.seen / self.seen.sum()).expand_as(given.full())
+        return t.Distribution((given.full().exp() * 0.5 + shares * 0.5).log())
+
+    def learn(self, states: list[None], chunk: t.Chunk, given: t.Distribution) -> list[None]:
+        assert chunk.targets is not None
+        self.seen = self.seen + torch.bincount(chunk.targets.flatten(), minlength=VOCAB)
+        return states
+
+
+class Writer(t.Adapter):
+    """Trains the model itself."""
+
+    def begin(self, scorer: t.Scorer) -> None:
+        self.model = scorer.model
+
+    def learn(self, states: list[None], chunk: t.Chunk, given: t.Distribution) -> list[None]:
+        with torch.no_grad():
+            next(self.model.parameters()).mul_(1.001)
+        return states
+
+
+class Eager(t.Scorer):
+    """Learns from a chunk before it is scored."""
+
+    def predict(self, chunk: t.Chunk, states: list[list]) -> Any:
+        given, _ = super().predict(chunk, states)
+        rows = [torch.from_numpy(self.tokens[at + 1 : at + 1 + chunk.scored]) for at in chunk.starts]
+        self.learn(chunk._replace(targets=torch.stack(rows)), states, given)
+        return super().predict(chunk, states)
+
+
+class Twice(t.Scorer):
+    """Walks the stream a second time with what it learned in the first."""
+
+    def score_group(self, group: list[int], turns: Any, run: tuple, sums: np.ndarray, pace: Any) -> Any:
+        super().score_group(group, turns, run, np.zeros(4), pace)
+        return super().score_group(group, turns, run, sums, pace)
+
+
+PLANTED: dict[str, tuple[type[t.Scorer], Callable[[], list[t.Adapter]], set[str]]] = {
+    "target peeking": (t.Scorer, lambda: [Oracle()], {"causality"}),
+    "target peeking when scored": (t.Scorer, lambda: [Partial()], {"normalization"}),
+    "future leak": (t.Scorer, lambda: [Future()], {"causality"}),
+    "update before scoring": (Eager, lambda: [Unigram()], {"causality", "order"}),
+    "second pass": (Twice, lambda: [Unigram()], {"causality", "order"}),
+    "unnormalized cache": (t.Scorer, lambda: [Unnormalized()], {"normalization"}),
+    "undeclared state": (t.Scorer, lambda: [Hoarder()], {"state"}),
+    "written weights": (t.Scorer, lambda: [Writer()], {"state"}),
+}
+
+
+@pytest.mark.parametrize("defect", PLANTED)
+def test_audit_catches(defect: str) -> None:
+    kind, adapters, expected = PLANTED[defect]
+    h = config(EVAL_STREAMS=2)
+    model, rt, table = scrambled(h), t.start_runtime(h), t.ByteTokenizer().byte_table()
+
+    def make() -> t.Scorer:
+        scorer = kind(h, rt, model, table)
+        scorer.adapters = adapters()
+        return scorer
+
+    found = failed(audited(h, make))
+    assert expected <= found, found
+    if defect not in ("written weights", "undeclared state", "second pass", "update before scoring"):
+        assert found == expected, "and nothing else is blamed"
+
+
+def test_audit_counts_the_bytes_of_the_text() -> None:
+    tokenizer = t.ByteTokenizer()
+    tokens = np.array([BOS, *"naïve".encode(), BOS, *"é".encode(), BOS, 65])
+    good = t.check_bytes(tokenizer, tokenizer.byte_table(), tokens)
+    assert good.ok and good.found.startswith("8 counted, 8 decoded")
+    table = tokenizer.byte_table()
+    table.base[195] = 2
+    assert not t.check_bytes(tokenizer, table, tokens).ok
+    assert not t.check_bytes(tokenizer, tokenizer.byte_table(), tokens[1:6]).ok
 
 
 # ---- temperature
