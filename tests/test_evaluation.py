@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import scramble
+from conftest import Done, scramble
 from torch import Tensor
 
 import train_gpt as t
@@ -961,6 +963,31 @@ def test_audit_counts_the_bytes_of_the_text() -> None:
     table.base[195] = 2
     assert not t.check_bytes(tokenizer, table, tokens).ok
     assert not t.check_bytes(tokenizer, tokenizer.byte_table(), tokens[1:6]).ok
+
+
+def test_commands_score_by_the_protocol_and_audit_it(
+    run_job: Callable[..., Done], tiny_env: dict[str, str], tmp_path: Path
+) -> None:
+    """A run whose protocol was named in advance; the score of eval is the run's; the audit passes and is written."""
+    protocol = "window=32,stride=16,streams=3,adapters=ttt_lora+ngram"
+    env = {**tiny_env, "EVAL_PROTOCOL": protocol, "ITERATIONS": "5", "MAX_VAL_TOKENS": "1500"}
+    done = run_job(env)
+    assert done.code == 0, done.err
+    assert f"protocol:{protocol}" in done.out
+    final = re.search(r"final_roundtrip_exact val_loss:(\S+) val_bpb:(\S+) in_memory:(\S+)", done.out)
+    assert final and float(final[1]) == pytest.approx(float(final[3]), abs=1e-6)
+    path = tmp_path / "runs" / "run" / "model.pgz"
+    scored_again = run_job(env, ["eval", str(path)])
+    assert f"val_bpb:{final[2]}" in scored_again.out and "(named in advance)" in scored_again.out
+    late = run_job({**env, "MAX_EVAL_SECONDS": "0.001"}, ["eval", str(path)])
+    assert late.code == 2 and "MAX_EVAL_SECONDS=0.001" in late.err and "final_eval" not in late.out
+    audit = run_job(env, ["audit", str(path), "--positions", "12"])
+    assert audit.code == 0, audit.out + audit.err
+    report = json.loads(Path(f"{path}.audit.json").read_text())
+    assert report["ok"] and report["protocol"] == protocol and len(report["positions"]) == 12
+    checks = {check["check"]: check for check in report["checks"]}
+    assert {"causality", "order", "determinism", "bytes", "fidelity", "normalization: all"} <= checks.keys()
+    assert "argmax agrees at 100.0000%" in checks["fidelity"]["found"]
 
 
 # ---- temperature
