@@ -518,10 +518,12 @@ def test_spans_meet_only_between_phases() -> None:
     torch.testing.assert_close(recorder.predicted[WINDOW + 1].exp(), shares, **EXACT)
 
 
+@pytest.mark.parametrize("stack", ["shared", "global"])
 @pytest.mark.parametrize("world", [2, 3])
-def test_phases_do_not_depend_on_ranks(world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_phases_do_not_depend_on_ranks(world: int, stack: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One thread for each rank, exchanging at the barriers what the process group would."""
     h, tokens, barrier = config(EVAL_STREAMS=4), stream(200), threading.Barrier(world, timeout=30)
+    h = stacked(h, stack)[0]
     model, board = scrambled(h), [None] * world
     local = threading.local()
 
@@ -537,17 +539,17 @@ def test_phases_do_not_depend_on_ranks(world: int, monkeypatch: pytest.MonkeyPat
 
     def run(rank: int) -> None:
         local.rank = rank
-        found[rank] = scorer_of(h, model, [SharedUnigram()], rank, world).score(tokens)
+        found[rank] = scorer_of(h, copy.deepcopy(model), stacked(h, stack)[1], rank, world).score(tokens)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    alone = scorer_of(h, model, [SharedUnigram()]).score(tokens)
+    alone = scorer_of(h, model, stacked(h, stack)[1]).score(tokens)
     assert all(found) and sum(share.tokens for share in found if share) == alone.tokens
     assert sum(share.nats for share in found if share) == pytest.approx(alone.nats, rel=1e-11)
-    assert alone.nats != pytest.approx(scorer_of(h, model, [Unigram()]).score(tokens).nats, rel=1e-6)
+    assert alone.nats != pytest.approx(scorer_of(h, model, []).score(tokens).nats, rel=1e-6)
 
 
 # ---- the program's own adapters
