@@ -13,7 +13,7 @@ variables alone (`--help` lists them), and reads from top to bottom: each sectio
     python train_gpt.py --help                      every variable with type, default, unit and meaning
 
 Sections: 1 CONFIG, 2 RUNTIME, 3 DATA, 4 CODECS, 5 LAYERS, 6 MIXERS, 7 RESIDUAL, 8 MEMORY, 9 MODEL,
-10 OPTIMIZERS, 11 ARTIFACT, 12 EVALUATION, 13 CHECKPOINT, 14 TRAINING, 15 MAIN. At most 8,600 lines.
+10 OPTIMIZERS, 11 ARTIFACT, 12 EVALUATION, 13 CHECKPOINT, 14 TRAINING, 15 MAIN. At most 8,800 lines.
 """
 
 from __future__ import annotations
@@ -7532,7 +7532,7 @@ class Audit:
 
     def look(self, scorer: Scorer, tokens: np.ndarray, wanted: set[int], until: int = 0) -> Seen:
         """Run a scorer and keep what it shows."""
-        vectors, states, ledger, gaps = dict[int, Tensor](), dict[int, bytes](), list[Entry](), [0.0]
+        rows_seen, states, ledger, gaps = dict[int, Tensor](), dict[int, bytes](), list[Entry](), [0.0]
         own: list[bytes] = []
 
         def watch(kind: str, chunk: Chunk, columns: list[list], given: Distribution) -> None:
@@ -7548,16 +7548,16 @@ class Audit:
                 exact = full.gather(-1, targets[row, :, None])[:, 0]
                 gaps.append(float((given.log_prob(targets)[row] - exact).abs().max()))
                 digest = fingerprint([columns[row], flatten_state(take_rows(chunk.carry, slice(row, row + 1)))])
-                vectors.update({index: full[index - start - 1].cpu().clone() for index in inside})
+                rows_seen.update({index: full[index - start - 1].cpu().clone() for index in inside})
                 states.update(dict.fromkeys(inside, digest))
-            if until in vectors:
+            if until in rows_seen:
                 raise Reached
 
         scorer.watch, score = watch, None
         with suppress(Reached):
             score = scorer.score(tokens, ledger=ledger)
         kept = not own or own[0] == own_state(scorer)
-        return Seen(vectors, states, max(gaps), ledger, score, kept)
+        return Seen(rows_seen, states, max(gaps), ledger, score, kept)
 
     def findings(self) -> list[Finding]:
         """All checks that need no more than a scorer and a stream."""

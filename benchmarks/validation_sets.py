@@ -10,6 +10,7 @@ away topics. See records/evaluation.md.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import re
@@ -54,6 +55,8 @@ def main() -> None:
     header[:3] = 20240520, 1, len(stream)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "fineweb_val_000000.bin").write_bytes(header.tobytes() + stream.tobytes())
+    made_with = {"kind": "sentencepiece", "file": Path(options.tokenizer).name, "sha256": target.fingerprint}
+    (options.out / "manifest.json").write_text(json.dumps({"format": 1, "tokenizer": made_with}) + "\n")
     print(f"{options.out}: {len(texts)} documents, {len(stream)} tokens")
 
 
