@@ -7,12 +7,13 @@ variables alone (`--help` lists them), and reads from top to bottom: each sectio
     python train_gpt.py preflight                   check configuration, data, disk and device; train nothing
     python train_gpt.py plan                        print the site list, the role table and the packed size
     python train_gpt.py eval ARTIFACT               score an artifact on the validation split
+    python train_gpt.py audit ARTIFACT              prove that its evaluation is legal; writes JSON beside it
     python train_gpt.py generate ARTIFACT --prompt  continue a text
     python train_gpt.py bench                       time training steps
     python train_gpt.py --help                      every variable with type, default, unit and meaning
 
 Sections: 1 CONFIG, 2 RUNTIME, 3 DATA, 4 CODECS, 5 LAYERS, 6 MIXERS, 7 RESIDUAL, 8 MEMORY, 9 MODEL,
-10 OPTIMIZERS, 11 ARTIFACT, 12 EVALUATION, 13 CHECKPOINT, 14 TRAINING, 15 MAIN. At most 8,100 lines.
+10 OPTIMIZERS, 11 ARTIFACT, 12 EVALUATION, 13 CHECKPOINT, 14 TRAINING, 15 MAIN. At most 10,000 lines.
 """
 
 from __future__ import annotations
@@ -404,6 +405,47 @@ class Hyperparameters:
         when=lambda h: h.has_queries)
     turbo_quant_kv: bool = var(False, "evaluation", "those numbers are rounded in a basis turned by a Hadamard matrix",
         when=lambda h: h.has_queries and h.kv_cache != "exact")
+    eval_protocol: str = var("", "evaluation", "how the final score is made, named in advance, e.g. "
+        "window=1024,stride=64,streams=8,adapters=ttt_lora+ngram; empty: as the variables say")
+    max_eval_seconds: float = var(0.0, "evaluation", "most a final evaluation may take, foretold from its first 2%; 0: "
+        "unbounded", "s", low=0)
+    ngram_cache: bool = var(False, "evaluation", "mix in what followed the same tokens earlier in the stream")
+    ngram_cache_orders: str = var("2,3,4,5,6,7,8", "evaluation", "lengths of its n-grams", when=lambda h: h.ngram_cache)
+    ngram_cache_tokens: int = var(131072, "evaluation", "last scored tokens of a stream that it remembers", "tokens",
+        low=1, high=2**30, when=lambda h: h.ngram_cache)
+    ngram_cache_depth: int = var(16, "evaluation", "last occurrences of a context that it counts", low=1, high=4096,
+        when=lambda h: h.ngram_cache)
+    eval_engram: bool = var(False, "evaluation", "mix in hashed n-gram counts of the stream's scored tokens")
+    eval_engram_orders: str = var("2,3,4", "evaluation", "lengths of its n-grams", when=lambda h: h.eval_engram)
+    eval_engram_buckets: int = var(65536, "evaluation", "rows of each of its tables; contexts may share one", low=1,
+        high=2**30, when=lambda h: h.eval_engram)
+    eval_engram_tokens: int = var(131072, "evaluation", "last scored tokens of a stream that it remembers", "tokens",
+        low=1, high=2**30, when=lambda h: h.eval_engram)
+    eval_engram_depth: int = var(32, "evaluation", "last entries of a row that it counts", low=1, high=4096,
+        when=lambda h: h.eval_engram)
+    eval_engram_alpha: float = var(1.0, "evaluation", "counts that the lower order gets in Laplace's rule", low=1e-3,
+        high=1e3, when=lambda h: h.eval_engram)
+    ttt_scope: str = var("off", "evaluation", "what adapts to scored tokens: scalars, low-rank pairs anew for each "
+        "document (lora), feedback, SKC's scalars (skc_safe), the capsule bank, everything between phases (global)",
+        choices=("off", "scalars", "lora", "feedback", "skc_safe", "capsule_bank", "global", "all"))
+    ttt_optimizer: str = var("sgd", "evaluation", "rule of its steps", choices=("sgd", "adam"),
+        when=lambda h: h.ttt_scope != "off")
+    ttt_lr: float = var(0.01, "evaluation", "rate of its steps", low=0, when=lambda h: h.ttt_scope != "off")
+    ttt_momentum: float = var(0.9, "evaluation", "momentum of SGD, kept from chunk to chunk; Adam's first beta", low=0,
+        high=0.9999, when=lambda h: h.ttt_scope != "off")
+    ttt_clip: float = var(1.0, "evaluation", "bound on a gradient's norm", low=1e-9,
+        when=lambda h: h.ttt_scope != "off")
+    ttt_epochs: int = var(1, "evaluation", "passes over newly scored tokens", low=1,
+        when=lambda h: h.ttt_scope != "off")
+    ttt_chunk_tokens: int = var(0, "evaluation", "scored tokens of a stream before it adapts; 0: every chunk", "tokens",
+        low=0, when=lambda h: h.ttt_scope not in ("off", "global"))
+    ttt_rank: int = var(8, "evaluation", "rank of the pairs", low=1, high=4096, when=lambda h: h.ttt_scope == "lora")
+    ttt_phases: int = var(3, "evaluation", "parts of the evaluation, between which all streams meet", low=2, high=1000,
+        when=lambda h: h.ttt_scope == "global")
+    freeze_packed_engram: bool = var(True, "evaluation", "n-gram tables do not adapt",
+        when=lambda h: h.ttt_scope in ("global", "all") and bool(h.ngram_orders))
+    freeze_check_strict: bool = var(True, "evaluation", "fail when an evaluation has changed the model's own weights",
+        when=lambda h: h.ttt_scope != "off")
     temp_scaling: bool = var(False, "evaluation", "divide logits by a temperature fitted on held-out training tokens")
     calib_max_seconds: float = var(30.0, "evaluation", "training clock kept for fitting after the steps", "s", low=0,
         when=lambda h: h.temp_scaling)
@@ -475,6 +517,21 @@ class Hyperparameters:
     @property
     def eval_window(self) -> int:
         return self.eval_seq_len or self.train_seq_len
+
+    @property
+    def adapting(self) -> dict[str, bool]:
+        """Evaluation's adapters, in the order in which they act, and whether this configuration has them."""
+        there = {"ttt": self.ttt_scope != "off", "temperature": self.temp_scaling}
+        return {**there, "engram": self.eval_engram, "ngram": self.ngram_cache}
+
+    @property
+    def protocol(self) -> str:
+        """What fixes a score, in the form of EVAL_PROTOCOL."""
+        names = [f"ttt_{self.ttt_scope}" if name == "ttt" else name for name, there in self.adapting.items() if there]
+        stride = f",stride={self.sliding_eval_stride}" if self.sliding_eval else ""
+        carry = ",carry=1" if self.carry_eval else ""
+        adapters = f",adapters={'+'.join(names)}" if names else ""
+        return f"window={self.eval_window}{stride}{carry},streams={self.eval_streams}{adapters}"
 
     @property
     def letters(self) -> str:
@@ -615,11 +672,44 @@ class Hyperparameters:
             "BATCH_MODES": (self.batch_mode,),
             "NSA_BACKENDS": self.sparse_backends,
             "ATTENTION": ("fa3", "fa2", "blocks", "sdpa") if self.attn_impl == "auto" else (self.attn_impl, "sdpa"),
-            "ADAPTERS": ("temperature",) if self.temp_scaling else (),
+            "ADAPTERS": tuple(name for name, there in self.adapting.items() if there),
         }
 
 
 MAX_TABLE_WEIGHTS = 2**26  # of hashed n-grams: four times what a 16 MB file can hold of one-byte weights
+
+
+FIELDS = {f.name.upper(): f for f in dataclasses.fields(Hyperparameters)}
+# What a name in EVAL_PROTOCOL's adapters sets.
+PROTOCOL_ADAPTERS: dict[str, dict[str, Any]] = {
+    "temperature": {"temp_scaling": True}, "engram": {"eval_engram": True}, "ngram": {"ngram_cache": True},
+    **{f"ttt_{s}": {"ttt_scope": s} for s in FIELDS["TTT_SCOPE"].metadata["choices"] if s != "off"},
+}  # fmt: skip
+
+
+def protocol_values(text: str) -> dict[str, Any]:
+    """The fields that an EVAL_PROTOCOL fixes; what it does not name is off. Raises UserError."""
+    if not text:
+        return {}
+    parts = dict(part.partition("=")[::2] for part in text.split(","))
+    names = parts.pop("adapters").split("+") if "adapters" in parts else []
+    known = {
+        "window": "eval_seq_len",
+        "stride": "sliding_eval_stride",
+        "streams": "eval_streams",
+        "carry": "carry_eval",
+    }
+    wrong = [name for name in parts if name not in known] + [name for name in names if name not in PROTOCOL_ADAPTERS]
+    if wrong or not {"window", "streams"} <= parts.keys():
+        raise UserError(
+            f"EVAL_PROTOCOL={text}: {wrong[0] + ' is unknown' if wrong else 'window and streams are missing'}; "
+            f"known: {', '.join(known)}, adapters of {', '.join(PROTOCOL_ADAPTERS)}; "
+            "e.g. window=1024,stride=64,streams=8,adapters=ngram"
+        )
+    values: dict[str, Any] = {"temp_scaling": False, "eval_engram": False, "ngram_cache": False, "ttt_scope": "off"}
+    values |= {"sliding_eval": "stride" in parts, "carry_eval": False}
+    values |= {known[name]: parse_value(known[name].upper(), number) for name, number in parts.items()}
+    return functools.reduce(lambda found, name: found | PROTOCOL_ADAPTERS[name], names, values)
 
 
 def rising_orders(name: str, text: str) -> tuple[int, ...]:
@@ -648,7 +738,6 @@ def stages_of(name: str, text: str, example: str) -> tuple[tuple[float, float], 
     return stages
 
 
-FIELDS = {f.name.upper(): f for f in dataclasses.fields(Hyperparameters)}
 # Variables of these families are ours alone, so an unknown one is a mistake even when it resembles none of ours.
 FAMILIES = "TTT_ NGRAM_ EVAL_ENGRAM_ CURRICULUM_ EMA_ MOE_ MUON_ ADAM_ ROPE_ YARN_ SLIDING_ WARMDOWN_ TERNARY_ SKC_ "
 FOREIGN = ("BATCH_SIZE", "COMPILER", "DEVICES", "MODEL_DIR", "SPEED")  # other programs' variables that resemble ours
@@ -889,6 +978,12 @@ def validate(h: Hyperparameters) -> None:
         (h.carry_train and h.kv_cache != "exact", "KV_CACHE is for evaluation: not with CARRY_TRAIN=1"),
         (h.turbo_quant_kv and h.has_queries and head & (head - 1),
             f"TURBO_QUANT_KV=1 needs heads of a power of two, not {head}"),
+        (h.ngram_cache and rising_orders("NGRAM_CACHE_ORDERS", h.ngram_cache_orders)[0] < 2,
+            "NGRAM_CACHE_ORDERS must begin with at least 2"),
+        (h.eval_engram and rising_orders("EVAL_ENGRAM_ORDERS", h.eval_engram_orders)[0] < 2,
+            "EVAL_ENGRAM_ORDERS must begin with at least 2"),
+        (h.carry_eval and h.ttt_scope == "global",
+            "TTT_SCOPE=global excludes CARRY_EVAL=1, which carries what other streams have not scored yet"),
         (h.carry_eval and h.sliding_eval, "CARRY_EVAL=1 and SLIDING_EVAL=1 exclude each other"),
         (h.sliding_eval and h.sliding_eval_stride > h.eval_window,
             f"SLIDING_EVAL_STRIDE={h.sliding_eval_stride} must be at most the window {h.eval_window}"),
@@ -979,7 +1074,13 @@ def load_config(environ: dict[str, str], base: dict[str, Any] | None = None) -> 
     if preset and preset not in PRESETS:
         near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.0)[0]
         raise UserError(f"PRESET={preset} is unknown; nearest: {near}; known: {', '.join(PRESETS)}")
-    h = Hyperparameters(**{**(base or {}), **PRESETS.get(preset, {}), **values})
+    fixed = protocol_values(values.get("eval_protocol", PRESETS.get(preset, {}).get("eval_protocol", "")))
+    for name in sorted(fixed.keys() & values.keys()):
+        if values[name] != fixed[name]:
+            raise UserError(
+                f"{name.upper()}={values[name]} contradicts EVAL_PROTOCOL={values['eval_protocol']}; unset one"
+            )
+    h = Hyperparameters(**{**(base or {}), **PRESETS.get(preset, {}), **values, **fixed})
     validate(h)
     ineffective = [n for n in texts if h_ineffective(h, n)]
     if ineffective and h.strict_config:
@@ -1033,7 +1134,7 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-COMMANDS = ("train", "preflight", "plan", "eval", "generate", "bench")
+COMMANDS = ("train", "preflight", "plan", "eval", "audit", "generate", "bench")
 
 
 def answer_early(argv: list[str], environ: dict[str, str]) -> None:
@@ -1044,7 +1145,7 @@ def answer_early(argv: list[str], environ: dict[str, str]) -> None:
     try:
         if argv and argv[0] not in COMMANDS:
             raise UserError(f"unknown command {argv[0]}; known: {', '.join(COMMANDS)}, --help")
-        if not argv or argv[0] not in ("eval", "generate"):  # those take their shape from the artifact
+        if not argv or argv[0] not in ("eval", "audit", "generate"):  # those take their shape from the artifact
             load_config(environ)
         else:
             reject_mistyped(environ)
@@ -6758,6 +6859,7 @@ class Distribution(NamedTuple):
     """A normalized distribution over the vocabulary at each position."""
 
     log_probs: Tensor  # (B, n, V)
+    parts: Any = None  # what the adapter that made it wants to see again when it learns
 
     def log_prob(self, targets: Tensor) -> Tensor:
         """log p of targets (B, n), nats."""
@@ -6780,6 +6882,16 @@ class Chunk(NamedTuple):
     carry: tuple | None = None  # the network's state before the chunk, a row for each span
 
 
+class Entry(NamedTuple):
+    """A line of the ledger: the span's tokens from first to stop were scored, or learned from, in this order."""
+
+    kind: str  # score or learn
+    span: int
+    first: int
+    stop: int
+    version: int  # chunks that the span's adapters had learned from before
+
+
 class Carry(NamedTuple):
     """The network's state after the spans' last chunk, a row for each span that goes on; None where none is carried."""
 
@@ -6790,15 +6902,20 @@ class Carry(NamedTuple):
 class Adapter:
     """What may change predictions during evaluation. Each span has a state of its own, passed in and returned.
 
-    `begin` gives every span's first state; `lora` hands low-rank pairs to the network, `weights` other values of its
+    `begin` gives a span's first state; `lora` hands low-rank pairs to the network, `weights` other values of its
     parameters; `wrap` turns the distribution of a chunk into another normalized one; `learn` is called after the chunk
-    has been scored. An adapter that learns across spans sets `phases` > 1: the spans are then walked in that many
-    parts, and between two parts `merge` sees the states of all spans of all ranks. One that gives every span weights of
-    its own sets `together` to 1.
+    has been scored, with what `wrap` returned, unless it was its span's last. All that an adapter remembers is in these
+    states, of numbers, arrays, tensors, and dicts and tuples of them, which the audit compares. An adapter that learns
+    across spans sets `phases` > 1: the spans are then walked in that many parts, and between two parts `merge` sees the
+    states of all spans of all ranks. One that gives every span weights of its own sets `together` to 1.
     """
 
-    phases: ClassVar[int] = 1
-    together: ClassVar[int] = 2**30  # most spans of one chunk
+    phases: int = 1
+    together: int = 2**30  # most spans of one chunk
+
+    def memory(self, scorer: Scorer) -> int:
+        """Bytes that a span's state will take, where they matter."""
+        return 0
 
     def begin(self, scorer: Scorer) -> Any:
         return None
@@ -6825,6 +6942,32 @@ def windows(tokens: np.ndarray, starts: Sequence[int], length: int, past: int, r
     for row, at in zip(rows, starts, strict=True):
         row[max(0, past - at) :] = tokens[max(0, at - past) : at + length]
     return torch.from_numpy(rows).to(rt.device).split((past, length), 1)
+
+
+def chunk_rows(chunk: Chunk, rows: list[int]) -> Chunk:
+    """Some rows of a chunk."""
+    spans, starts = ([part[i] for i in rows] for part in (chunk.spans, chunk.starts))
+    targets = None if chunk.targets is None else chunk.targets[rows]
+    carry = take_rows(chunk.carry, rows)
+    return Chunk(spans, chunk.tokens[rows], targets, chunk.scored, starts, chunk.history[rows], carry)
+
+
+class Deadline:
+    """How fast an evaluation is, and whether it will be in time."""
+
+    def __init__(self, began: float, limit: float, tokens: int, say: Callable[[str], None]) -> None:
+        self.began, self.limit, self.tokens, self.say = began, limit, tokens, say
+        self.done, self.foretold = 0, 0.0
+
+    def add(self, tokens: int) -> None:
+        """So many tokens were scored; after the first 2% it is foretold how long all will take."""
+        self.done += tokens
+        if self.limit and not self.foretold and self.done >= 0.02 * self.tokens:
+            self.foretold = (time.monotonic() - self.began) * self.tokens / self.done
+            self.say(f"evaluation will take about {self.foretold:.0f} s, MAX_EVAL_SECONDS={self.limit:g}")
+
+    def late(self) -> bool:
+        return self.limit > 0 and max(self.foretold, time.monotonic() - self.began) > self.limit
 
 
 class TemperatureAdapter(Adapter):
@@ -6873,7 +7016,379 @@ def fit_temperature(
     return math.exp((low + high) / 2) if fitted else None
 
 
-ADAPTERS: dict[str, Callable[[], Adapter]] = {"temperature": TemperatureAdapter}
+class NgramKind(NamedTuple):
+    """What an n-gram adapter remembers and how it counts."""
+
+    orders: tuple[int, ...]
+    buckets: int  # rows of each order's table
+    tokens: int  # positions remembered
+    depth: int  # newest entries of a row that are counted
+    alpha: float  # counts for the lower order by Laplace's rule; 0: one for each token seen (Moffat's PPM-C)
+    exact: bool  # entries of other contexts in the same row do not count
+
+
+class NgramState(NamedTuple):
+    """One span's tables: chains of positions, the newest first, as in a Lempel-Ziv window."""
+
+    tokens: np.ndarray  # (M,) int32, scored tokens by position modulo M
+    heads: np.ndarray  # (orders, buckets) int32, the newest position of a row; -1: none
+    before: np.ndarray  # (orders, M) int32, the position before it in its row
+    checks: np.ndarray  # (orders, M) uint64, the whole hash of its context
+    tail: np.ndarray  # (longest context,) int64, the last tokens scored; -1 before the span
+    absorbed: int  # positions so far
+    gate: np.ndarray  # (bins, 2) float64: evidence for the n-grams, and tokens seen
+    trust: float  # log odds of the mixture against the model alone
+
+
+class NgramAdapter(Adapter):
+    """p = (1 - c) p_model + c p_ngram, p_ngram from counts of what the span's scored tokens were followed by.
+
+    A row holds what followed its contexts, and one look-up gives counts of all tokens: p_ngram is normalized whatever
+    shares a row. Orders are interpolated from the longest down, each leaving its escape e to the next and the last one
+    to the model: p_k(v) = (n_k(v) + e_k' p_(k-1)(v)) / (n_k + e_k'). Only tokens that were seen are touched, and the
+    sum over all is exactly 1. c = trust x w: w is learned by expectation maximization for each kind of place (longest
+    order found, whether it is certain, the model's entropy) from places already scored; trust is the posterior of the
+    mixture against the model alone (Bayes), which bounds what the mixture can lose.
+    """
+
+    ENTROPIES: ClassVar[tuple[float, ...]] = (0.5, 1.5, 3.0)  # nats between kinds of places
+    PRIOR: ClassVar[tuple[float, float]] = (1.0, 20.0)  # evidence and tokens that a bin starts with
+    LIMIT: ClassVar[float] = 5.0  # of trust's log odds, so that it can change its mind
+
+    def __init__(self, kind: NgramKind) -> None:
+        self.kind = kind
+
+    def memory(self, scorer: Scorer) -> int:
+        positions = self.positions(scorer)
+        return len(self.kind.orders) * (4 * self.rows(scorer) + 12 * positions) + 4 * positions
+
+    def positions(self, scorer: Scorer) -> int:
+        return min(self.kind.tokens, max(stop - start for start, stop in scorer.spans))
+
+    def rows(self, scorer: Scorer) -> int:
+        """Rows of a table; one that tells contexts apart has two for each position."""
+        return self.kind.buckets or 2 * self.positions(scorer)
+
+    def begin(self, scorer: Scorer) -> NgramState:
+        count, size = len(self.kind.orders), self.positions(scorer)
+        bins = np.tile(np.array(self.PRIOR), (count * 2 * (len(self.ENTROPIES) + 1), 1))
+        heads = np.full((count, self.rows(scorer)), -1, np.int32)
+        tables = np.full((count, size), -1, np.int32), np.zeros((count, size), np.uint64)
+        tail = np.full(self.kind.orders[-1] - 1, -1)
+        return NgramState(np.zeros(size, np.int32), heads, *tables, tail, 0, bins, 0.0)
+
+    def hashes(self, tail: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+        """(orders, n) uint64: the context of each order that ends with each input."""
+        both, found = np.concatenate((tail, inputs)).astype(np.uint64) + np.uint64(1), []
+        value = np.zeros(len(inputs), np.uint64)
+        for back in range(self.kind.orders[-1] - 1):
+            at = len(tail) - back
+            value = (value ^ both[at : at + len(inputs)]) * np.uint64(0x9E3779B97F4A7C15)
+            value ^= value >> np.uint64(29)
+            if back + 2 in self.kind.orders:
+                found.append(value)
+        return np.stack(found)
+
+    def look_up(self, state: NgramState, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens that followed each context, (orders, n, depth), -1 where none; and each order's places."""
+        hashes, size = self.hashes(state.tail, inputs), len(state.tokens)
+        order = np.arange(len(hashes))[:, None]
+        at = state.heads[order, hashes % np.uint64(state.heads.shape[1])]
+        found = np.full((*hashes.shape, self.kind.depth), -1, np.int32)
+        for step in range(self.kind.depth):
+            there = (at >= 0) & (at >= state.absorbed - size)
+            if not there.any():
+                break
+            slot = at % size
+            same = there & ((state.checks[order, slot] == hashes) | (not self.kind.exact))
+            found[..., step] = np.where(same, state.tokens[slot], -1)
+            at = np.where(there, state.before[order, slot], -1)
+        return found, order
+
+    def counts(
+        self, state: NgramState, inputs: np.ndarray, vocabulary: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Sparse part of p_ngram (n, V) and what is left to the model (n,), float64; the kind of place (n,) or -1."""
+        found, order = self.look_up(state, inputs)
+        there, ordered = found >= 0, np.sort(found, -1)
+        total = there.sum(-1)  # (orders, n)
+        distinct = ((ordered[..., 1:] != ordered[..., :-1]) & (ordered[..., 1:] >= 0)).sum(-1) + (ordered[..., 0] >= 0)
+        lower = np.where(total > 0, self.kind.alpha or distinct, 1.0)
+        escape = lower / (total + lower)
+        left = np.cumprod(escape[::-1], 0)[::-1]  # what this order and those above leave
+        weight = left / np.where(total > 0, escape * (total + lower), 1.0)
+        places = np.arange(len(inputs))[None, :, None] * vocabulary + found
+        flat = np.bincount(
+            places[there], np.broadcast_to(weight[..., None], found.shape)[there], len(inputs) * vocabulary
+        )
+        longest = np.where(total > 0, order, -1).max(0)
+        sure = np.take_along_axis(distinct, np.maximum(longest, 0)[None], 0)[0] == 1
+        return flat.reshape(len(inputs), vocabulary), left[0], np.where(longest >= 0, 2 * longest + sure, -1)
+
+    def wrap(self, states: list[NgramState], chunk: Chunk, given: Distribution) -> Distribution:
+        logs, inputs = given.full(), chunk.tokens[:, -chunk.scored :].cpu().numpy()
+        entropy = -(logs.exp() * logs).sum(-1).cpu().numpy()
+        level = np.searchsorted(self.ENTROPIES, entropy)  # (B, n)
+        rows = [self.counts(state, row, logs.shape[-1]) for state, row in zip(states, inputs, strict=True)]
+        place = np.stack([row[2] for row in rows])
+        place = np.where(place >= 0, place * (len(self.ENTROPIES) + 1) + level, -1)
+        share = np.stack([state.gate[row, 0] / state.gate[row, 1] for state, row in zip(states, place, strict=True)])
+        share = np.where(place >= 0, share, 0.0)
+        trust = np.array([[1 / (1 + math.exp(-state.trust))] for state in states])
+        arrays = (np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows]), share, share * trust)
+        seen, left, alone, mixed = (torch.from_numpy(array).to(logs) for array in arrays)
+        kept, added = torch.log1p(-mixed * (1 - left))[..., None], (mixed[..., None] * seen).log()
+        return Distribution(torch.logaddexp(logs + kept, added), (logs, seen, left, alone, torch.from_numpy(place)))
+
+    def learn(self, states: list[NgramState], chunk: Chunk, given: Distribution) -> list[NgramState]:
+        assert chunk.targets is not None
+        logs, seen, left, share, place = given.parts
+        targets = chunk.targets[:, -chunk.scored :]
+        model, ngram = (Distribution(part).log_prob(targets).double().exp() for part in (logs, seen.log()))
+        ngram = ngram + left * model
+        both = (1 - share) * model + share * ngram
+        evidence, gain = share * ngram / both, (both / model).log().sum(1)
+        inputs = chunk.tokens[:, -chunk.scored :]
+        arrays = [part.cpu().numpy() for part in (inputs, targets, evidence, gain, place)]
+        return [self.absorb(state, *row) for state, *row in zip(states, *arrays, strict=True)]
+
+    def absorb(
+        self,
+        state: NgramState,
+        inputs: np.ndarray,
+        targets: np.ndarray,
+        evidence: np.ndarray,
+        gain: float,
+        place: np.ndarray,
+    ) -> NgramState:
+        """The state after scored tokens, which are put into its tables in place."""
+        hashes, size = self.hashes(state.tail, inputs), len(state.tokens)
+        keep = slice(max(0, len(inputs) - size), None)  # a chunk may be longer than what is remembered
+        at = (state.absorbed + np.arange(len(inputs)))[keep]
+        for order, row in enumerate(hashes % np.uint64(state.heads.shape[1])):
+            bucket = row[keep].astype(np.int64)
+            by = np.argsort(bucket, kind="stable")
+            last = np.append(bucket[by][1:] != bucket[by][:-1], True)
+            first = np.append(True, last[:-1])
+            state.before[order, at[by] % size] = np.where(first, state.heads[order, bucket[by]], np.roll(at[by], 1))
+            state.heads[order, bucket[by][last]] = at[by][last]
+            state.checks[order, at % size] = hashes[order, keep]
+        state.tokens[at % size] = targets[keep]
+        known, gate = place >= 0, state.gate.copy()
+        np.add.at(gate, place[known], np.stack((evidence[known], np.ones(known.sum())), -1))
+        tail = np.concatenate((state.tail, inputs))[len(inputs) :]
+        trust = min(self.LIMIT, max(-self.LIMIT, state.trust + float(gain)))
+        return state._replace(tail=tail, absorbed=state.absorbed + len(inputs), gate=gate, trust=trust)
+
+
+def ngram_cache(h: Hyperparameters) -> NgramAdapter:
+    """Exact contexts of several lengths, backing off."""
+    orders = rising_orders("NGRAM_CACHE_ORDERS", h.ngram_cache_orders)
+    return NgramAdapter(NgramKind(orders, 0, h.ngram_cache_tokens, h.ngram_cache_depth, 0.0, True))
+
+
+def eval_engram(h: Hyperparameters) -> NgramAdapter:
+    """Hashed rows that contexts share, smoothed by Laplace's rule."""
+    orders = rising_orders("EVAL_ENGRAM_ORDERS", h.eval_engram_orders)
+    sizes = (h.eval_engram_buckets, h.eval_engram_tokens, h.eval_engram_depth)
+    return NgramAdapter(NgramKind(orders, *sizes, h.eval_engram_alpha, False))
+
+
+class Sample(NamedTuple):
+    """One row of a scored chunk, to learn from."""
+
+    tokens: Tensor  # (1, T)
+    targets: Tensor  # (1, T), -100 where there is nothing to learn
+    carry: tuple | None
+
+
+class Adapted(NamedTuple):
+    """What a span has learned: values of parameters or of low-rank pairs, and the optimizer's averages."""
+
+    values: dict[str, Tensor]
+    mean: dict[str, Tensor]  # of gradients
+    square: dict[str, Tensor]  # of their squares, for Adam
+    steps: int
+    kept: tuple[Sample, ...]  # scored, not learned from yet
+
+
+TTT_LORA_TARGETS = re.compile(r"blocks\.\d+\.(attn|mlp)\.(qkv|proj|up|down)\.weight")
+
+
+def ttt_names(h: Hyperparameters, model: GPT) -> list[str]:
+    """Parameters in TTT_SCOPE. Raises UserError when there are none."""
+    roles, found = role_table(model), list[str]()
+    frozen = h.freeze_packed_engram
+    scopes: dict[str, Callable[[str], bool]] = {
+        "scalars": lambda n: roles[n].group not in ("matrix", "embed", "head", "table"),
+        "lora": lambda n: TTT_LORA_TARGETS.fullmatch(n) is not None,
+        "feedback": lambda n: ".feedback." in n or ".sketch." in n,
+        # Not what a recurrence is stable by.
+        "skc_safe": lambda n: ".skc." in n and roles[n].group == "scalar" and not re.search(r"decay|hold|diagonal", n),
+        "capsule_bank": lambda n: ".bank." in n,
+        **dict.fromkeys(("global", "all"), lambda n: not (frozen and roles[n].group == "table")),
+    }
+    found = [name for name, _ in model.named_parameters() if scopes[h.ttt_scope](name)]
+    if not found:
+        raise UserError(f"TTT_SCOPE={h.ttt_scope}: this network has no such parameters; try scalars")
+    return found
+
+
+class TestTimeTraining(Adapter):
+    """Gradient steps on tokens that were scored, for each span by itself, or (global) between phases for all.
+
+    The model's own parameters are never written: a span's values stand in for them (torch.func.functional_call), or
+    low-rank pairs beside them, so that what it learned ends with it. Momentum goes on from chunk to chunk; the carried
+    state before a chunk is where its training pass starts, too. With TTT_SCOPE=lora a document's first token resets the
+    pairs, and what is learned from its chunk is what stands behind that token.
+    """
+
+    def __init__(self, h: Hyperparameters) -> None:
+        self.h = h
+        self.pairs, shared = h.ttt_scope == "lora", h.ttt_scope == "global"
+        self.phases = h.ttt_phases if shared else 1
+        self.together = 2**30 if shared or self.pairs else 1
+
+    def begin(self, scorer: Scorer) -> Adapted:
+        self.scorer = scorer
+        return self.fresh()
+
+    def fresh(self) -> Adapted:
+        """Nothing learned yet: the model's own values, or pairs whose product is zero."""
+        own = dict(self.scorer.model.named_parameters())
+        values = {name: own[name].detach() for name in ttt_names(self.h, self.scorer.model)}
+        if self.pairs:
+            values = {n: part for name, weight in values.items() for n, part in self.first_pair(name, weight).items()}
+        zeros = {name: torch.zeros_like(value) for name, value in values.items()}
+        return Adapted(values, zeros, zeros, 0, ())
+
+    def first_pair(self, name: str, weight: Tensor) -> dict[str, Tensor]:
+        """Random numbers into the rank, the same on every machine, and zeros out of it (Hu et al. 2021)."""
+        generator = torch.Generator().manual_seed(parameter_seed(self.h.seed, name))
+        down = torch.randn(weight.shape[1], self.h.ttt_rank, generator=generator) / math.sqrt(weight.shape[1])
+        return {name + ":in": down.to(weight), name + ":out": weight.new_zeros(self.h.ttt_rank, weight.shape[0])}
+
+    def split(self, values: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """The network's low-rank pairs."""
+        names = [name[:-3] for name in values if name.endswith(":in")]
+        return {name: (values[name + ":in"], values[name + ":out"]) for name in names}
+
+    def lora(self, states: list[Adapted], chunk: Chunk) -> dict[str, tuple[Tensor, Tensor]] | None:
+        return self.split(stack_values(states)) if self.pairs and any(state.steps for state in states) else None
+
+    def weights(self, states: list[Adapted], chunk: Chunk) -> dict[str, Tensor] | None:
+        return None if self.pairs or not states[0].steps else states[0].values
+
+    def learn(self, states: list[Adapted], chunk: Chunk, given: Distribution) -> list[Adapted]:
+        states = [self.keep(state, chunk_rows(chunk, [i])) for i, state in enumerate(states)]
+        ready = [i for i, state in enumerate(states) if self.phases == 1 and self.enough(state)]
+        alike: dict[tuple, list[int]] = {}
+        for i in ready:
+            alike.setdefault(tuple(sample.tokens.shape for sample in states[i].kept), []).append(i)
+        for rows in alike.values():
+            for i, new in zip(rows, self.adapt([states[i] for i in rows]), strict=True):
+                states[i] = new
+        return states
+
+    def enough(self, state: Adapted) -> bool:
+        """Whether a span has scored as many tokens as it waits for."""
+        return sum(sample.targets.shape[1] for sample in state.kept) >= self.h.ttt_chunk_tokens
+
+    def keep(self, state: Adapted, row: Chunk) -> Adapted:
+        """The state with one more sample, begun anew where a document begins."""
+        assert row.targets is not None
+        if self.phases > 1 and self.reaches_back(row):
+            return state
+        targets, kept = row.targets.clone(), state.kept
+        targets[:, : -row.scored] = -100
+        starts = (targets[0] == self.scorer.model.bos).nonzero().flatten().tolist() if self.pairs else []
+        if starts:
+            state, kept = self.fresh(), ()
+            targets[:, : starts[-1] + 1] = -100
+        return state._replace(kept=(*kept, Sample(row.tokens, targets, row.carry)))
+
+    def reaches_back(self, row: Chunk) -> bool:
+        """Whether a window sees tokens of the span before, which that span may not have scored when all meet."""
+        begin, first = row.starts[0] + row.scored - row.tokens.shape[1], self.scorer.spans[row.spans[0]][0]
+        return first > 0 and begin - self.h.history <= first
+
+    def adapt(self, states: list[Adapted]) -> list[Adapted]:
+        """TTT_EPOCHS passes over what the states keep, a step for each chunk, side by side."""
+        kept = [state.kept for state in states]
+        for _ in range(self.h.ttt_epochs):
+            for samples in zip(*kept, strict=True):
+                states = self.step(states, samples)
+        return [state._replace(kept=()) for state in states]
+
+    def merge(self, states: dict[int, Adapted]) -> dict[int, Adapted]:
+        """One set of values for all spans, after steps on eight of the new samples at a time."""
+        samples = [sample for _, state in sorted(states.items()) for sample in state.kept]
+        by_length: dict[tuple[int, ...], list[Sample]] = {}
+        for sample in samples:
+            by_length.setdefault(tuple(sample.tokens.shape), []).append(sample)
+        groups = [part[at : at + 8] for part in by_length.values() for at in range(0, len(part), 8)]
+        shared = [min(states.items())[1]]
+        for group in groups * self.h.ttt_epochs:
+            shared = self.step(shared, group)
+        return dict.fromkeys(states, shared[0]._replace(kept=()))
+
+    def step(self, states: list[Adapted], samples: Sequence[Sample]) -> list[Adapted]:
+        """One step of each state on its own sample, or of one state on all of them."""
+        model, rt = self.scorer.model, self.scorer.rt
+        values = stack_values(states) if self.pairs else states[0].values
+        leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
+        tokens = torch.cat([sample.tokens for sample in samples])
+        targets = torch.cat([sample.targets for sample in samples])
+        carry = join_rows([sample.carry for sample in samples])
+        call = (tokens, self.scorer.variant, carry, 0, self.split(leaves) if self.pairs else None)
+        with torch.enable_grad(), rt.precision():
+            logits, _ = torch.func.functional_call(model, {} if self.pairs else leaves, call)
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+            means = losses.sum(1) / (targets >= 0).sum(1).clamp(min=1)  # of each row
+            total = means.sum() if self.pairs else means.mean()
+        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        grads = {n: torch.zeros_like(leaves[n]) if g is None else g.to_dense() if g.is_sparse else g
+            for n, g in zip(leaves, found, strict=True)}  # fmt: skip
+        return [
+            self.update(state, {n: g[i] for n, g in grads.items()} if self.pairs else grads)
+            for i, state in enumerate(states)
+        ]
+
+    @torch.no_grad()
+    def update(self, state: Adapted, grads: dict[str, Tensor]) -> Adapted:
+        """SGD with momentum, or Adam, on a gradient of bounded norm."""
+        h, norm = self.h, torch.stack([g.norm() for g in grads.values()]).norm()
+        scale, beta, steps = (h.ttt_clip / norm.clamp(min=h.ttt_clip)), h.ttt_momentum, state.steps + 1
+        adam = h.ttt_optimizer == "adam"
+        mean = {n: beta * state.mean[n] + (1 - beta if adam else 1) * scale * g for n, g in grads.items()}
+        if not adam:
+            return state._replace(
+                values={n: v - h.ttt_lr * mean[n] for n, v in state.values.items()}, mean=mean, steps=steps
+            )
+        square = {n: 0.95 * state.square[n] + 0.05 * (scale * g).square() for n, g in grads.items()}
+        rate = h.ttt_lr * math.sqrt(1 - 0.95**steps) / (1 - beta**steps)
+        values = {n: v - rate * mean[n] / (square[n].sqrt() + 1e-8) for n, v in state.values.items()}
+        return Adapted(values, mean, square, steps, state.kept)
+
+
+def stack_values(states: list[Adapted]) -> dict[str, Tensor]:
+    """The values of several spans with a batch dimension in front."""
+    return {name: torch.stack([state.values[name] for state in states]) for name in states[0].values}
+
+
+ADAPTERS: dict[str, Callable[[Hyperparameters], Adapter]] = {
+    "ttt": TestTimeTraining,
+    "temperature": lambda h: TemperatureAdapter(),
+    "engram": eval_engram,
+    "ngram": ngram_cache,
+}
+
+
+def plain_evaluation(h: Hyperparameters) -> Hyperparameters:
+    """A configuration without adapters and overlapping windows, for validation during training."""
+    return dataclasses.replace(
+        h, sliding_eval=False, temp_scaling=False, eval_engram=False, ngram_cache=False, ttt_scope="off"
+    )
 
 
 class Score(NamedTuple):
@@ -6914,40 +7429,65 @@ class Scorer:
     ) -> None:
         self.h, self.rt, self.model, self.table, self.calibration = h, rt, model, table, calibration or {}
         self.variant = scoring_variant(h)
-        self.adapters = [ADAPTERS[name]() for name in h.used()["ADAPTERS"]]
+        self.adapters = [ADAPTERS[name](h) for name in h.used()["ADAPTERS"]]
+        self.say: Callable[[str], None] = lambda text: None  # told before memory is taken, and how long it will take
+        self.limit = 0.0  # seconds; 0: unbounded
+        self.watch: Callable[[str, Chunk, list[list], Distribution], None] | None = None  # sees scores and updates
 
     def score(
-        self, tokens: np.ndarray, variant: Variant | None = None, ledger: list | None = None, report: Any = None
+        self,
+        tokens: np.ndarray,
+        variant: Variant | None = None,
+        ledger: list[Entry] | None = None,
+        report: Callable[[float], None] | None = None,
     ) -> Score:
         """Score every token of a stream but its first.
 
-        tokens (N,) int64. `ledger` collects (span, first scored token, last + 1) in order; `report` is called with the
-        share done. All ranks return the same sums.
+        tokens (N,) int64. `ledger` collects what was done, in order; `report` is called with the share done. All
+        ranks return the same sums. Raises AgreedError when it takes longer than `limit`, or would by the pace of its
+        first 2%.
         """
-        self.variant = scoring_variant(self.h, variant)
+        began, kept = time.monotonic(), fingerprint(self.model) if self.checked else b""
+        self.variant, self.ledger = scoring_variant(self.h, variant), [] if ledger is None else ledger
+        self.versions = Counter[int]()  # chunks that each span's adapters have learned from
         self.tokens, self.spans = tokens, self.cut(len(tokens) - 1)
         count, rt = len(self.spans), self.rt
         mine = range(rt.rank * count // rt.world, (rt.rank + 1) * count // rt.world)
         rows = max(1, min(self.h.val_batch_size, MAX_LOGITS[rt.device.type] // self.h.vocab_size) // self.h.eval_window)
         rows = min([rows, *(adapter.together for adapter in self.adapters)])
         groups = [list(mine[at : at + rows]) for at in range(0, len(mine), rows)]
-        first = [adapter.begin(self) for adapter in self.adapters]
-        states = {span: list(first) for span in mine}
+        for adapter in self.adapters:
+            if taken := adapter.memory(self) * len(mine):
+                self.say(f"{type(adapter).__name__}: {taken / MIB:.1f} MiB for {len(mine)} streams")
+        states = {span: [adapter.begin(self) for adapter in self.adapters] for span in mine}
+        pace = Deadline(began, self.limit, sum(self.spans[span][1] - self.spans[span][0] for span in mine), self.say)
         carries = [Carry(g, self.model.init_state(len(g)) if self.h.carry_eval else None) for g in groups]
         phases = max([adapter.phases for adapter in self.adapters], default=1)
         turns = max(-(-(stop - start) // self.step) for start, stop in self.spans)
-        sums = np.zeros(3)
+        sums = np.zeros(4)
         for phase in range(phases):
             part = range(phase * turns // phases, (phase + 1) * turns // phases)
             for g, group in enumerate(groups):
-                found, carries[g] = self.score_group(group, part, states, carries[g], ledger)
-                sums += found
+                carries[g] = self.score_group(group, part, (states, carries[g]), sums, pace)
                 if report:
                     report((phase + (g + 1) / len(groups)) / phases)
             states = self.merge(states) if phase + 1 < phases else states
+        sums[3] = pace.late()
         if rt.world > 1:
             dist.all_reduce(torch.from_numpy(sums), group=rt.control)
+        if sums[3]:
+            raise AgreedError(
+                f"evaluation takes longer than MAX_EVAL_SECONDS={self.limit:g}; use a longer stride, fewer TTT_EPOCHS, "
+                "fewer adapters or more ranks"
+            )
+        if self.checked and kept != fingerprint(self.model):
+            raise AgreedError("the evaluation changed the model's own weights (FREEZE_CHECK_STRICT=1)")
         return Score(float(sums[0]), int(sums[1]), int(sums[2]))
+
+    @property
+    def checked(self) -> bool:
+        """Whether the model's weights are compared before and after."""
+        return self.h.ttt_scope != "off" and self.h.freeze_check_strict
 
     @property
     def step(self) -> int:
@@ -6975,36 +7515,59 @@ class Scorer:
         return list(zip(edges[:-1], edges[1:], strict=True))
 
     def score_group(
-        self, group: list[int], turns: Sequence[int], states: dict[int, list], carry: Carry, ledger: list | None
-    ) -> tuple[np.ndarray, Carry]:
-        """Walk some spans side by side, chunk by chunk; returns sums of nats, tokens and bytes, and the carry."""
-        sums = np.zeros(3)
+        self, group: list[int], turns: Sequence[int], run: tuple, sums: np.ndarray, pace: Deadline
+    ) -> Carry:
+        """Walk some spans side by side, chunk by chunk; adds nats, tokens and bytes to the sums, returns the carry.
+
+        `run` is (states by span, carry).
+        """
+        states, carry = run
         for turn in turns:
             before = carry
             for chunk in self.chunks(group, turn):
+                if pace.late():
+                    return carry
                 mine = [states[span] for span in chunk.spans]
                 rows = [before.spans.index(span) for span in chunk.spans] if before.state else []
                 start = take_rows(before.state, rows) if before.state else self.model.start_state(chunk.history)
                 chunk = chunk._replace(carry=start)
                 given, after = self.predict(chunk._replace(targets=None), mine)
-                sums += self.tally(chunk, given)
+                self.note("score", chunk, mine, given[-1])
+                sums[:3] += self.tally(chunk, given[-1])
                 if before.state and chunk.scored == self.step:  # a shorter chunk ends its span
                     carry = Carry(chunk.spans, after)
-                if ledger is not None:
-                    ledger.extend((s, i + 1, i + 1 + chunk.scored) for s, i in zip(chunk.spans, chunk.starts))
                 self.learn(chunk, mine, given)
-        return sums, carry
+                pace.add(len(chunk.spans) * chunk.scored)
+        return carry
 
-    def learn(self, chunk: Chunk, states: list[list], given: Distribution) -> None:
-        """Let the adapters learn from a chunk that has been scored."""
+    def note(self, kind: str, chunk: Chunk, states: list[list], given: Distribution) -> None:
+        """A line of the ledger for each row of a chunk that is being scored or learned from."""
+        for span, at in zip(chunk.spans, chunk.starts, strict=True):
+            self.ledger.append(Entry(kind, span, at + 1, at + 1 + chunk.scored, self.versions[span]))
+        if self.watch is not None:
+            self.watch(kind, chunk, states, given)
+
+    def learn(self, chunk: Chunk, states: list[list], given: list[Distribution]) -> None:
+        """Let the adapters learn from a chunk that has been scored, but for rows whose span ends with it."""
+        on = [i for i, span in enumerate(chunk.spans) if chunk.starts[i] + chunk.scored < self.spans[span][1]]
+        if not on or not self.adapters:
+            return
+        if len(on) < len(chunk.spans):
+            chunk, states = chunk_rows(chunk, on), [states[i] for i in on]
+            given = [Distribution(d.log_probs[on], take_rows(d.parts, on)) for d in given]
+        self.note("learn", chunk, states, given[-1])
+        self.versions.update(chunk.spans)
         for i, adapter in enumerate(self.adapters):
-            learned = adapter.learn([state[i] for state in states], chunk, given)
+            learned = adapter.learn([state[i] for state in states], chunk, given[1 + i])
             for state, new in zip(states, learned, strict=True):
                 state[i] = new
 
     @torch.no_grad()
-    def predict(self, chunk: Chunk, states: list[list]) -> tuple[Distribution, tuple | None]:
-        """The distribution at the chunk's scored positions, from what came before each of them alone."""
+    def predict(self, chunk: Chunk, states: list[list]) -> tuple[list[Distribution], tuple | None]:
+        """The distributions at the chunk's scored positions, from what came before each of them alone.
+
+        The network's own, then what each adapter made of it; the last one counts.
+        """
         columns = [[state[i] for state in states] for i in range(len(self.adapters))]
         pairs = merge_changes([a.lora(column, chunk) for a, column in zip(self.adapters, columns, strict=True)])
         weights = merge_changes([a.weights(column, chunk) for a, column in zip(self.adapters, columns, strict=True)])
@@ -7013,9 +7576,9 @@ class Scorer:
             logits, carry = (
                 torch.func.functional_call(self.model, weights, call) if weights else self.model.logits(*call)
             )
-        given = Distribution(logits.log_softmax(-1))
+        given = [Distribution(logits.log_softmax(-1))]
         for adapter, column in zip(self.adapters, columns, strict=True):
-            given = adapter.wrap(column, chunk, given)
+            given.append(adapter.wrap(column, chunk, given[-1]))
         return given, carry
 
     def chunks(self, group: list[int], turn: int) -> Iterator[Chunk]:
@@ -7043,6 +7606,192 @@ class Scorer:
         return np.array([nats, current.size, self.table.count(previous, current).sum()])
 
 
+class Finding(NamedTuple):
+    """One line of an audit."""
+
+    check: str
+    ok: bool
+    found: str
+
+
+class Reached(Exception):
+    """An audited run has scored the position that was asked for."""
+
+
+class Seen(NamedTuple):
+    """What an audited run showed, by the index of the predicted token."""
+
+    vectors: dict[int, Tensor]  # log-probabilities of the whole vocabulary, on the CPU
+    states: dict[int, bytes]  # digest of the span's adapters and carry before the chunk
+    gap: float  # largest difference between the log-probabilities that were scored and the vectors
+    ledger: list[Entry]
+    score: Score | None  # None where the run was cut short
+    kept: bool  # no adapter changed anything of itself but its spans' states
+
+
+class Audit:
+    """Whole evaluations of a short stream, with all adapters on, that show whether an evaluation is legal.
+
+    `make` gives a new scorer; tokens (N,) int64 of its stream. Positions are all edges of chunks, spans, documents and
+    segments (or as many as fit), and others by chance.
+    """
+
+    def __init__(self, make: Callable[[], Scorer], tokens: np.ndarray, positions: int = 200) -> None:
+        self.make, self.tokens, self.choose = make, tokens, np.random.default_rng(0)
+        self.before = fingerprint(make().model)
+        self.whole = self.run(tokens, set(range(1, len(tokens))))
+        self.positions = self.some_positions(positions)
+
+    def some_positions(self, count: int) -> list[int]:
+        scorer, last = self.make(), len(self.tokens)
+        edges = {at for e in self.whole.ledger if e.kind == "score" for at in (e.first, e.first + 1, e.stop - 1)}
+        starts = np.flatnonzero(self.tokens == scorer.model.bos).tolist()
+        window, segment = scorer.h.eval_window, scorer.h.rmt_segment
+        starts += [*range(0, last, window), *(range(0, last, segment) if segment else ())]
+        edges |= {at + i for at in starts for i in (-1, 0, 1)}
+        near = [at for at in sorted(edges) if 1 <= at < last]
+        chosen = set(self.choose.permutation(near)[: count * 3 // 4].tolist())
+        others = self.choose.permutation([at for at in range(1, last) if at not in chosen])
+        return sorted(chosen | set(others[: max(0, count - len(chosen))].tolist()))
+
+    def run(self, tokens: np.ndarray, wanted: set[int], until: int = 0, adapters: list[Adapter] | None = None) -> Seen:
+        """Evaluate and look; ends after the chunk of `until`, if that is given."""
+        scorer = self.make()
+        if adapters is not None:
+            scorer.adapters = adapters
+        return self.look(scorer, tokens, wanted, until)
+
+    def look(self, scorer: Scorer, tokens: np.ndarray, wanted: set[int], until: int = 0) -> Seen:
+        """Run a scorer and keep what it shows."""
+        rows_seen, states, ledger, gaps = dict[int, Tensor](), dict[int, bytes](), list[Entry](), [0.0]
+        own: list[bytes] = []
+
+        def watch(kind: str, chunk: Chunk, columns: list[list], given: Distribution) -> None:
+            if kind != "score":
+                return
+            own.append(own[0] if own else own_state(scorer))
+            targets = chunk.targets[:, -chunk.scored :] if chunk.targets is not None else chunk.tokens
+            for row, start in enumerate(chunk.starts):
+                inside = wanted.intersection(range(start + 1, start + 1 + chunk.scored))
+                if not inside:
+                    continue
+                full = given.full()[row]
+                exact = full.gather(-1, targets[row, :, None])[:, 0]
+                gaps.append(float((given.log_prob(targets)[row] - exact).abs().max()))
+                digest = fingerprint([columns[row], flatten_state(take_rows(chunk.carry, slice(row, row + 1)))])
+                rows_seen.update({index: full[index - start - 1].cpu().clone() for index in inside})
+                states.update(dict.fromkeys(inside, digest))
+            if until in rows_seen:
+                raise Reached
+
+        scorer.watch, score = watch, None
+        with suppress(Reached):
+            score = scorer.score(tokens, ledger=ledger)
+        kept = not own or own[0] == own_state(scorer)
+        return Seen(rows_seen, states, max(gaps), ledger, score, kept)
+
+    def findings(self) -> list[Finding]:
+        """All checks that need no more than a scorer and a stream."""
+        return [self.causality(), self.order(), *self.normalization(), *self.state(), self.determinism()]
+
+    def causality(self) -> Finding:
+        """A token and all after it replaced: its whole vector, and what its chunk was scored with, are the same bits.
+
+        Where adapters meet between phases, what was scored in time before the token is not after it.
+        """
+        turn = {at: i for i, e in enumerate(self.whole.ledger) if e.kind == "score" for at in range(e.first, e.stop)}
+        order = np.array([-1, *(turn.get(at, 0) * len(self.tokens) + at for at in range(1, len(self.tokens)))])
+        meets, wrong, size = any(a.phases > 1 for a in self.make().adapters), list[int](), self.make().h.vocab_size
+        for at in self.positions:
+            later = np.arange(len(self.tokens)) >= at
+            later &= (order >= order[at]) | (not meets)
+            shift = self.choose.integers(1, size, len(self.tokens))
+            changed = np.where(later, (self.tokens + shift) % size, self.tokens)
+            seen = self.run(changed, {at}, at)
+            same = seen.states.get(at) == self.whole.states[at] and torch.equal(
+                seen.vectors[at], self.whole.vectors[at]
+            )
+            wrong += [] if same else [at]
+        found = f"{len(self.positions)} positions, {len(wrong)} differ" + (f", first {wrong[0]}" if wrong else "")
+        return Finding("causality", not wrong, found)
+
+    def order(self) -> Finding:
+        """Every token is scored once, in order, and before anything learns from it."""
+        places, problem = dict[int, int](), ""
+        for e in self.whole.ledger:
+            reached = places.get(e.span, e.first)
+            if e.kind == "learn" and (e.span not in places or e.stop > reached):
+                problem = problem or f"tokens {e.first} to {e.stop - 1} were learned from before they were scored"
+            elif e.kind == "score":
+                if e.first != reached:
+                    problem = problem or f"token {e.first} was scored where {reached} was due"
+                places[e.span] = e.stop
+        scored = Counter(at for e in self.whole.ledger if e.kind == "score" for at in range(e.first, e.stop))
+        once = scored == Counter(range(1, len(self.tokens)))
+        if not problem and not (once and self.whole.score and self.whole.score.tokens == len(self.tokens) - 1):
+            problem = "not every token was scored exactly once"
+        return Finding("order", not problem, problem or f"{len(scored)} tokens scored once, in order, before updates")
+
+    def normalization(self) -> list[Finding]:
+        """Every distribution sums to 1: the model's, each adapter's alone, and that of their stack."""
+        stacks = {"model": [], **{type(a).__name__: [a] for a in self.make().adapters}}
+        runs = {name: self.run(self.tokens, set(self.positions), 0, stack) for name, stack in stacks.items()}
+        found = []
+        for name, seen in (*runs.items(), ("all", self.whole)):
+            rows = torch.stack([seen.vectors[at] for at in self.positions]).double()
+            off = float(rows.logsumexp(-1).abs().max())
+            ok = off <= 1e-5 and seen.gap <= 1e-5
+            found.append(Finding(f"normalization: {name}", ok, f"|logsumexp| {off:.1e}, scored differs {seen.gap:.1e}"))
+        return found
+
+    def state(self) -> list[Finding]:
+        """Evaluations change nothing but their spans' states, and leave none behind."""
+        scorer = self.make()
+        first, second = (self.look(scorer, self.tokens, set(self.positions)) for _ in range(2))
+        clean = self.before == fingerprint(scorer.model)
+        alike = digest_of(first) == digest_of(second)
+        return [
+            Finding("state: weights", clean, "unchanged" if clean else "changed by the evaluation"),
+            Finding("state: adapters", self.whole.kept, "declared" if self.whole.kept else "an adapter keeps its own"),
+            Finding("state: survival", alike, "none survives" if alike else "the next evaluation differs"),
+        ]
+
+    def determinism(self) -> Finding:
+        """The same again with a new scorer."""
+        again = self.run(self.tokens, set(self.whole.vectors))
+        same = digest_of(again) == digest_of(self.whole)
+        nats = abs((again.score.nats if again.score else math.nan) - (self.whole.score.nats if self.whole.score else 0))
+        return Finding("determinism", same, f"nats differ by {nats:g}")
+
+
+def own_state(scorer: Scorer) -> bytes:
+    """A digest of what adapters hold beside the states of their spans."""
+    return fingerprint([dict(adapter.__dict__) for adapter in scorer.adapters])
+
+
+def digest_of(seen: Seen) -> bytes:
+    """A digest of all that a whole run showed."""
+    return fingerprint([sorted(seen.vectors.items()), sorted(seen.states.items()), tuple(seen.score or ())])
+
+
+def audit_stream(h: Hyperparameters, tokens: np.ndarray) -> np.ndarray:
+    """The begin of a stream, long enough for each span to have four chunks, and all together a window and a half."""
+    step = h.sliding_eval_stride if h.sliding_eval else h.eval_window
+    chunks = max(4, -(-3 * h.eval_window // (2 * step * h.eval_streams)))
+    return tokens[: max(h.eval_streams * chunks * step - step // 3, 300) + 1]
+
+
+def check_bytes(tokenizer: Tokenizer, table: ByteTable, tokens: np.ndarray) -> Finding:
+    """The denominator of bits per byte is the bytes of the text, decoded between tokens that have no surface form."""
+    cuts = np.flatnonzero(table.boundary[tokens])
+    if len(cuts) < 2:
+        return Finding("bytes", False, "no whole document among the tokens")
+    parts = [tokens[a + 1 : b].tolist() for a, b in itertools.pairwise(cuts)]
+    decoded = sum(len(tokenizer.decode(part).encode()) for part in parts)
+    total = int(table.count(tokens[cuts[0] : cuts[-1]], tokens[cuts[0] + 1 : cuts[-1] + 1]).sum())
+    return Finding("bytes", decoded == total, f"{total} counted, {decoded} decoded, {len(parts)} stretches of text")
+
+
 def flatten_state(state: Any) -> list[Tensor]:
     """The tensors of a state in order."""
     if isinstance(state, Tensor):
@@ -7050,9 +7799,39 @@ def flatten_state(state: Any) -> list[Tensor]:
     return [tensor for part in state or () for tensor in flatten_state(part)]
 
 
+def join_rows(states: Sequence[Any]) -> Any:
+    """States of several rows as one with all of them."""
+    parts = [flatten_state(state) for state in states]
+    joined = iter([torch.cat(group) for group in zip(*parts, strict=True)])
+    return map_state(states[0], lambda _: next(joined))
+
+
 def take_rows(state: Any, rows: Any) -> Any:
     """Some rows of a state: an index, a list of them, or a slice."""
     return map_state(state, lambda tensor: tensor[rows])
+
+
+def fingerprint(state: Any) -> bytes:
+    """A digest of a state or a model: numbers, text, arrays, tensors, and dicts, lists and tuples of them.
+
+    What is none of these is told apart by its identity alone.
+    """
+    if isinstance(state, nn.Module):
+        state = dict(state.state_dict())
+    if isinstance(state, Tensor):
+        state = (
+            str(state.dtype),
+            tuple(state.shape),
+            state.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(),
+        )
+    if isinstance(state, np.ndarray):
+        return hashlib.sha256(f"{state.dtype}{state.shape}".encode() + state.tobytes()).digest()
+    if isinstance(state, dict):
+        state = list(state.items())
+    if isinstance(state, list | tuple):
+        return hashlib.sha256(b"(" + b"".join(fingerprint(part) for part in state)).digest()
+    plain = state is None or isinstance(state, int | float | str | bytes)
+    return hashlib.sha256((repr(state) if plain else f"{type(state)}{id(state)}").encode()).digest()
 
 
 def map_state(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -7657,9 +8436,13 @@ def settle(s: Session, state: TrainState) -> tuple[bool, dict[str, float]]:
 
 
 def report_validation(s: Session, state: TrainState, calibration: dict[str, float] | None = None) -> Score:
-    """Score the validation split with the weights as they are; one line, one metrics object."""
+    """Score the validation split with the weights as they are; one line, one metrics object.
+
+    During training (no calibration) without what is for the final score alone: adapters and overlapping windows.
+    """
     began = time.monotonic()
-    score = Scorer(s.h, s.rt, s.model, s.table, calibration).score(
+    h = s.h if calibration is not None else plain_evaluation(s.h)
+    score = Scorer(h, s.rt, s.model, s.table, calibration).score(
         s.validation, state.variant, report=lambda share: s.log.progress(share, "validating")
     )
     average = state.seconds * 1e3 / max(1, state.step)
@@ -7713,7 +8496,10 @@ def finish(s: Session, state: TrainState) -> int:
     header, arrays = on_all(s.rt, lambda: decode_artifact(data))
     model = build_model(s.h, s.rt, s.tokenizer.bos, fill=False)
     load_weights(model, arrays)
-    score = Scorer(s.h, s.rt, model, s.table, header["calibration"]).score(s.validation)
+    scorer = Scorer(s.h, s.rt, model, s.table, header["calibration"])
+    scorer.say, scorer.limit = log.line, h.max_eval_seconds
+    log.line(f"protocol:{h.protocol}")
+    score = scorer.score(s.validation)
     budget = account(h, len(data))
     log.line(f"final_roundtrip val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f}")
     log.line(f"final_roundtrip_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} in_memory:{in_memory.loss:.8f}")
@@ -7887,6 +8673,8 @@ def evaluate_command(path: str, environ: dict[str, str]) -> int:
     validation = read_validation(h)
     began = time.monotonic()
     scorer = Scorer(h, rt, model, tokenizer.byte_table(), calibration)
+    scorer.say, scorer.limit = log.line, h.max_eval_seconds
+    log.line(f"protocol:{h.protocol}" + (" (named in advance)" if h.protocol == h.eval_protocol else ""))
     score = scorer.score(validation, report=lambda share: log.progress(share, "scoring"))
     seconds = time.monotonic() - began
     log.line(f"final_eval val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
@@ -7894,6 +8682,60 @@ def evaluate_command(path: str, environ: dict[str, str]) -> int:
         f"tokens:{score.tokens} bytes:{score.bytes} eval_time:{seconds * 1e3:.0f}ms tok/s:{score.tokens / seconds:.0f}"
     )
     return 0
+
+
+def trained_weights(h: Hyperparameters, rt: Runtime, folder: Path, bos: int) -> GPT | None:
+    """The network as the latest checkpoint of a run's folder gives it, in its final form; None without one."""
+    latest = find_checkpoint(dataclasses.replace(h, resume="auto"), folder / "checkpoints")
+    if latest is None or not latest.is_file():
+        return None
+    model = build_model(h, rt, bos)
+    weights = Weights(model)
+    Optimizer(h, rt, weights)
+    load_checkpoint(h, rt, latest, model, weights)
+    weights.swap_average()
+    weights.materialize(1.0)
+    return model
+
+
+@torch.no_grad()
+def check_fidelity(scorer: Scorer, trained: GPT | None, tokens: np.ndarray) -> Finding:
+    """How near the reloaded network is to the trained one, on a window of each of eight places."""
+    if trained is None:
+        return Finding("fidelity", True, "not measured: no checkpoint beside the artifact")
+    h, rt = scorer.h, scorer.rt
+    length = min(h.eval_window, len(tokens) // 2)
+    starts = np.linspace(0, len(tokens) - length, 8).astype(int).tolist()
+    history, rows = windows(tokens, starts, length, h.history, rt)
+    with rt.precision():
+        one, two = (m.logits(rows, scoring_variant(h), m.start_state(history))[0] for m in (trained, scorer.model))
+    agree_share = float((one.argmax(-1) == two.argmax(-1)).double().mean())
+    apart = float((one - two).abs().max())
+    found = f"argmax agrees at {agree_share:.4%} of {rows.numel()} positions, logits differ by at most {apart:.2e}"
+    return Finding("fidelity", agree_share >= 0.999, found)
+
+
+def audit_command(path: str, positions: int, environ: dict[str, str]) -> int:
+    """Prove that an artifact's evaluation is legal; prints a table, writes ARTIFACT.audit.json, 4 if anything fails."""
+    h, rt, model, tokenizer, calibration = open_artifact(path, environ)
+    if rt.world > 1:
+        raise UserError("audit runs in one process; start it without torchrun")
+    log, table, validation = Log(None, rt.main), tokenizer.byte_table(), read_validation(h)
+    short = dataclasses.replace(h, eval_streams=min(3, h.eval_streams), freeze_check_strict=False)
+    stream = audit_stream(short, validation)
+    log.line(f"protocol:{h.protocol} audited on {len(stream) - 1} tokens in {short.eval_streams} streams")
+    audit = Audit(lambda: Scorer(short, rt, model, table, calibration), stream, positions)
+    trained = trained_weights(h, rt, Path(path).parent, tokenizer.bos)
+    findings = [*audit.findings(), check_bytes(tokenizer, table, validation)]
+    findings.append(check_fidelity(audit.make(), trained, validation))
+    for finding in findings:
+        log.line(f"{'ok  ' if finding.ok else 'FAIL'} {finding.check:<34}{finding.found}")
+    ok = all(finding.ok for finding in findings)
+    report = {"artifact_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "protocol": h.protocol, "ok": ok,
+        "tokens": len(stream) - 1, "positions": audit.positions, "checks": [f._asdict() for f in findings]}  # fmt: skip
+    write_atomically(Path(path + ".audit.json"), (json.dumps(report, indent=1) + "\n").encode())
+    log.line(f"audit: {'passed' if ok else 'FAILED'}, written to {path}.audit.json")
+    return 0 if ok else 4
 
 
 def generate_command(path: str, options: Any, environ: dict[str, str]) -> int:
@@ -7990,6 +8832,9 @@ def parse_command(argv: list[str]) -> Any:
     for name in ("train", "preflight", "plan"):
         commands.add_parser(name)
     commands.add_parser("eval").add_argument("artifact")
+    auditor = commands.add_parser("audit")
+    auditor.add_argument("artifact")
+    auditor.add_argument("--positions", type=number(int, 1), default=200)
     writer = commands.add_parser("generate")
     writer.add_argument("artifact")
     writer.add_argument("--prompt", default="")
@@ -8011,6 +8856,8 @@ def main(argv: list[str], environ: dict[str, str]) -> int:
     try:
         if options.command == "eval":
             return evaluate_command(options.artifact, environ)
+        if options.command == "audit":
+            return audit_command(options.artifact, options.positions, environ)
         if options.command == "generate":
             return generate_command(options.artifact, options, environ)
         h = load_config(environ)

@@ -521,6 +521,10 @@ SETTINGS: list[dict[str, Any]] = [
     {"rmt_segment": 64},
     {"carry_train": True},
     {"kv_cache": "int8"},
+    {"ngram_cache": True},
+    {"eval_engram": True},
+    {"ttt_scope": "lora"},
+    {"ttt_scope": "global", "bigram_hash_buckets": 64},
 ]
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 import math
+import re
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import scramble
+from conftest import Done, scramble
 from torch import Tensor
 
 import train_gpt as t
@@ -80,6 +84,11 @@ def naive_nats(model: t.GPT, tokens: np.ndarray, chunks: list[tuple[int, int, in
     return total
 
 
+def scored(ledger: list[t.Entry]) -> list[tuple[int, int, int]]:
+    """(span, first, stop) of what was scored, in order."""
+    return [(entry.span, entry.first, entry.stop) for entry in ledger if entry.kind == "score"]
+
+
 def plain_chunks(length: int) -> list[tuple[int, int, int]]:
     """(begin, first scored input, last + 1) of windows that do not overlap."""
     return [(at, at, min(at + WINDOW, length - 1)) for at in range(0, length - 1, WINDOW)]
@@ -93,7 +102,7 @@ class Recorder(t.Adapter):
         self.predicted: dict[int, Tensor] = {}
         self.contexts: dict[int, list[int]] = {}
 
-    def learn(self, states: list[Any], chunk: t.Chunk, given: t.Distribution) -> list[Any]:
+    def wrap(self, states: list[Any], chunk: t.Chunk, given: t.Distribution) -> t.Distribution:
         self.chunks.append(chunk)
         length = chunk.tokens.shape[1]
         for row, start in enumerate(chunk.starts):
@@ -102,7 +111,7 @@ class Recorder(t.Adapter):
                 assert index not in self.predicted, f"token {index} is scored twice"
                 self.predicted[index] = given.full()[row, i]
                 self.contexts[index] = chunk.tokens[row, : length - chunk.scored + i + 1].tolist()
-        return states
+        return given
 
 
 # ---- plain scoring
@@ -177,15 +186,15 @@ modes = pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("streams", [1, 3, 100])
 def test_every_token_is_scored_once_and_in_order(mode: str, length: int, streams: int) -> None:
     h = config(**MODES[mode], EVAL_STREAMS=streams, VAL_BATCH_SIZE=2 * WINDOW)
-    ledger: list[tuple[int, int, int]] = []
+    ledger: list[t.Entry] = []
     recorder, shares = Recorder(), []
     score = scorer_of(h, scrambled(h), [recorder]).score(stream(length), ledger=ledger, report=shares.append)
     assert score.tokens == length - 1 and sorted(recorder.predicted) == list(range(1, length))
     last: dict[int, int] = {}
-    for span, first, stop in ledger:
+    for span, first, stop in scored(ledger):
         assert first < stop and last.get(span, first) == first, "a span goes forward without a gap"
         last[span] = stop
-    spans = sorted((min(f for s, f, _ in ledger if s == span), stop) for span, stop in last.items())
+    spans = sorted((min(f for s, f, _ in scored(ledger) if s == span), stop) for span, stop in last.items())
     assert [first for first, _ in spans] == [1, *(stop for _, stop in spans[:-1])] and spans[-1][1] == length
     assert len(spans) <= streams
     assert shares == sorted(shares) and shares[-1] == 1
@@ -239,7 +248,7 @@ def test_carried_score_is_one_long_windowed_pass(length: int, attn_window: int, 
     model, tokens, ledger = scrambled(h), stream(length), []
     score = scorer_of(h, model).score(tokens, ledger=ledger)
     spans = {}
-    for span, first, stop in ledger:
+    for span, first, stop in scored(ledger):
         spans[span] = (spans.get(span, (first - 1, 0))[0], stop - 1)
     assert len(spans) == min(streams, -(-(length - 1) // WINDOW))
     assert score.nats == pytest.approx(long_nats(model, tokens, list(spans.values())), rel=1e-10)
@@ -331,19 +340,45 @@ STACKS: dict[str, Callable[[], list[t.Adapter]]] = {
     "shared": lambda: [SharedUnigram()],
     "stack": lambda: [LowRank(), Unigram(), Sharpen(), SharedUnigram()],
 }
-stacks = pytest.mark.parametrize("stack", STACKS)
+
+
+# The program's own adapters, by the variables that switch them on.
+CACHE = {"NGRAM_CACHE": 1, "NGRAM_CACHE_ORDERS": "2,3,5", "NGRAM_CACHE_DEPTH": 5}
+ENGRAM = {"EVAL_ENGRAM": 1, "EVAL_ENGRAM_BUCKETS": 9, "EVAL_ENGRAM_TOKENS": 30}
+LORA = {"TTT_SCOPE": "lora", "TTT_RANK": 3, "TTT_LR": 0.5}
+OWN: dict[str, dict[str, object]] = {
+    "cache": CACHE,
+    "engram": ENGRAM,
+    "lora": LORA,
+    "lora, late": {**LORA, "TTT_CHUNK_TOKENS": 20, "TTT_EPOCHS": 2, "TTT_OPTIMIZER": "adam", "TTT_LR": 0.01},
+    "scalars": {"TTT_SCOPE": "scalars", "TTT_LR": 0.1},
+    "all": {"TTT_SCOPE": "all", "TTT_LR": 0.1},
+    "global": {"TTT_SCOPE": "global", "TTT_LR": 0.1},
+    "stacked": {**LORA, **CACHE, **ENGRAM},
+}
+every_stack = pytest.mark.parametrize("stack", [*STACKS, *OWN])
+
+
+def stacked(h: t.Hyperparameters, stack: str) -> tuple[t.Hyperparameters, list[t.Adapter]]:
+    """A configuration with some adapters, and these."""
+    if stack in STACKS:
+        return h, STACKS[stack]()
+    values = {name.lower(): t.parse_value(name, str(value)) for name, value in OWN[stack].items()}
+    h = dataclasses.replace(h, **values)
+    return h, [t.ADAPTERS[name](h) for name in h.used()["ADAPTERS"]]
 
 
 def predictions(h: t.Hyperparameters, stack: str, tokens: np.ndarray) -> tuple[dict[int, Tensor], list[int], list[int]]:
     """The distribution of every token, the order in which tokens were scored, and where spans start."""
+    h, adapters = stacked(h, stack)
     recorder, ledger = Recorder(), []
-    scorer_of(h, scrambled(h), [*STACKS[stack](), recorder]).score(tokens, ledger=ledger)
-    order = [index for _, first, stop in ledger for index in range(first, stop)]
-    return recorder.predicted, order, [min(first for s, first, _ in ledger if s == span) for span in range(3)]
+    scorer_of(h, scrambled(h), [*adapters, recorder]).score(tokens, ledger=ledger)
+    order = [index for _, first, stop in scored(ledger) for index in range(first, stop)]
+    return recorder.predicted, order, [min(first for s, first, _ in scored(ledger) if s == span) for span in range(3)]
 
 
 @modes
-@stacks
+@every_stack
 def test_no_prediction_depends_on_a_token_that_is_scored_later(mode: str, stack: str) -> None:
     """Changing a token, and all that is scored after it, leaves every earlier prediction and its own, bit for bit."""
     h = config(**MODES[mode], EVAL_STREAMS=3)
@@ -366,7 +401,7 @@ def test_no_prediction_depends_on_a_token_that_is_scored_later(mode: str, stack:
 
 
 @modes
-@stacks
+@every_stack
 def test_predictions_are_normalized(mode: str, stack: str) -> None:
     found, _, _ = predictions(config(**MODES[mode]), stack, stream(100))
     rows = torch.stack(list(found.values()))
@@ -374,7 +409,7 @@ def test_predictions_are_normalized(mode: str, stack: str) -> None:
 
 
 def test_adapters_act_in_order_and_learn_after_scoring() -> None:
-    """begin once, then for each chunk: lora of all, wrap of all, learn of all; learn gets the final distribution."""
+    """begin, then for each chunk: lora of all, wrap of all, learn of all, but not from a span's last chunk."""
     calls: list[str] = []
 
     class Note(t.Adapter):
@@ -401,7 +436,7 @@ def test_adapters_act_in_order_and_learn_after_scoring() -> None:
     logits = torch.linspace(-1, 1, VOCAB)
     score = scorer_of(h, Stub(logits), [Note("a"), Note("b")]).score(stream(2 * WINDOW + 1), ledger=ledger)
     chunk = ["wrap a", "wrap b", "learn a", "learn b"]
-    assert calls == ["begin a", "begin b", "lora a [0]", "lora b [0]", *chunk, "lora a [16]", "lora b [16]", *chunk]
+    assert calls == ["begin a", "begin b", "lora a [0]", "lora b [0]", *chunk, "lora a [16]", "lora b [16]", *chunk[:2]]
     want = F.cross_entropy(
         (2 * logits.double()).expand(2 * WINDOW, -1), torch.from_numpy(stream(2 * WINDOW + 1)[1:]), reduction="sum"
     )
@@ -424,8 +459,8 @@ def test_answers_are_hidden_until_they_are_scored() -> None:
             seen.append(("learn", chunk.targets is None))
             return states
 
-    scorer_of(config(EVAL_STREAMS=1), Stub(torch.zeros(VOCAB)), [Spy()]).score(stream(WINDOW + 1))
-    assert seen == [("lora", True), ("wrap", True), ("learn", False)]
+    scorer_of(config(EVAL_STREAMS=1), Stub(torch.zeros(VOCAB)), [Spy()]).score(stream(WINDOW + 2))
+    assert seen == [("lora", True), ("wrap", True), ("learn", False), ("lora", True), ("wrap", True)]
 
 
 def test_two_adapters_may_not_change_one_weight() -> None:
@@ -439,7 +474,7 @@ def test_unigram_cache_against_a_loop() -> None:
     h, tokens, ledger = config(), stream(140, spread=9), []
     score = scorer_of(h, Stub(torch.zeros(VOCAB)), [Unigram()]).score(tokens, ledger=ledger)
     nats, counts = 0.0, {}
-    for span, first, stop in ledger:
+    for span, first, stop in scored(ledger):
         seen = counts.setdefault(span, np.ones(VOCAB))
         nats -= sum(math.log(0.5 / VOCAB + 0.5 * seen[tokens[i]] / seen.sum()) for i in range(first, stop))
         for i in range(first, stop):
@@ -456,7 +491,7 @@ def test_low_rank_adapter_changes_the_weight_it_names() -> None:
     weight, nats, grown = dict(model.named_parameters())[LowRank.name], 0.0, {}
     kept = weight.detach().clone()
     down, up = torch.linspace(-1, 1, 16).double()[:, None], torch.linspace(0, 1, 32).double()[None]
-    for span, first, stop in ledger:
+    for span, first, stop in scored(ledger):
         with torch.no_grad():
             weight.copy_(kept + (down @ up).T * grown.get(span, 0.0))
         nats += naive_nats(model, tokens, [(first - 1, first - 1, stop - 1)])
@@ -483,10 +518,12 @@ def test_spans_meet_only_between_phases() -> None:
     torch.testing.assert_close(recorder.predicted[WINDOW + 1].exp(), shares, **EXACT)
 
 
+@pytest.mark.parametrize("stack", ["shared", "global"])
 @pytest.mark.parametrize("world", [2, 3])
-def test_phases_do_not_depend_on_ranks(world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_phases_do_not_depend_on_ranks(world: int, stack: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One thread for each rank, exchanging at the barriers what the process group would."""
     h, tokens, barrier = config(EVAL_STREAMS=4), stream(200), threading.Barrier(world, timeout=30)
+    h = stacked(h, stack)[0]
     model, board = scrambled(h), [None] * world
     local = threading.local()
 
@@ -502,17 +539,457 @@ def test_phases_do_not_depend_on_ranks(world: int, monkeypatch: pytest.MonkeyPat
 
     def run(rank: int) -> None:
         local.rank = rank
-        found[rank] = scorer_of(h, model, [SharedUnigram()], rank, world).score(tokens)
+        found[rank] = scorer_of(h, copy.deepcopy(model), stacked(h, stack)[1], rank, world).score(tokens)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    alone = scorer_of(h, model, [SharedUnigram()]).score(tokens)
+    alone = scorer_of(h, model, stacked(h, stack)[1]).score(tokens)
     assert all(found) and sum(share.tokens for share in found if share) == alone.tokens
     assert sum(share.nats for share in found if share) == pytest.approx(alone.nats, rel=1e-11)
-    assert alone.nats != pytest.approx(scorer_of(h, model, [Unigram()]).score(tokens).nats, rel=1e-6)
+    assert alone.nats != pytest.approx(scorer_of(h, model, []).score(tokens).nats, rel=1e-6)
+
+
+# ---- the program's own adapters
+
+
+@pytest.mark.parametrize("stack", OWN)
+@pytest.mark.parametrize("mode", ["plain", "sliding", "carried history"])
+def test_scores_with_adapters_depend_on_neither_batches_nor_ranks(
+    stack: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(t.dist, "all_reduce", lambda tensor, group: None)
+    h, _ = stacked(config(**MODES[mode], EVAL_STREAMS=4), stack)
+    model, tokens = scrambled(h), stream(170, spread=20)
+    alone = scorer_of(h, model).score(tokens)
+    one_by_one = scorer_of(dataclasses.replace(h, val_batch_size=1), model).score(tokens)
+    assert one_by_one.nats == pytest.approx(alone.nats, rel=1e-10)
+    if stack != "global":  # whose ranks meet
+        shares = [scorer_of(h, model, None, rank, 3).score(tokens) for rank in range(3)]
+        assert sum(share.nats for share in shares) == pytest.approx(alone.nats, rel=1e-10)
+    plain = scorer_of(h, model, []).score(tokens)
+    assert abs(alone.nats - plain.nats) > 1e-3, "the adapters must act"
+
+
+@pytest.mark.parametrize("stack", OWN)
+def test_nothing_survives_an_evaluation(stack: str) -> None:
+    """Weights are the same bits, no gradient is left, and a second evaluation with the same scorer is the same."""
+    h, _ = stacked(config(BIGRAM_HASH_BUCKETS=50, BIGRAM_HASH_DIM=4), stack)
+    model, tokens = scrambled(h), stream(100, spread=20)
+    before, scorer = t.fingerprint(model), scorer_of(h, model)
+    assert scorer.score(tokens) == scorer.score(tokens)
+    assert t.fingerprint(model) == before and all(p.grad is None for p in model.parameters())
+
+
+def naive_ngram(seen: list[tuple[tuple[int, ...], int]], context: tuple[int, ...], model: Tensor) -> Tensor:
+    """PPM-C of the orders of CACHE over (context, token) pairs, and the model below them."""
+    p = model
+    for order in (2, 3, 5):
+        suffix = context[-(order - 1) :]
+        following = [token for past, token in seen if past[-(order - 1) :] == suffix]
+        counts = torch.bincount(torch.tensor(following, dtype=torch.int64), minlength=len(model)).double()
+        distinct = int((counts > 0).sum())
+        p = (counts + distinct * p) / (len(following) + distinct) if following else p
+    return p
+
+
+def test_ngram_cache_is_interpolated_counts() -> None:
+    """Against a loop over all that was seen, with the gate's own shares of the mixture."""
+    h = config(**{**CACHE, "NGRAM_CACHE_DEPTH": 200}, EVAL_STREAMS=1)
+    tokens, recorder = stream(200, spread=5), Recorder()
+    model = torch.linspace(-2, 2, VOCAB)
+    scorer, probs = scorer_of(h, Stub(model)), model.double().softmax(-1)
+    shares: list[float] = []
+
+    class Watched(t.NgramAdapter):
+        def wrap(self, states: list[Any], chunk: t.Chunk, given: t.Distribution) -> t.Distribution:
+            found = super().wrap(states, chunk, given)
+            trust = 1 / (1 + math.exp(-states[0].trust))
+            shares.extend((found.parts[3][0] * trust).tolist())
+            return found
+
+    scorer.adapters = [Watched(t.ngram_cache(h).kind), recorder]
+    scorer.score(tokens)
+    seen: list[tuple[tuple[int, ...], int]] = []
+    padded = [-1] * 4 + tokens.tolist()
+    for index in range(1, len(tokens)):
+        if (index - 1) % WINDOW == 0:  # what earlier chunks held
+            seen = [(tuple(padded[i : i + 4]), padded[i + 4]) for i in range(1, index)]
+        context = tuple(padded[index : index + 4])
+        want = (1 - shares[index - 1]) * probs + shares[index - 1] * naive_ngram(seen, context, probs)
+        torch.testing.assert_close(recorder.predicted[index].exp(), want, **EXACT)
+    assert max(shares) > 0.2, "five tokens in random order are worth a cache"
+
+
+def test_ngram_memory_is_what_was_said() -> None:
+    h = config(**ENGRAM, **CACHE)
+    scorer, said = scorer_of(h, Stub(torch.zeros(VOCAB))), []
+    scorer.say = said.append
+    scorer.score(stream(100))
+    assert len(said) == 2 and all("MiB for 3 streams" in text for text in said)
+    for adapter in scorer.adapters:
+        tables = adapter.begin(scorer)[:4]
+        assert sum(part.nbytes for part in tables) == adapter.memory(scorer)
+
+
+def test_mixture_hardly_loses_where_counts_say_nothing() -> None:
+    """Against a model that knows the truth, tokens drawn at random: the cache learns to keep quiet."""
+    truth = torch.linspace(-3, 2, VOCAB, dtype=torch.float64)
+    h, tokens = config(NGRAM_CACHE=1, EVAL_STREAMS=1), drawn(truth, 3000)
+    plain, mixed = (scorer_of(h, Stub(truth), own).score(tokens) for own in ([], None))
+    assert mixed.nats - plain.nats < 6, "a few nats for 3,000 tokens"
+
+
+def test_mixture_wins_where_a_text_repeats() -> None:
+    h = config(NGRAM_CACHE=1, EVAL_STREAMS=1)
+    tokens = np.tile(stream(100), 5)
+    assert scorer_of(h, Stub(torch.zeros(VOCAB))).score(tokens).loss < 0.7 * math.log(VOCAB)
+
+
+def trained_by_hand(model: t.GPT, h: t.Hyperparameters, tokens: Tensor, names: list[str]) -> float:
+    """Windows scored, and then one step of SGD with momentum on each, on a copy of the network."""
+    model, total, speed = copy.deepcopy(model), 0.0, {}
+    own = dict(model.named_parameters())
+    for at in range(0, len(tokens) - 1, WINDOW):
+        last = min(at + WINDOW, len(tokens) - 1)
+        logits, _ = model.logits(tokens[None, at:last], t.final_variant(h))
+        loss = F.cross_entropy(logits[0], tokens[at + 1 : last + 1])
+        total += float(loss.detach()) * (last - at)
+        grads = torch.autograd.grad(loss, [own[name] for name in names], allow_unused=True)
+        kept = {name: g for name, g in zip(names, grads, strict=True) if g is not None}
+        scale = min(1.0, h.ttt_clip / float(torch.stack([g.norm() for g in kept.values()]).norm()))
+        with torch.no_grad():
+            for name, grad in kept.items():
+                speed[name] = h.ttt_momentum * speed.get(name, 0) + scale * grad
+                own[name] -= h.ttt_lr * speed[name]
+    return total
+
+
+@pytest.mark.parametrize("scope", ["scalars", "all"])
+def test_training_at_test_time_is_sgd_on_scored_windows(scope: str) -> None:
+    """Each span by itself: the sum of what a plain loop gives on the spans."""
+    h = config(TTT_SCOPE=scope, TTT_LR=0.1, EVAL_STREAMS=2)
+    model, tokens = scrambled(h), torch.from_numpy(stream(6 * WINDOW + 1))
+    names = t.ttt_names(h, model)
+    assert len(names) == len(dict(model.named_parameters())) or scope == "scalars"
+    halves = [tokens[: 3 * WINDOW + 1], tokens[3 * WINDOW :]]
+    want = sum(trained_by_hand(model, h, half, names) for half in halves)
+    assert scorer_of(h, model).score(tokens.numpy()).nats == pytest.approx(want, rel=1e-9)
+
+
+def test_low_rank_pairs_begin_anew_with_a_document() -> None:
+    """After a chunk that ends with a document's first token the next one is scored by the network alone."""
+    h = config(**LORA, EVAL_STREAMS=1)
+    model, tokens = scrambled(h), np.random.default_rng(3).integers(0, BOS, 5 * WINDOW + 1)
+    tokens[2 * WINDOW] = BOS
+    found = {}
+    for name, adapters in (("alone", []), ("adapted", None)):
+        scorer, recorder = scorer_of(h, model, adapters), Recorder()
+        scorer.adapters.append(recorder)
+        scorer.score(tokens)
+        found[name] = recorder.predicted
+    same = [bool(torch.allclose(found["alone"][i], found["adapted"][i])) for i in range(1, len(tokens))]
+    assert [all(same[at : at + WINDOW]) for at in range(0, 5 * WINDOW, WINDOW)] == [True, False, True, False, False]
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize("scope", ["all", "global"])
+def test_packed_tables_may_be_frozen(scope: str, frozen: int) -> None:
+    h = config(TTT_SCOPE=scope, BIGRAM_HASH_BUCKETS=50, BIGRAM_HASH_DIM=4, FREEZE_PACKED_ENGRAM=frozen)
+    names = t.ttt_names(h, scrambled(h))
+    assert ("embed.ngrams.table.weight" in names or "embed.ngrams.weight" in names) is not frozen.__bool__()
+    assert np.isfinite(scorer_of(h, scrambled(h)).score(stream(100)).nats)
+
+
+def test_scope_without_parameters_is_one_line() -> None:
+    h = config(TTT_SCOPE="feedback")
+    with pytest.raises(t.UserError, match="TTT_SCOPE=feedback"):
+        scorer_of(h, scrambled(h)).score(stream(40))
+
+
+SKC = {"LAYER_PATTERN": "SA", "CAPSULE_DIM": 8, "CAPSULE_NUM": 3, "SKC_BLOCK_SIZE": 4, "CAPSULE_BANK": 1}
+
+
+@pytest.mark.parametrize("scope", ["feedback", "skc_safe", "capsule_bank"])
+def test_scopes_of_skc_adapt_their_own_parameters(scope: str) -> None:
+    h = config(**SKC, FEEDBACK_PASSES=1, FEEDBACK_DIM=8, TTT_SCOPE=scope, TTT_LR=0.1)
+    model = scrambled(h)
+    part = {"feedback": (".feedback.", ".sketch."), "skc_safe": (".skc.",), "capsule_bank": (".bank.",)}[scope]
+    names = t.ttt_names(h, model)
+    assert names and all(any(p in name for p in part) for name in names)
+    tokens = stream(150)
+    assert scorer_of(h, model).score(tokens).nats != pytest.approx(scorer_of(h, model, []).score(tokens).nats, rel=1e-9)
+
+
+def test_weights_that_an_evaluation_changes_are_noticed() -> None:
+    class Writes(t.TestTimeTraining):
+        def learn(self, states: list[Any], chunk: t.Chunk, given: t.Distribution) -> list[Any]:
+            with torch.no_grad():
+                next(self.scorer.model.parameters()).add_(1)
+            return states
+
+    for strict in (1, 0):
+        h = config(TTT_SCOPE="scalars", FREEZE_CHECK_STRICT=strict)
+        scorer = scorer_of(h, scrambled(h), [Writes(h)])
+        if strict:
+            with pytest.raises(t.UserError, match="changed the model's own weights"):
+                scorer.score(stream(100))
+        else:
+            scorer.score(stream(100))
+
+
+# ---- time and protocol
+
+
+def test_evaluation_that_would_take_too_long_ends_early() -> None:
+    """After 2% of the tokens the rest is foretold; nothing more is scored."""
+    h, calls, said = config(EVAL_STREAMS=1), [], []
+
+    class Slow(t.Adapter):
+        def wrap(self, states: list[None], chunk: t.Chunk, given: t.Distribution) -> t.Distribution:
+            calls.append(chunk.starts[0])
+            time.sleep(0.02)
+            return given
+
+    scorer = scorer_of(h, Stub(torch.zeros(VOCAB)), [Slow()])
+    scorer.limit, scorer.say = 1.0, said.append
+    with pytest.raises(t.AgreedError, match="MAX_EVAL_SECONDS=1"):
+        scorer.score(stream(100 * WINDOW + 1))
+    assert len(calls) == 2 and "will take about" in said[0]
+    scorer.limit = 60.0
+    assert scorer.score(stream(20 * WINDOW)).tokens == 20 * WINDOW - 1
+
+
+def test_protocol_names_what_it_fixes() -> None:
+    text = "window=64,stride=16,streams=5,adapters=ttt_lora+temperature+engram+ngram"
+    h = t.load_config({"PRESET": "tiny", "EVAL_PROTOCOL": text})
+    assert h.protocol == text and h.used()["ADAPTERS"] == ("ttt", "temperature", "engram", "ngram")
+    assert (h.eval_window, h.sliding_eval_stride, h.sliding_eval, h.eval_streams) == (64, 16, True, 5)
+    plain = t.load_config({"PRESET": "tiny", "EVAL_PROTOCOL": "window=32,streams=4"})
+    assert plain.protocol == t.load_config({"PRESET": "tiny"}).protocol == "window=32,streams=4"
+    again = t.load_config({"PRESET": "tiny", "EVAL_PROTOCOL": text, "EVAL_STREAMS": "5", "SLIDING_EVAL": "1"})
+    assert again == h
+
+
+@pytest.mark.parametrize(
+    "environ,named",
+    [
+        ({"EVAL_PROTOCOL": "window=64"}, "streams are missing"),
+        ({"EVAL_PROTOCOL": "window=64,streams=2,speed=3"}, "speed is unknown"),
+        ({"EVAL_PROTOCOL": "window=64,streams=2,adapters=oracle"}, "oracle is unknown"),
+        ({"EVAL_PROTOCOL": "window=64,streams=x"}, "EVAL_STREAMS=x"),
+        ({"EVAL_PROTOCOL": "window=64,streams=2", "EVAL_STREAMS": "3"}, "contradicts EVAL_PROTOCOL"),
+        ({"TTT_SCOPE": "global", "CARRY_EVAL": "1", "ATTN_WINDOW": "8"}, "excludes CARRY_EVAL"),
+        ({"NGRAM_CACHE": "1", "NGRAM_CACHE_ORDERS": "1,2"}, "NGRAM_CACHE_ORDERS"),
+        ({"EVAL_ENGRAM": "1", "EVAL_ENGRAM_ORDERS": "1,2"}, "EVAL_ENGRAM_ORDERS"),
+    ],
+)
+def test_protocol_mistakes_are_one_line(environ: dict[str, str], named: str) -> None:
+    with pytest.raises(t.UserError, match=named):
+        t.load_config({"PRESET": "tiny", **environ})
+
+
+# ---- the audit
+
+
+def audited(h: t.Hyperparameters, make: Callable[[], t.Scorer] | None = None, positions: int = 24) -> t.Audit:
+    model = scrambled(h)
+    tokens = t.audit_stream(h, stream(3000))
+    return t.Audit(make or (lambda: scorer_of(h, model)), tokens, positions)
+
+
+def failed(audit: t.Audit) -> set[str]:
+    return {finding.check.split(":")[0] for finding in audit.findings() if not finding.ok}
+
+
+@pytest.mark.parametrize("stack", ["plain", *OWN])
+@pytest.mark.parametrize("mode", ["carried history", "sliding history"])
+def test_honest_evaluations_pass_the_audit(stack: str, mode: str) -> None:
+    h = config(**MODES[mode], EVAL_STREAMS=3)
+    h = stacked(h, stack)[0] if stack != "plain" else h
+    if stack == "global" and h.carry_eval:
+        pytest.skip("refused")
+    audit = audited(h, positions=8)
+    findings = audit.findings()
+    assert not [finding for finding in findings if not finding.ok]
+    assert {f.check.split(":")[0] for f in findings} == {"causality", "order", "normalization", "state", "determinism"}
+    assert len(audit.positions) == 8
+
+
+def test_positions_of_an_audit_hold_all_kinds_of_edges() -> None:
+    h = config(EVAL_STREAMS=2, SLIDING_EVAL=1, SLIDING_EVAL_STRIDE=4)
+    audit = audited(h, positions=200)
+    assert len(audit.positions) == 200 == len(set(audit.positions))
+    document = int(np.flatnonzero(audit.tokens == BOS)[2])
+    spans = [min(e.first for e in audit.whole.ledger if e.span == span) for span in (0, 1)]
+    for edge in (document, *spans, spans[1] - 1, 5, WINDOW + 1):
+        assert edge in audit.positions or len(audit.positions) == 200
+    assert sum(at % 4 == 1 for at in audit.positions) > 30, "chunks begin at every fourth token"
+
+
+class Oracle(t.Adapter):
+    """Knows what it should predict: looks into the stream for the targets."""
+
+    def begin(self, scorer: t.Scorer) -> Tensor:
+        return torch.from_numpy(scorer.tokens)
+
+    def wrap(self, states: list[Tensor], chunk: t.Chunk, given: t.Distribution) -> t.Distribution:
+        rows = [state[at + 1 : at + 1 + chunk.scored] for state, at in zip(states, chunk.starts, strict=True)]
+        bonus = F.one_hot(torch.stack(rows), VOCAB).to(given.full())
+        return t.Distribution((given.full() + 0.01 * bonus).log_softmax(-1))
+
+
+class Future(t.Adapter):
+    """Takes a hint from a token three places on."""
+
+    def begin(self, scorer: t.Scorer) -> Tensor:
+        return F.pad(torch.from_numpy(scorer.tokens), (0, 9))
+
+    def wrap(self, states: list[Tensor], chunk: t.Chunk, given: t.Distribution) -> t.Distribution:
+        rows = [state[at + 4 : at + 4 + chunk.scored] for state, at in zip(states, chunk.starts, strict=True)]
+        scale = 1 + torch.stack(rows).to(given.full())[..., None] / 1e6
+        return t.Distribution((given.full() * scale).log_softmax(-1))
+
+
+class Unnormalized(t.Adapter):
+    """Adds the score of a cache without renormalizing."""
+
+    def wrap(self, states: list[None], chunk: t.Chunk, given: t.Distribution) -> t.Distribution:
+        return t.Distribution((given.full().exp() + 0.0005).log())
+
+
+class Peeking(NamedTuple):
+    """A distribution that is better for the target than for anyone who asks for all of it."""
+
+    log_probs: Tensor
+    parts: Any = None
+
+    def log_prob(self, targets: Tensor) -> Tensor:
+        return self.log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1) + 0.1
+
+    def full(self, positions: slice = slice(None)) -> Tensor:
+        return self.log_probs[:, positions]
+
+
+class Partial(t.Adapter):
+    def wrap(self, states: list[None], chunk: t.Chunk, given: t.Distribution) -> Any:
+        return Peeking(given.full())
+
+
+class Hoarder(Unigram):
+    """Keeps what it saw to itself instead of in its spans' states."""
+
+    def __init__(self) -> None:
+        self.seen = torch.ones(VOCAB, dtype=torch.float64)
+
+    def begin(self, scorer: t.Scorer) -> None:
+        return None
+
+    def wrap(self, states: list[None], chunk: t.Chunk, given: t.Distribution) -> t.Distribution:
+        shares = (self.seen / self.seen.sum()).expand_as(given.full())
+        return t.Distribution((given.full().exp() * 0.5 + shares * 0.5).log())
+
+    def learn(self, states: list[None], chunk: t.Chunk, given: t.Distribution) -> list[None]:
+        assert chunk.targets is not None
+        self.seen = self.seen + torch.bincount(chunk.targets.flatten(), minlength=VOCAB)
+        return states
+
+
+class Writer(t.Adapter):
+    """Trains the model itself."""
+
+    def begin(self, scorer: t.Scorer) -> None:
+        self.model = scorer.model
+
+    def learn(self, states: list[None], chunk: t.Chunk, given: t.Distribution) -> list[None]:
+        with torch.no_grad():
+            next(self.model.parameters()).mul_(1.001)
+        return states
+
+
+class Eager(t.Scorer):
+    """Learns from a chunk before it is scored."""
+
+    def predict(self, chunk: t.Chunk, states: list[list]) -> Any:
+        given, _ = super().predict(chunk, states)
+        rows = [torch.from_numpy(self.tokens[at + 1 : at + 1 + chunk.scored]) for at in chunk.starts]
+        self.learn(chunk._replace(targets=torch.stack(rows)), states, given)
+        return super().predict(chunk, states)
+
+
+class Twice(t.Scorer):
+    """Walks the stream a second time with what it learned in the first."""
+
+    def score_group(self, group: list[int], turns: Any, run: tuple, sums: np.ndarray, pace: Any) -> Any:
+        super().score_group(group, turns, run, np.zeros(4), pace)
+        return super().score_group(group, turns, run, sums, pace)
+
+
+PLANTED: dict[str, tuple[type[t.Scorer], Callable[[], list[t.Adapter]], set[str]]] = {
+    "target peeking": (t.Scorer, lambda: [Oracle()], {"causality"}),
+    "target peeking when scored": (t.Scorer, lambda: [Partial()], {"normalization"}),
+    "future leak": (t.Scorer, lambda: [Future()], {"causality"}),
+    "update before scoring": (Eager, lambda: [Unigram()], {"causality", "order"}),
+    "second pass": (Twice, lambda: [Unigram()], {"causality", "order"}),
+    "unnormalized cache": (t.Scorer, lambda: [Unnormalized()], {"normalization"}),
+    "undeclared state": (t.Scorer, lambda: [Hoarder()], {"state"}),
+    "written weights": (t.Scorer, lambda: [Writer()], {"state"}),
+}
+
+
+@pytest.mark.parametrize("defect", PLANTED)
+def test_audit_catches(defect: str) -> None:
+    kind, adapters, expected = PLANTED[defect]
+    h = config(EVAL_STREAMS=2)
+    model, rt, table = scrambled(h), t.start_runtime(h), t.ByteTokenizer().byte_table()
+
+    def make() -> t.Scorer:
+        scorer = kind(h, rt, model, table)
+        scorer.adapters = adapters()
+        return scorer
+
+    found = failed(audited(h, make))
+    assert expected <= found, found
+    if defect not in ("written weights", "undeclared state", "second pass", "update before scoring"):
+        assert found == expected, "and nothing else is blamed"
+
+
+def test_audit_counts_the_bytes_of_the_text() -> None:
+    tokenizer = t.ByteTokenizer()
+    tokens = np.array([BOS, *"naïve".encode(), BOS, *"é".encode(), BOS, 65])
+    good = t.check_bytes(tokenizer, tokenizer.byte_table(), tokens)
+    assert good.ok and good.found.startswith("8 counted, 8 decoded")
+    table = tokenizer.byte_table()
+    table.base[195] = 2
+    assert not t.check_bytes(tokenizer, table, tokens).ok
+    assert not t.check_bytes(tokenizer, tokenizer.byte_table(), tokens[1:6]).ok
+
+
+def test_commands_score_by_the_protocol_and_audit_it(
+    run_job: Callable[..., Done], tiny_env: dict[str, str], tmp_path: Path
+) -> None:
+    """A run whose protocol was named in advance; the score of eval is the run's; the audit passes and is written."""
+    protocol = "window=32,stride=16,streams=3,adapters=ttt_lora+ngram"
+    env = {**tiny_env, "EVAL_PROTOCOL": protocol, "ITERATIONS": "5", "MAX_VAL_TOKENS": "1500"}
+    done = run_job(env)
+    assert done.code == 0, done.err
+    assert f"protocol:{protocol}" in done.out
+    final = re.search(r"final_roundtrip_exact val_loss:(\S+) val_bpb:(\S+) in_memory:(\S+)", done.out)
+    assert final and float(final[1]) == pytest.approx(float(final[3]), abs=1e-6)
+    path = tmp_path / "runs" / "run" / "model.pgz"
+    scored_again = run_job(env, ["eval", str(path)])
+    assert f"val_bpb:{final[2]}" in scored_again.out and "(named in advance)" in scored_again.out
+    late = run_job({**env, "MAX_EVAL_SECONDS": "0.001"}, ["eval", str(path)])
+    assert late.code == 2 and "MAX_EVAL_SECONDS=0.001" in late.err and "final_eval" not in late.out
+    audit = run_job(env, ["audit", str(path), "--positions", "12"])
+    assert audit.code == 0, audit.out + audit.err
+    report = json.loads(Path(f"{path}.audit.json").read_text())
+    assert report["ok"] and report["protocol"] == protocol and len(report["positions"]) == 12
+    checks = {check["check"]: check for check in report["checks"]}
+    assert {"causality", "order", "determinism", "bytes", "fidelity", "normalization: all"} <= checks.keys()
+    assert "argmax agrees at 100.0000%" in checks["fidelity"]["found"]
 
 
 # ---- temperature
