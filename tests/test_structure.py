@@ -257,7 +257,7 @@ def test_everything_is_annotated() -> None:
 
 
 def test_file_and_lines_stay_within_bounds() -> None:
-    assert len(LINES) <= 7950
+    assert len(LINES) <= 8350
     long = [number for number, line in enumerate(LINES, 1) if len(line) > 120]
     assert not long, long
 
@@ -335,6 +335,7 @@ REGISTRIES: dict[str, dict[str, Any]] = {
     "ROLE_KINDS": t.ROLE_KINDS,
     "GROUPS": t.GROUPS,
     "RULES": t.RULES,
+    "POLYNOMIALS": t.POLYNOMIALS,
     "CODECS": t.CODECS,
     "ACTIVATIONS": t.ACTIVATIONS,
     "SITE_KINDS": t.SITE_KINDS,
@@ -377,6 +378,7 @@ for variable, registry in (("RESIDUAL", t.RESIDUALS), ("BATCH_MODE", t.BATCH_MOD
 SKC = {"CAPSULE_DIM": "8", "CAPSULE_NUM": "3", "SKC_BLOCK_SIZE": "4"}
 CHOICES += [{"LAYER_PATTERN": pattern, **SKC} for pattern in (*t.MIXER_LETTERS, *t.PATTERNS)]
 CHOICES += [{"CAPSULE_BANK": "1", "FEEDBACK_PASSES": "1", **SKC}, {"FEEDBACK_PASSES": "1", **SKC}]
+CHOICES += [{"MUON_COEFFS": entry} for entry in t.POLYNOMIALS]
 CHOICES += [{"MOE_EXPERTS": "2"}, {"BIGRAM_HASH_BUCKETS": "50", "ENGRAM_INJECT_LAYER": "1"}]
 CHOICES += [
     {"LAYER_PATTERN": "N", "NSA_IMPL": "masked"},
