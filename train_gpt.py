@@ -703,6 +703,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         **SP8192, "num_layers": 10, "model_dim": 768, "num_heads": 12, "num_kv_heads": 6, "mlp_mult": 4.0,
         "matrix_lr": 0.03,
     },
+    "frontier": {
+        "vocab_size": 8192, "data_path": "./data/datasets/fineweb10B_sp8192_casefold",
+        "tokenizer_path": "./data/tokenizers/fineweb_8192_casefold_bpe.model", "fp_storage": "int7",
+        "matrix_codec": "int6", "num_layers": 11, "mlp_mult": 4.0, "mlp_act": "leaky_relu2", "partial_rope_dims": 16,
+        "ln_scale": True, "qk_gain_init": 5.0, "xsa_layers": 11, "attn_gate": 12, "smear_gate": 12, "doc_mask": True,
+        "recurrence_layers": "3-5", "residual": "hc", "hc_learn": "write,mix", "hc_start": 8, "hc_keep_init": 1.0,
+        "muon_coeffs": "polar_express", "muon_momentum": 0.97, "muon_momentum_warmup_steps": 1500,
+        "muon_wd": 0.09, "muon_wd_taper_start": 0.7, "matrix_lr": 0.025, "warmdown_fraction": 0.7, "lr_floor": 0.1,
+        "ema_decay": 0.9965, "train_seq_len": 2048, "train_batch_tokens": 786432,
+    },
     "skc": {**SKC_STACK, "num_layers": 12, "model_dim": 768, "num_heads": 12, "num_kv_heads": 6},
     "skc_proxy": {
         **SKC_STACK, "num_layers": 8, "model_dim": 640, "num_heads": 10, "num_kv_heads": 5,
