@@ -13,7 +13,7 @@ variables alone (`--help` lists them), and reads from top to bottom: each sectio
     python train_gpt.py --help                      every variable with type, default, unit and meaning
 
 Sections: 1 CONFIG, 2 RUNTIME, 3 DATA, 4 CODECS, 5 LAYERS, 6 MIXERS, 7 RESIDUAL, 8 MEMORY, 9 MODEL,
-10 OPTIMIZERS, 11 ARTIFACT, 12 EVALUATION, 13 CHECKPOINT, 14 TRAINING, 15 MAIN. At most 8,350 lines.
+10 OPTIMIZERS, 11 ARTIFACT, 12 EVALUATION, 13 CHECKPOINT, 14 TRAINING, 15 MAIN. At most 8,430 lines.
 """
 
 from __future__ import annotations
@@ -1590,6 +1590,52 @@ class ByteTable:
         return self.base[current] + (self.space[current] & ~self.boundary[previous])
 
 
+# Lossless case folding of data/prepare.py --casefold: a capital is a small letter behind a mark, CAPITAL for one
+# letter, CAPITALS for a whole word, before the one space in front of it; marks of the text itself are LITERAL and a
+# digit. Marks are one byte each and stand for nothing, and a letter has as many bytes as its capital.
+CAPITAL, CAPITALS, LITERAL = "\x0e", "\x0f", "\x10"
+MARKS = CAPITAL + CAPITALS + LITERAL
+
+
+def case_pairs() -> tuple[str, str]:
+    """The capital letters that are folded, and their small ones."""
+    pairs = [(c, c.lower()) for c in map(chr, range(0x530)) if len(c.lower()) == 1 and c.lower() != c]
+    pairs = [(c, s) for c, s in pairs if s.upper() == c and s.lower() == s and len(c.encode()) == len(s.encode())]
+    return "".join(c for c, _ in pairs), "".join(s for _, s in pairs)
+
+
+LARGE, SMALL = case_pairs()
+TO_SMALL = str.maketrans(LARGE, SMALL)
+TO_LARGE = str.maketrans(SMALL, LARGE)
+FOLDABLE = re.compile(f"[{MARKS}]|( ?)([{LARGE}{SMALL}]*[{LARGE}][{LARGE}{SMALL}]*)")
+FOLDED = re.compile(f"{LITERAL}([0-2])|{CAPITAL}( ?)([{SMALL}])|{CAPITALS}( ?)([{SMALL}]+)")
+
+
+def fold_word(match: re.Match[str]) -> str:
+    """A mark of the text itself, or a word with capitals, as fold_case writes it."""
+    space, word = match[1], match[2]
+    if word is None:
+        return LITERAL + str(MARKS.index(match[0]))
+    if len(word) > 1 and word.translate(TO_LARGE) == word:
+        return CAPITALS + space + word.translate(TO_SMALL)
+    marked = "".join(CAPITAL + letter.translate(TO_SMALL) if letter in LARGE else letter for letter in word)
+    return CAPITAL + space + marked[1:] if marked[0] == CAPITAL else space + marked
+
+
+def fold_case(text: str) -> str:
+    return FOLDABLE.sub(fold_word, text)
+
+
+def unfold_word(match: re.Match[str]) -> str:
+    literal, space, letter, wide, word = match.groups()
+    return MARKS[int(literal)] if literal else (space or wide or "") + (letter or word).translate(TO_LARGE)
+
+
+def unfold_case(text: str) -> str:
+    """The inverse of fold_case."""
+    return FOLDED.sub(unfold_word, text)
+
+
 class ByteTokenizer:
     """Tokens are UTF-8 bytes. Works everywhere, without a model file.
 
@@ -1610,6 +1656,10 @@ class ByteTokenizer:
     def byte_table(self) -> ByteTable:
         marker = (np.arange(self.size) < self.first) | (np.arange(self.size) == self.bos)
         return ByteTable(np.where(marker, 0, 1), np.zeros(self.size, bool), marker)
+
+    def marks(self) -> np.ndarray:
+        """Marks of case folding in each token, (V,) int64."""
+        return np.isin(np.arange(self.size) - self.first, [ord(mark) for mark in MARKS]).astype(np.int64)
 
 
 class SentencePieceTokenizer:
@@ -1658,8 +1708,39 @@ class SentencePieceTokenizer:
             base[token] = 1 if model.is_byte(token) else len(text.encode("utf-8")) - int(space[token])
         return ByteTable(base, space, boundary)
 
+    def marks(self) -> np.ndarray:
+        """Marks of case folding in each token, (V,) int64; a mark without a piece of its own is a byte token."""
+        pieces = [self.model.id_to_piece(token) for token in range(self.model.vocab_size())]
+        alone = {f"<0x{ord(mark):02X}>" for mark in MARKS}
+        return np.array([sum(map(piece.count, MARKS)) + (piece in alone) for piece in pieces])
 
-Tokenizer = ByteTokenizer | SentencePieceTokenizer
+
+class FoldingTokenizer:
+    """A tokenizer of case-folded text. Bytes are those of the text as it was, and are checked against the side-cars of
+    the validation shards, which hold them token by token. Raises UserError where they differ."""
+
+    def __init__(self, h: Hyperparameters, inner: ByteTokenizer | SentencePieceTokenizer) -> None:
+        self.inner, self.bos, self.fingerprint = inner, inner.bos, inner.fingerprint
+        stream, table = TokenStream(h.data_path, "val", h.vocab_size), self.byte_table()
+        for path, shard in zip(stream.paths, stream.shards, strict=True):
+            side_car = path.with_suffix(".bytes")
+            counts = np.fromfile(side_car, np.uint8) if side_car.is_file() else np.zeros(0, np.uint8)
+            if not np.array_equal(counts, table.base[shard]):
+                raise UserError(f"{side_car} is missing or not of this shard and tokenizer; make the data again")
+
+    def encode(self, text: str) -> list[int]:
+        return self.inner.encode(fold_case(text))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return unfold_case(self.inner.decode(tokens))
+
+    def byte_table(self) -> ByteTable:
+        """Marks count nothing."""
+        table = self.inner.byte_table()
+        return dataclasses.replace(table, base=table.base - self.inner.marks())
+
+
+Tokenizer = ByteTokenizer | SentencePieceTokenizer | FoldingTokenizer
 
 
 def read_manifest(folder: str) -> dict[str, Any]:
@@ -1706,12 +1787,13 @@ def load_tokenizer(h: Hyperparameters) -> Tokenizer:
     if not manifest and isinstance(tokenizer, SentencePieceTokenizer):
         check_text(h, tokenizer)
     made_with = manifest.get("sha256") if manifest else tokenizer.fingerprint
+    folds = bool(manifest.get("casefold"))
     if manifest.get("kind") == "byte":
         made_with = ByteTokenizer(manifest.get("vocab_size", 256)).fingerprint
     if made_with != tokenizer.fingerprint:
         name, mine = manifest.get("file") or manifest.get("kind"), "bytes" if byte else h.tokenizer_path
         raise UserError(f"DATA_PATH={h.data_path} was made with another tokenizer ({name}) than this run's ({mine})")
-    return tokenizer
+    return FoldingTokenizer(h, tokenizer) if folds else tokenizer
 
 
 # ==== 4. CODECS ==============================================================
