@@ -705,7 +705,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "frontier": {
         "vocab_size": 8192, "data_path": "./data/datasets/fineweb10B_sp8192_casefold",
-        "tokenizer_path": "./data/tokenizers/fineweb_8192_casefold_bpe.model", "fp_storage": "int7",
+        "tokenizer_path": "./data/tokenizers/fineweb10B_8192_casefold_bpe.model", "fp_storage": "int7",
         "matrix_codec": "int6", "num_layers": 11, "mlp_mult": 4.0, "mlp_act": "leaky_relu2", "partial_rope_dims": 16,
         "ln_scale": True, "qk_gain_init": 5.0, "xsa_layers": 11, "attn_gate": 12, "smear_gate": 12, "doc_mask": True,
         "recurrence_layers": "3-5", "residual": "hc", "hc_learn": "write,mix", "hc_start": 8, "hc_keep_init": 1.0,
@@ -1627,6 +1627,7 @@ def fold_case(text: str) -> str:
 
 
 def unfold_word(match: re.Match[str]) -> str:
+    """What a mark and the letters behind it stood for."""
     literal, space, letter, wide, word = match.groups()
     return MARKS[int(literal)] if literal else (space or wide or "") + (letter or word).translate(TO_LARGE)
 

@@ -251,6 +251,7 @@ def fold_case(text: str) -> str:
 
 
 def unfold_word(match: re.Match[str]) -> str:
+    """What a mark and the letters behind it stood for."""
     literal, space, letter, wide, word = match.groups()
     return MARKS[int(literal)] if literal else (space or wide or "") + (letter or word).translate(TO_LARGE)
 
