@@ -7878,8 +7878,8 @@ class Spread(NamedTuple):
 
 # Measured with `fit --like` on checkpoints of PRESET=local after 407 steps (ternary) and 497 (int6, int7 tables), 150 s
 # each on one core, and averaged. Whole artifacts of weights drawn like this were 1.2% longer than the trained ternary
-# one (its bf16 tables make the difference, trits are right to 0.01%) and 0.5% shorter than the int6 one. A kind is a matrix's
-# last name before .weight, else the role's group.
+# one (its bf16 tables make the difference, trits are right to 0.01%) and 0.5% shorter than the int6 one. A kind is a
+# matrix's last name before .weight, else the role's group.
 SPREADS = {
     "qkv": Spread(0.21, 0.17, 0.0),
     "proj": Spread(0.075, 0.083, 0.05),
