@@ -6,6 +6,7 @@ variables alone (`--help` lists them), and reads from top to bottom: each sectio
     python train_gpt.py                             train, export, reload, score (also under torchrun)
     python train_gpt.py preflight                   check configuration, data, disk and device; train nothing
     python train_gpt.py plan                        print the site list, the role table and the packed size
+    python train_gpt.py fit [VARIABLE=VALUE ...]    the largest model that fits the bytes, and its steps in the time
     python train_gpt.py eval ARTIFACT               score an artifact on the validation split
     python train_gpt.py audit ARTIFACT              prove that its evaluation is legal; writes JSON beside it
     python train_gpt.py generate ARTIFACT --prompt  continue a text
@@ -364,8 +365,12 @@ class Hyperparameters:
         when=lambda h: h.muon_momentum_warmup_steps > 0)
     muon_momentum_warmup_steps: int = var(500, "optimizer", "steps from there to MUON_MOMENTUM", "steps", low=0)
     muon_backend_steps: int = var(5, "optimizer", "Newton-Schulz iterations", low=1, high=20)
+    muon_coeffs: str = var("jordan", "optimizer", "their polynomials: the same each time, or the best for each",
+        choices=("jordan", "polar_express"))
     muon_row_norm: bool = var(True, "optimizer", "normalize the update's rows before Newton-Schulz (MuonEq-R)")
     muon_wd: float = var(0.0, "optimizer", "decoupled weight decay of matrices", low=0)
+    muon_wd_taper_start: float = var(1.0, "optimizer", "progress from which on it falls to 0 at the end", "fraction",
+        low=0, high=1, when=lambda h: h.muon_wd > 0)
     adam_wd: float = var(0.0, "optimizer", "decoupled weight decay of embeddings and head", low=0)
     beta1: float = var(0.9, "optimizer", "AdamW first beta", low=0, high=0.9999)
     beta2: float = var(0.95, "optimizer", "AdamW second beta", low=0, high=0.99999)
@@ -665,6 +670,7 @@ class Hyperparameters:
             "ROLE_KINDS": (*groups, *(name for name, there in more.items() if there)),
             "GROUPS": groups,
             "RULES": ("muon", "adamw", "adagrad") if self.ngram_orders else ("muon", "adamw"),
+            "POLYNOMIALS": (self.muon_coeffs,),
             "CODECS": tuple(dict.fromkeys((*self.codecs, "exact"))),
             "ACTIVATIONS": (self.mlp_act,),
             "SITE_KINDS": self.site_kinds,
@@ -785,6 +791,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ternary": {
         **SP8192, "num_layers": 10, "model_dim": 768, "num_heads": 12, "num_kv_heads": 6, "mlp_mult": 4.0,
         "matrix_lr": 0.03,
+    },
+    "frontier": {
+        "vocab_size": 8192, "data_path": "./data/datasets/fineweb10B_sp8192_casefold",
+        "tokenizer_path": "./data/tokenizers/fineweb10B_8192_casefold_bpe.model", "fp_storage": "int7",
+        "matrix_codec": "int6", "num_layers": 11, "mlp_mult": 4.0, "mlp_act": "leaky_relu2", "partial_rope_dims": 16,
+        "ln_scale": True, "qk_gain_init": 5.0, "xsa_layers": 11, "attn_gate": 12, "smear_gate": 12, "doc_mask": True,
+        "recurrence_layers": "3-5", "residual": "hc", "hc_learn": "write,mix", "hc_start": 8, "hc_keep_init": 1.0,
+        "muon_coeffs": "polar_express", "muon_momentum": 0.97, "muon_momentum_warmup_steps": 1500,
+        "muon_wd": 0.09, "muon_wd_taper_start": 0.7, "matrix_lr": 0.025, "warmdown_fraction": 0.7, "lr_floor": 0.1,
+        "ema_decay": 0.9965, "train_seq_len": 2048, "train_batch_tokens": 786432,
     },
     "skc": {**SKC_STACK, "num_layers": 12, "model_dim": 768, "num_heads": 12, "num_kv_heads": 6},
     "skc_proxy": {
@@ -1134,7 +1150,12 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-COMMANDS = ("train", "preflight", "plan", "eval", "audit", "generate", "bench")
+COMMANDS = ("train", "preflight", "plan", "fit", "eval", "audit", "generate", "bench")
+
+
+def with_assignments(words: Sequence[str], environ: dict[str, str]) -> dict[str, str]:
+    """The environment with a command's VARIABLE=value words over it; words of another form are left out."""
+    return {**environ, **dict(word.split("=", 1) for word in words if re.match("[A-Z][A-Z0-9_]*=", word))}
 
 
 def answer_early(argv: list[str], environ: dict[str, str]) -> None:
@@ -1146,7 +1167,7 @@ def answer_early(argv: list[str], environ: dict[str, str]) -> None:
         if argv and argv[0] not in COMMANDS:
             raise UserError(f"unknown command {argv[0]}; known: {', '.join(COMMANDS)}, --help")
         if not argv or argv[0] not in ("eval", "audit", "generate"):  # those take their shape from the artifact
-            load_config(environ)
+            load_config(with_assignments(argv[1:], environ) if argv[:1] == ["fit"] else environ)
         else:
             reject_mistyped(environ)
     except UserError as error:
@@ -1670,6 +1691,53 @@ class ByteTable:
         return self.base[current] + (self.space[current] & ~self.boundary[previous])
 
 
+# Lossless case folding of data/prepare.py --casefold: a capital is a small letter behind a mark, CAPITAL for one
+# letter, CAPITALS for a whole word, before the one space in front of it; marks of the text itself are LITERAL and a
+# digit. Marks are one byte each and stand for nothing, and a letter has as many bytes as its capital.
+CAPITAL, CAPITALS, LITERAL = "\x0e", "\x0f", "\x10"
+MARKS = CAPITAL + CAPITALS + LITERAL
+
+
+def case_pairs() -> tuple[str, str]:
+    """The capital letters that are folded, and their small ones."""
+    pairs = [(c, c.lower()) for c in map(chr, range(0x530)) if len(c.lower()) == 1 and c.lower() != c]
+    pairs = [(c, s) for c, s in pairs if s.upper() == c and s.lower() == s and len(c.encode()) == len(s.encode())]
+    return "".join(c for c, _ in pairs), "".join(s for _, s in pairs)
+
+
+LARGE, SMALL = case_pairs()
+TO_SMALL = str.maketrans(LARGE, SMALL)
+TO_LARGE = str.maketrans(SMALL, LARGE)
+FOLDABLE = re.compile(f"[{MARKS}]|( ?)([{LARGE}{SMALL}]*[{LARGE}][{LARGE}{SMALL}]*)")
+FOLDED = re.compile(f"{LITERAL}([0-2])|{CAPITAL}( ?)([{SMALL}])|{CAPITALS}( ?)([{SMALL}]+)")
+
+
+def fold_word(match: re.Match[str]) -> str:
+    """A mark of the text itself, or a word with capitals, as fold_case writes it."""
+    space, word = match[1], match[2]
+    if word is None:
+        return LITERAL + str(MARKS.index(match[0]))
+    if len(word) > 1 and word.translate(TO_LARGE) == word:
+        return CAPITALS + space + word.translate(TO_SMALL)
+    marked = "".join(CAPITAL + letter.translate(TO_SMALL) if letter in LARGE else letter for letter in word)
+    return CAPITAL + space + marked[1:] if marked[0] == CAPITAL else space + marked
+
+
+def fold_case(text: str) -> str:
+    return FOLDABLE.sub(fold_word, text)
+
+
+def unfold_word(match: re.Match[str]) -> str:
+    """What a mark and the letters behind it stood for."""
+    literal, space, letter, wide, word = match.groups()
+    return MARKS[int(literal)] if literal else (space or wide or "") + (letter or word).translate(TO_LARGE)
+
+
+def unfold_case(text: str) -> str:
+    """The inverse of fold_case."""
+    return FOLDED.sub(unfold_word, text)
+
+
 class ByteTokenizer:
     """Tokens are UTF-8 bytes. Works everywhere, without a model file.
 
@@ -1690,6 +1758,10 @@ class ByteTokenizer:
     def byte_table(self) -> ByteTable:
         marker = (np.arange(self.size) < self.first) | (np.arange(self.size) == self.bos)
         return ByteTable(np.where(marker, 0, 1), np.zeros(self.size, bool), marker)
+
+    def marks(self) -> np.ndarray:
+        """Marks of case folding in each token, (V,) int64."""
+        return np.isin(np.arange(self.size) - self.first, [ord(mark) for mark in MARKS]).astype(np.int64)
 
 
 class SentencePieceTokenizer:
@@ -1738,8 +1810,39 @@ class SentencePieceTokenizer:
             base[token] = 1 if model.is_byte(token) else len(text.encode("utf-8")) - int(space[token])
         return ByteTable(base, space, boundary)
 
+    def marks(self) -> np.ndarray:
+        """Marks of case folding in each token, (V,) int64; a mark without a piece of its own is a byte token."""
+        pieces = [self.model.id_to_piece(token) for token in range(self.model.vocab_size())]
+        alone = {f"<0x{ord(mark):02X}>" for mark in MARKS}
+        return np.array([sum(map(piece.count, MARKS)) + (piece in alone) for piece in pieces])
 
-Tokenizer = ByteTokenizer | SentencePieceTokenizer
+
+class FoldingTokenizer:
+    """A tokenizer of case-folded text. Bytes are those of the text as it was, and are checked against the side-cars of
+    the validation shards, which hold them token by token. Raises UserError where they differ."""
+
+    def __init__(self, h: Hyperparameters, inner: ByteTokenizer | SentencePieceTokenizer) -> None:
+        self.inner, self.bos, self.fingerprint = inner, inner.bos, inner.fingerprint
+        stream, table = TokenStream(h.data_path, "val", h.vocab_size), self.byte_table()
+        for path, shard in zip(stream.paths, stream.shards, strict=True):
+            side_car = path.with_suffix(".bytes")
+            counts = np.fromfile(side_car, np.uint8) if side_car.is_file() else np.zeros(0, np.uint8)
+            if not np.array_equal(counts, table.base[shard]):
+                raise UserError(f"{side_car} is missing or not of this shard and tokenizer; make the data again")
+
+    def encode(self, text: str) -> list[int]:
+        return self.inner.encode(fold_case(text))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return unfold_case(self.inner.decode(tokens))
+
+    def byte_table(self) -> ByteTable:
+        """Marks count nothing."""
+        table = self.inner.byte_table()
+        return dataclasses.replace(table, base=table.base - self.inner.marks())
+
+
+Tokenizer = ByteTokenizer | SentencePieceTokenizer | FoldingTokenizer
 
 
 def read_manifest(folder: str) -> dict[str, Any]:
@@ -1786,12 +1889,13 @@ def load_tokenizer(h: Hyperparameters) -> Tokenizer:
     if not manifest and isinstance(tokenizer, SentencePieceTokenizer):
         check_text(h, tokenizer)
     made_with = manifest.get("sha256") if manifest else tokenizer.fingerprint
+    folds = bool(manifest.get("casefold"))
     if manifest.get("kind") == "byte":
         made_with = ByteTokenizer(manifest.get("vocab_size", 256)).fingerprint
     if made_with != tokenizer.fingerprint:
         name, mine = manifest.get("file") or manifest.get("kind"), "bytes" if byte else h.tokenizer_path
         raise UserError(f"DATA_PATH={h.data_path} was made with another tokenizer ({name}) than this run's ({mine})")
-    return tokenizer
+    return FoldingTokenizer(h, tokenizer) if folds else tokenizer
 
 
 # ==== 4. CODECS ==============================================================
@@ -6156,6 +6260,50 @@ def uses_of(h: Hyperparameters, name: str) -> float:
 
 # Quintic Newton-Schulz coefficients that push all singular values towards 1 fast rather than exactly (Jordan 2024).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+Polynomial = tuple[float, float, float]  # a, b, c of a x + b x^3 + c x^5
+
+
+def minimax_quintic(low: float, high: float) -> np.ndarray:
+    """(a, b, c) of the odd quintic p that is nearest to 1 on [low, high], 0 < low < high, in the largest error.
+
+    Remez's exchange: p - 1 takes -E, E, -E, E at both ends and the two points between where p' = 0, until E settles.
+    """
+    points = np.array([low, low + (high - low) / 3, low + (high - low) * 2 / 3, high])
+    error, before = 1.0, 2.0
+    while abs(before - error) > 1e-14:
+        matrix = np.stack((points, points**3, points**5, [1, -1, 1, -1]), 1)
+        a, b, c, found = np.linalg.solve(matrix, np.ones(4))
+        error, before = float(found), error
+        root = math.sqrt(max(0.0, 9 * b * b - 20 * a * c))
+        points[1:3] = [math.sqrt(max(low**2, min(high**2, (-3 * b + sign * root) / (10 * c)))) for sign in (-1, 1)]
+        points.sort()
+        if points[2] - points[1] < 1e-9 * high:  # p is 1 to the last digit
+            break
+    return np.array((a, b, c))
+
+
+def polar_express(steps: int, low: float = 1e-3) -> tuple[Polynomial, ...]:
+    """The best polynomial of each step for singular values from `low` to 1 (Amsel et al. 2025, arXiv 2505.16932).
+
+    Each is the minimax quintic on what the steps before leave of that interval. For bf16 (its section 4.4), steps but
+    the last are computed for values 1% larger, which rounding may make, and for no spread of values above 1:40, or
+    rounding could turn the sign of some; such a polynomial is scaled until its image is centred on 1.
+    """
+    found, high = [], 1.0
+    for step in range(steps):
+        a, b, c = minimax_quintic(max(low, high / 40), high)
+        ends = [x * (a + x * x * (b + x * x * c)) for x in (low, high)]
+        scale = 2 / sum(ends)  # 1 where no bound was needed
+        margin = 1.01 if step + 1 < steps else 1.0
+        found.append((a * scale / margin, b * scale / margin**3, c * scale / margin**5))
+        low, high = ends[0] * scale, 2 - ends[0] * scale
+    return tuple((float(a), float(b), float(c)) for a, b, c in found)
+
+
+POLYNOMIALS: dict[str, Callable[[int], tuple[Polynomial, ...]]] = {
+    "jordan": lambda steps: (NEWTON_SCHULZ,) * steps,
+    "polar_express": polar_express,
+}
 
 
 class Bank:
@@ -6290,38 +6438,36 @@ class Weights:
         return sizes
 
 
-def orthogonalize(x: Tensor, steps: int) -> Tensor:
+def orthogonalize(x: Tensor, polynomials: Sequence[Polynomial]) -> Tensor:
     """Nearest semi-orthogonal matrix of each matrix in x (n, a, b), roughly, by Newton-Schulz; zero stays zero.
 
     bf16 on CUDA (Jordan 2024); elsewhere in x's dtype. Works on the wide side: (a, b) with a > b is transposed.
     """
-    a, b, c = NEWTON_SCHULZ
     wide = x.mT if x.shape[-2] > x.shape[-1] else x
     y = wide.bfloat16() if x.device.type == "cuda" else wide
     if x.device.type != "cuda" and y.shape[-1] >= 2 * y.shape[-2]:
-        y = gram_polynomial(y @ y.mT, steps) @ y
+        y = gram_polynomial(y @ y.mT, polynomials) @ y
     else:
         y = y / (y.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-        for _ in range(steps):
+        for a, b, c in polynomials:
             gram = y @ y.mT
             y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
     return (y.mT if x.shape[-2] > x.shape[-1] else y).to(x.dtype)
 
 
-def gram_polynomial(gram: Tensor, steps: int) -> Tensor:
+def gram_polynomial(gram: Tensor, polynomials: Sequence[Polynomial]) -> Tensor:
     """The small square matrix Q with which Newton-Schulz of y / |y| is Q y, from gram = y y^T (n, a, a).
 
     Each step multiplies y by P = a I + b G + c G^2, and so G by P on both sides: half the work for 4:1 matrices. Needs
     float32: the powers of G would drown in bf16's rounding.
     """
-    a, b, c = NEWTON_SCHULZ
     size = gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()[:, None, None] + 1e-7  # Frobenius norm of y
     gram, product = gram / size**2, 1 / size
-    for step in range(steps):
+    for step, (a, b, c) in enumerate(polynomials):
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
         product = factor @ product if step else factor * product
-        if step + 1 < steps:
+        if step + 1 < len(polynomials):
             gram = factor @ gram @ factor
     return product
 
@@ -6375,6 +6521,7 @@ class Optimizer:
     def __init__(self, h: Hyperparameters, rt: Runtime, weights: Weights) -> None:
         self.h, self.rt, self.weights = h, rt, weights
         self.groups = {name: GROUPS[name](h) for name in dict.fromkeys(b.role.group for b in weights.banks.values())}
+        self.polynomials = POLYNOMIALS[h.muon_coeffs](h.muon_backend_steps)
         self.orthogonalize = torch.compile(orthogonalize, dynamic=False) if rt.compile else orthogonalize
 
     @torch.no_grad()
@@ -6396,9 +6543,12 @@ class Optimizer:
         moved, before = {}, ternary_codes(banks) if measures else []
         for (key, bank), (grad, has) in zip(self.weights.banks.items(), grads, strict=True):
             group = self.groups[bank.role.group]
-            taper = table_taper(self.h, progress) if bank.role.group == "table" else 1.0
-            rate = rate_scale * group.rate * bank.role.lr_mult * taper
-            group = group._replace(rate=rate, decay=group.decay * bank.role.decay)
+            fading = tapered(self.h.engram_taper_start, progress) if bank.role.group == "table" else 1.0
+            rate = rate_scale * group.rate * bank.role.lr_mult * fading
+            decay = group.decay * bank.role.decay
+            if group.rule == "muon":
+                decay *= tapered(self.h.muon_wd_taper_start, progress)
+            group = group._replace(rate=rate, decay=decay)
             RULES[group.rule](self, bank, grad, has, group._replace(momentum=momentum))
             if grad.is_sparse:
                 moved[key] = grad.indices()[0]
@@ -6444,10 +6594,10 @@ class Optimizer:
         """Orthogonalize a bank, each rank its share."""
         rt, count = self.rt, update.shape[0]
         if rt.world == 1:
-            return self.orthogonalize(update, self.h.muon_backend_steps)
+            return self.orthogonalize(update, self.polynomials)
         share = -(-count // rt.world)
         padded = F.pad(update, (0, 0, 0, 0, 0, share * rt.world - count))
-        mine = self.orthogonalize(padded[rt.rank * share :][:share].contiguous(), self.h.muon_backend_steps)
+        mine = self.orthogonalize(padded[rt.rank * share :][:share].contiguous(), self.polynomials)
         dist.all_gather(list(padded.chunk(rt.world)), mine.contiguous())
         return padded[:count]
 
@@ -6513,9 +6663,8 @@ def rate_scale(h: Hyperparameters, step: int, seconds: float) -> float:
     return min(rise, h.lr_floor + (1 - h.lr_floor) * max(0.0, fall))
 
 
-def table_taper(h: Hyperparameters, progress: float) -> float:
-    """Factor on the rate of n-gram tables: 1 up to ENGRAM_TAPER_START, then down to 0 at the end."""
-    start = h.engram_taper_start
+def tapered(start: float, progress: float) -> float:
+    """A factor that is 1 up to a start, and then falls to 0 at the end."""
     return 1.0 if progress < start or start == 1 else max(0.0, (1 - progress) / (1 - start))
 
 
@@ -8635,6 +8784,344 @@ def plan(h: Hyperparameters, rt: Runtime) -> int:
     return 0
 
 
+class Spread(NamedTuple):
+    """How trained weights of one kind vary: a weight is Gaussian times exp(row + column + element), three Gaussians
+    of these standard deviations. Columns' scales alone explain the heavy tails of trained matrices."""
+
+    rows: float
+    columns: float
+    elements: float
+
+
+# Measured with `fit --like` on checkpoints of PRESET=local after 407 steps (ternary) and 497 (int6, int7 tables), 150 s
+# each on one core, and averaged. Whole artifacts of weights drawn like this were 1.2% longer than the trained ternary
+# one (its bf16 tables make the difference, trits are right to 0.01%) and 0.5% shorter than the int6 one. A kind is a
+# matrix's last name before .weight, else the role's group.
+SPREADS = {
+    "qkv": Spread(0.21, 0.17, 0.0),
+    "proj": Spread(0.075, 0.083, 0.05),
+    "up": Spread(0.083, 0.17, 0.05),
+    "down": Spread(0.05, 0.215, 0.06),
+    "embed": Spread(0.07, 0.097, 0.0),
+    "head": Spread(0.07, 0.097, 0.0),
+    "table": Spread(0.356, 0.026, 0.0),
+    "matrix": Spread(0.2, 0.2, 0.05),  # of other layers
+    "scalar": Spread(0.5, 0.5, 0.0),
+}
+# Distinct n-grams of so many tokens of the built-in corpus by order, and the power of the tokens with which they grow.
+DISTINCT_TOKENS = 833_000
+DISTINCT = {2: (99_184, 0.35), 3: (390_502, 0.68), 4: (598_288, 0.84)}
+
+
+def kind_of(name: str, role: Role) -> str:
+    """Which entry of SPREADS a parameter has."""
+    leaf = name.split(".")[-2] if role.group == "matrix" and "." in name else role.group
+    return leaf if leaf in SPREADS else "matrix" if role.group == "matrix" else "scalar"
+
+
+def spread_of(w: Tensor) -> Spread:
+    """The Spread of trained weights (n, rows, columns); rows of zeros, which nothing trained, are left out."""
+    rows = w.square().mean(-1, keepdim=True).sqrt()
+    alive = (rows > 1e-8).squeeze(-1)
+    x = torch.where(alive.unsqueeze(-1), w / rows.clamp(min=1e-8), 0.0)
+    columns = (x.square().sum(-2) / alive.sum(-1, keepdim=True).clamp(min=1)).sqrt().clamp(min=1e-8)  # (n, columns)
+    fourth = (x / columns.unsqueeze(-2))[alive].pow(4).mean()  # 3 for a Gaussian
+
+    def deviation(sizes: Tensor, averaged: float) -> float:
+        """Of logarithms of root mean squares, less what the mean of so many squares varies by itself."""
+        return math.sqrt(max(0.0, float(sizes.log().var()) - 1 / (2 * averaged)))
+
+    elements = math.sqrt(max(0.0, math.log(float(fourth) / 3)) / 4)
+    return Spread(
+        deviation(rows[alive], w.shape[-1]), deviation(columns, float(alive.sum(-1).float().mean())), elements
+    )
+
+
+def spreads_like(path: str) -> dict[str, Spread]:
+    """SPREADS as a checkpoint has them, kind by kind. Raises UserError."""
+    try:
+        banks = torch.load(path, map_location="cpu", weights_only=True)["banks"]
+        kinds: dict[str, list[tuple[Spread, int]]] = {}
+        for key, bank in banks.items():
+            role = Role(*key.split("/")[:2])
+            w = bank["state"].get("ema", bank["latent"]).float()
+            if w.ndim == 3 and role.group != "scalar":
+                kinds.setdefault(kind_of(bank["names"][0], role), []).append((spread_of(w), w.numel()))
+    except (OSError, pickle.UnpicklingError, *MALFORMED) as error:
+        raise UserError(f"--like {path} is not a readable checkpoint ({type(error).__name__})") from None
+    means = {k: np.average([s for s, _ in found], 0, [n for _, n in found]) for k, found in kinds.items()}
+    return {**SPREADS, **{kind: Spread(*mean.round(3).tolist()) for kind, mean in means.items()}}
+
+
+def untrained_share(h: Hyperparameters, tokens: float) -> float:
+    """The share of hashed n-grams' rows that no n-gram of so many training tokens falls into: they stay zero."""
+    found = []
+    for order in h.ngram_orders:
+        distinct, power = DISTINCT[min(order, max(DISTINCT))]
+        found.append(math.exp(-distinct * (tokens / DISTINCT_TOKENS) ** power / h.bigram_hash_buckets))
+    return sum(found) / len(found) if found else 0.0
+
+
+def drawn_like(shape: Sequence[int], spread: Spread, generator: torch.Generator) -> Tensor:
+    """Weights of a shape with this Spread."""
+
+    def noise(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    sizes = spread.rows * noise(*shape[:-1], 1) + spread.columns * noise(*[1] * (len(shape) - 1), shape[-1])
+    return noise(*shape) * (sizes + spread.elements * noise(*shape)).exp() / math.sqrt(shape[-1])
+
+
+SAMPLE_VALUES = 2**19  # of each kind of stream are compressed to foresee its size
+
+
+def coded_like(weights: Weights, spreads: dict[str, Spread], untrained: float, limit: float) -> Iterator[Coded]:
+    """What an artifact of trained weights would hold; of each tensor as many rows as leave `limit` codes a stream."""
+    values: Counter[str] = Counter()
+    for bank in weights.banks.values():
+        values[bank.codec.stream] += bank.latent.numel()
+    for bank in weights.banks.values():
+        share = min(1.0, limit / values[bank.codec.stream])
+        for name, parameter in zip(bank.names, bank.parameters, strict=True):
+            shape = [*parameter.shape]
+            shape[0] = math.ceil(share * shape[0]) if len(shape) > 1 else shape[0]
+            generator = torch.Generator().manual_seed(parameter_seed(weights.h.seed, name))
+            w = drawn_like(shape, spreads[kind_of(name, bank.role)], generator)[None]
+            if bank.role.group == "table":
+                w = w * (torch.rand(1, shape[0], 1, generator=generator) >= untrained)
+            coded = bank.codec.quantize(w, default_tuning(w))
+            yield Coded(
+                name, bank.role.codec, coded.codes[0].numpy(), None if coded.scales is None else coded.scales[0].numpy()
+            )
+
+
+class Speed(NamedTuple):
+    """How fast a machine trains: seconds of a FLOP in forward and backward passes, of a parameter in the optimizer."""
+
+    flop_seconds: float
+    parameter_seconds: float
+    source: str
+
+
+def measured_speed(h: Hyperparameters, rt: Runtime) -> Speed:
+    """Time passes over as many rows as take a second (at most MICRO_BATCH_TOKENS), and an optimizer step, twice."""
+    model = build_model(h, rt, 1)
+    weights = Weights(model)
+    weights.materialize(1.0)
+    optimizer = Optimizer(h, rt, weights)
+    loss_of = torch.compile(model.loss, mode=h.compile_mode, dynamic=False) if rt.compile else model.loss
+    rows, most = 1, max(1, h.micro_batch_tokens // h.train_seq_len)
+
+    def passes() -> float:
+        tokens = torch.randint(h.vocab_size, (rows, h.train_seq_len + 1), device=rt.device)
+        past = torch.full((rows, h.history), -1, device=rt.device)
+        synchronize(rt)
+        began = time.perf_counter()
+        with rt.precision():
+            loss = loss_of(tokens[:, :-1], tokens[:, 1:], final_variant(h), model.start_state(past)).total
+        (loss / tokens.numel()).backward()
+        synchronize(rt)
+        return time.perf_counter() - began
+
+    passes()  # allocates, compiles
+    while passes() < 1.0 and rows < most:
+        rows = min(2 * rows, most)
+        passes()
+    seconds = min(passes(), passes()) / (rows * h.train_seq_len)
+    steps = []
+    for _ in range(3):
+        began = time.perf_counter()
+        optimizer.step(0.0, h.muon_momentum, False, 0.0)
+        synchronize(rt)
+        steps.append(time.perf_counter() - began)
+    parameters = sum(p.numel() for p in model.parameters())
+    return Speed(seconds / flops_per_token(model), min(steps) / parameters, f"timed on {rt.device} with {rows} rows")
+
+
+def named_speed(name: str, mfu: float) -> Speed:
+    """The speed of GPUs given as H100 or H100x8 at a model FLOPs utilization, optimizer included. Raises UserError."""
+    kind, _, count = name.partition("x")
+    if kind not in PEAK_FLOPS or not (count or "1").isdigit() or int(count or "1") < 1:
+        raise UserError(f"--gpu {name} is not one of {', '.join(PEAK_FLOPS)}, with x and a number, like H100x8")
+    return Speed(1 / (PEAK_FLOPS[kind] * int(count or "1") * mfu), 0.0, f"{name} at {mfu:.0%} of its peak")
+
+
+class Foreseen(NamedTuple):
+    """What fits into the training clock."""
+
+    steps: float
+    tokens: float
+    seconds: float
+
+
+def foresee(h: Hyperparameters, speed: Speed) -> Foreseen:
+    """Steps and tokens until the clock or ITERATIONS end, a hundredth of the run after the other."""
+    with torch.device("meta"):
+        models = {
+            loops: GPT(h if loops else dataclasses.replace(h, recurrence_layers=""), 1) for loops in (True, False)
+        }
+    flops, parts = {loops: flops_per_token(model) for loops, model in models.items()}, 100
+    fixed = speed.parameter_seconds * sum(p.numel() for p in models[True].parameters())
+    steps = tokens = seconds = 0.0
+    for part in range(parts):
+        progress = (part + 0.5) / parts
+        batch = stage_at(h.stages, progress)
+        step_seconds = batch * flops[variant_at(h, progress).looped] * speed.flop_seconds + fixed
+        by_clock = h.step_seconds / parts / step_seconds if h.step_seconds else math.inf
+        more = min(by_clock, (h.iterations or math.inf) / parts)
+        steps, tokens, seconds = steps + more, tokens + more * batch, seconds + more * step_seconds
+    return Foreseen(steps, tokens, seconds)
+
+
+class Candidate(NamedTuple):
+    """A configuration, the steps that it has time for, and what its artifact takes by kind of stream."""
+
+    h: Hyperparameters
+    parameters: int
+    time: Foreseen
+    streams: dict[str, int]
+
+    @property
+    def budget(self) -> Budget:
+        return account(self.h, sum(self.streams.values()))
+
+    @property
+    def fits(self) -> bool:
+        return self.budget.total_bytes <= self.budget.budget_bytes
+
+
+def weigh(h: Hyperparameters, spreads: dict[str, Spread], speed: Speed, limit: float = math.inf) -> Candidate:
+    """A configuration's Candidate, bytes foreseen from at most `limit` codes of each stream."""
+    with torch.device("meta"):
+        model = GPT(h, 1)
+        weights = Weights(model)
+    whole: Counter[str] = Counter()
+    for bank in weights.banks.values():
+        whole[bank.codec.stream] += bank.latent.numel()
+        whole["scales"] += len(bank.names) * math.prod(bank.codec.scale_shape(bank.latent.shape[1:]) or (0,))
+    prints = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("data", "tokenizer")}
+    expected = foresee(h, speed)
+    table = write_artifact(h, coded_like(weights, spreads, untrained_share(h, expected.tokens), limit), prints).table
+    streams = {kind: round(stored * whole.get(kind, values) / values) for kind, _, _, values, _, stored in table}
+    return Candidate(h, sum(p.numel() for p in model.parameters()), expected, streams)
+
+
+FIT_BY = {"width": "MODEL_DIM", "layers": "NUM_LAYERS", "buckets": "BIGRAM_HASH_BUCKETS"}
+
+
+class Fitter:
+    """A search over the values of one variable under the environment's configuration."""
+
+    def __init__(self, environ: dict[str, str], options: Any) -> None:
+        self.environ, self.variable, self.h = environ, FIT_BY[options.by], load_config(environ)
+        if options.by == "buckets" and not self.h.ngram_orders:
+            raise UserError("fit --by buckets needs hashed n-grams: BIGRAM_HASH_BUCKETS of at least 1")
+        # Flash attention wants heads of a multiple of 8 channels.
+        sizes = {"width": (8 * self.h.num_heads, self.h.model_dim), "layers": (1, self.h.num_layers)}
+        unit, self.now = sizes.get(options.by, (1024, self.h.bigram_hash_buckets))
+        self.unit = options.step or unit
+        self.spreads = spreads_like(options.like) if options.like else SPREADS
+        self.speed = named_speed(options.gpu, options.mfu) if options.gpu else Speed(0.0, 0.0, "")
+        self.seen: dict[int, Candidate] = {}
+        self.counted: set[int] = set()  # those of which every byte was made
+
+    def config(self, value: int) -> Hyperparameters | None:
+        """The configuration with another value, if it is a valid one."""
+        try:
+            return load_config({**self.environ, self.variable: str(value)})
+        except UserError:
+            return None
+
+    def fits(self, value: int) -> bool:
+        """Whether a valid value is foreseen to fit."""
+        if value not in self.seen:
+            h = load_config({**self.environ, self.variable: str(value)})
+            self.seen[value] = weigh(h, self.spreads, self.speed, SAMPLE_VALUES)
+        return self.seen[value].fits
+
+    def surely_fits(self, value: int) -> bool:
+        """The same, every byte counted."""
+        if value not in self.counted:
+            h = load_config({**self.environ, self.variable: str(value)})
+            self.seen[value] = weigh(h, self.spreads, self.speed)
+            self.counted.add(value)
+        return self.seen[value].fits
+
+    def values(self) -> list[int]:
+        """Valid values in rising order, up to one that is too large to fit, if there is one."""
+        found, low, top = list[int](), self.unit, self.unit * math.ceil(self.now / self.unit)
+        while found or top <= 64 * self.now + self.unit:
+            new = [value for value in range(low, top + 1, self.unit) if self.config(value)]
+            found += new
+            if found and (not new or not self.fits(found[-1])):
+                break
+            low, top = top + self.unit, 2 * top
+        return found
+
+    def largest(self) -> int | None:
+        """The largest value that fits, foreseen by bisection and then counted on whole models; None: none does."""
+        values = self.values()
+        low, high = 0, len(values)  # values before `low` fit, from `high` on they don't
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if self.fits(values[middle]) else (low, middle)
+        while low > 0 and not self.surely_fits(values[low - 1]):
+            low -= 1
+        while low < len(values) and self.may_fit(values[low]) and self.surely_fits(values[low]):
+            low += 1
+        return values[low - 1] if low else None
+
+    def may_fit(self, value: int) -> bool:
+        """Whether a value is too near to the budget for a forecast to decide."""
+        self.fits(value)
+        return self.seen[value].budget.total_bytes <= 1.02 * self.h.hard_budget_bytes
+
+    def lines(self, value: int | None) -> Iterator[str]:
+        """A table of all candidates."""
+        kinds = list(dict.fromkeys(kind for candidate in self.seen.values() for kind in candidate.streams))
+        heads = [*kinds, "total_bytes", "steps", "tokens", "per_param"]
+        yield f"{self.variable:<20}{'parameters':>11}" + "".join(f"{head:>12}" for head in heads)
+        for tried, found in sorted(self.seen.items()):
+            rate = found.time.tokens / found.parameters
+            numbers = [
+                *(found.streams.get(kind, 0) for kind in kinds),
+                found.budget.total_bytes,
+                round(found.time.steps),
+            ]
+            cells = [*map(str, numbers), f"{found.time.tokens:.4g}", f"{rate:.1f}"]
+            mark = "  counted" * (tried in self.counted) + ", the largest that fits" * (tried == value)
+            yield f"{tried:<20}{found.parameters:>11}" + "".join(f"{cell:>12}" for cell in cells) + mark
+
+
+def fit(options: Any, environ: dict[str, str]) -> int:
+    """Print the largest model within the byte budget, beside others, with the steps that the clock leaves each; one
+    JSON line at the end. Returns 0, or 3 when nothing fits. Raises UserError."""
+    fitter = Fitter(with_assignments(options.variables, environ), options)
+    rt, timed = start_runtime(fitter.h), not options.gpu
+    if rt.world > 1:
+        raise UserError("fit runs in one process; for several GPUs try --gpu H100x8")
+    if timed:
+        fitter.speed = measured_speed(fitter.h, rt)
+    value, log = fitter.largest(), Log(None, rt.main)
+    if timed and value not in (None, fitter.now):  # others' times are scaled from the configuration as it was given
+        found = fitter.seen[value]
+        fitter.speed = measured_speed(found.h, rt)
+        fitter.seen[value] = found._replace(time=foresee(found.h, fitter.speed))
+    log.line(f"weights like {options.like or 'those of trained local models'}; time: {fitter.speed.source}")
+    for line in fitter.lines(value):
+        log.line(line)
+    result: dict[str, Any] = {"variable": fitter.variable, "value": value, "budget_bytes": fitter.h.hard_budget_bytes}
+    if value is not None:
+        found = fitter.seen[value]
+        budget, expected = found.budget, found.time
+        result |= {"parameters": found.parameters, "streams": found.streams, "model_bytes": budget.model_bytes}
+        result |= {"code_bytes": budget.code_bytes, "total_bytes": budget.total_bytes, "steps": round(expected.steps)}
+        result |= {"tokens": round(expected.tokens), "tokens_per_parameter": expected.tokens / found.parameters}
+        result |= {"train_time_s": expected.seconds, "speed": fitter.speed.source}
+    print(json.dumps(result))
+    return 0 if value is not None else 3
+
+
 def open_artifact(
     path: str, environ: dict[str, str]
 ) -> tuple[Hyperparameters, Runtime, GPT, Tokenizer, dict[str, float]]:
@@ -8823,6 +9310,13 @@ def number(kind: type, low: float, high: float = 2.0**62) -> Callable[[str], Any
     return parse
 
 
+def assignment(word: str) -> str:
+    """A VARIABLE=value word, for argparse."""
+    if not with_assignments([word], {}):
+        raise ValueError
+    return word
+
+
 def parse_command(argv: list[str]) -> Any:
     """The command line's words; configuration comes from the environment."""
     import argparse
@@ -8842,6 +9336,13 @@ def parse_command(argv: list[str]) -> Any:
     writer.add_argument("--temperature", type=number(float, 0), default=0.8)
     writer.add_argument("--top-p", type=number(float, 0, 1), default=0.95)
     writer.add_argument("--seed", type=number(int, 0), default=1337)
+    fitter = commands.add_parser("fit")
+    fitter.add_argument("variables", nargs="*", type=assignment, metavar="VARIABLE=VALUE")
+    fitter.add_argument("--by", choices=FIT_BY, default="width")
+    fitter.add_argument("--step", type=number(int, 1), default=0)
+    fitter.add_argument("--gpu", default="", metavar="H100x8")
+    fitter.add_argument("--mfu", type=number(float, 0.001, 1), default=0.4)
+    fitter.add_argument("--like", default="", metavar="CHECKPOINT")
     timer = commands.add_parser("bench")
     timer.add_argument("--steps", type=number(int, 1), default=20)
     timer.add_argument("--ratio", nargs="+", default=[], metavar="VARIABLE=VALUE")
@@ -8860,6 +9361,8 @@ def main(argv: list[str], environ: dict[str, str]) -> int:
             return audit_command(options.artifact, options.positions, environ)
         if options.command == "generate":
             return generate_command(options.artifact, options, environ)
+        if options.command == "fit":
+            return fit(options, environ)
         h = load_config(environ)
         rt = start_runtime(h)
         if options.command == "preflight":

@@ -323,7 +323,8 @@ class Recipe:
     text_field: str
     val_fraction: float
     skip_bad: bool
-    tokenizer: str  # "byte" or a path
+    tokenizer: str  # "byte" or a path, behind shards.CASEFOLD where text is folded
+    casefold: bool = False
 
 
 @dataclass(frozen=True)
@@ -577,6 +578,7 @@ def encode(job: Job, part: Part, workers: int) -> None:
 
 def train_tokenizer(sources: list[Source], recipe: Recipe, vocab_size: int, limit: int, path: Path) -> None:
     texts = sample_texts(sources, recipe, limit)
+    texts = [shards.fold_case(text) for text in texts] if recipe.casefold else texts
     size = sum(map(len, texts))
     print(f"tokenizer: learning {vocab_size} pieces from {len(texts):,} documents, {size / 1e6:.1f} M characters")
     shards.train_sentencepiece(texts, vocab_size, path)
@@ -800,6 +802,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--shard-tokens", type=int, default=shards.SHARD_TOKENS, help="tokens in a shard")
     add("--block-bytes", type=int, default=BLOCK_BYTES, help="text in a block, the unit of work and of resuming")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes that encode")
+    add("--casefold", action="store_true", help="fold capitals before tokenization, losslessly; bytes stay the text's")
     add("--dedup", action="store_true", help="drop exact duplicates, in train also those of validation documents")
     add("--skip-bad", action="store_true", help="leave out documents that cannot be read, and name them")
     add("--part", metavar="I/N", help="encode only the Ith of N parts; needs --merge once all are done")
@@ -847,17 +850,22 @@ def find_tokenizer(args: argparse.Namespace) -> str:
 
 def prepare_tokenizer(args: argparse.Namespace, output: Output, sources: list[Source], recipe: Recipe) -> str:
     """The job's tokenizer, kept with its blocks, so that a resumed run and a merge use the same one."""
+    prefix = shards.CASEFOLD * recipe.casefold
     if args.tokenizer == "byte":
-        return "byte"
+        return prefix + "byte"
     given = Path(find_tokenizer(args)) if args.tokenizer else None
-    path = output.work / "tokenizer" / (given.name if given else f"{args.name}_{args.vocab_size}_bpe.model")
+    path = output.work / "tokenizer" / (given.name if given else f"{model_name(args)}_bpe.model")
     if not path.is_file():
         check_place(output.out / "tokenizers" / path.name, given, args.overwrite)
         if given:
             shards.atomic_write(path, [given.read_bytes()])
         else:
             train_tokenizer(sources, recipe, args.vocab_size, args.tokenizer_bytes, path)
-    return str(path)
+    return prefix + str(path)
+
+
+def model_name(args: argparse.Namespace) -> str:
+    return f"{args.name}_{args.vocab_size}" + shards.CASEFOLD_SUFFIX * args.casefold
 
 
 def check_place(target: Path, given: Path | None, overwrite: bool) -> None:
@@ -872,8 +880,8 @@ def check_place(target: Path, given: Path | None, overwrite: bool) -> None:
 
 def dataset_name(args: argparse.Namespace) -> str:
     if args.tokenizer is None:
-        return f"{args.name}_sp{args.vocab_size}"
-    return load_tokenizer(find_tokenizer(args)).dataset_name(args.name)
+        return f"{args.name}_sp{args.vocab_size}" + shards.CASEFOLD_SUFFIX * args.casefold
+    return load_tokenizer(shards.CASEFOLD * args.casefold + find_tokenizer(args)).dataset_name(args.name)
 
 
 def job_identity(args: argparse.Namespace, sources: list[Source], recipe: Recipe) -> dict[str, Any]:
@@ -889,6 +897,7 @@ def job_identity(args: argparse.Namespace, sources: list[Source], recipe: Recipe
         "val_fraction": recipe.val_fraction,
         "skip_bad": recipe.skip_bad,
         "block_bytes": args.block_bytes,
+        **({"casefold": True} if args.casefold else {}),
     }
 
 
@@ -924,7 +933,7 @@ def run(args: argparse.Namespace) -> None:
         return merge_parts(output, args.overwrite)
     sources = list_sources(args)
     fraction = 0.0 if args.val else 0.01 if args.val_fraction is None else args.val_fraction
-    recipe = Recipe(args.text_field, fraction, args.skip_bad, "")
+    recipe = Recipe(args.text_field, fraction, args.skip_bad, "", args.casefold)
     identity = job_identity(args, sources, recipe)
     if is_complete(output, job_signature(identity, output), args.overwrite):
         return None
@@ -944,7 +953,8 @@ def merge_parts(output: Output, overwrite: bool) -> None:
         raise DataError(f"{output.work} holds no work to merge: run the parts first, with the same --name and --out")
     if not is_complete(output, job_signature(known["identity"], output), overwrite):
         models = sorted((output.work / "tokenizer").glob("*.model"))
-        merge(output, known, str(models[0]) if models else "byte")
+        prefix = shards.CASEFOLD * known["identity"].get("casefold", False)
+        merge(output, known, prefix + (str(models[0]) if models else "byte"))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -110,6 +110,9 @@ def sha256_file(path: Path) -> str:
 # ---- shards ---------------------------------------------------------------------------------------------------------
 
 
+SIDE_CAR = ".bytes"  # beside a shard of case-folded text: the original's UTF-8 bytes of each token, one byte each
+
+
 def shard_name(split: str, number: int) -> str:
     return f"fineweb_{split}_{number:06d}.bin"
 
@@ -195,11 +198,68 @@ class SplitWriter:
 
     def _write(self) -> None:
         path = self.folder / shard_name(self.split, len(self.shards))
-        self.shards.append(write_shard(path, self._buffer[: self._filled]))
+        tokens = self._buffer[: self._filled]
+        entry = write_shard(path, tokens)
+        if self.tokenizer.folds:  # what each token stands for in the text as it was
+            counts = self.tokenizer.byte_lengths[tokens].astype(np.uint8).tobytes()
+            atomic_write(path.with_suffix(SIDE_CAR), [counts])
+            entry |= {"bytes": int(self.tokenizer.byte_lengths[tokens].sum())}
+            entry |= {"bytes_sha256": hashlib.sha256(counts).hexdigest()}
+        self.shards.append(entry)
         self._filled = 0
 
 
 # ---- tokenizers -----------------------------------------------------------------------------------------------------
+
+# Lossless case folding: a capital letter becomes a small one behind a mark, so that a word has the same pieces
+# wherever it stands. CAPITAL: the next letter is one; CAPITALS: all of the next word's are. A mark stands before the
+# one space in front of its word, since pieces begin with a space. Marks that the text itself holds become LITERAL and a
+# digit. A letter takes as many bytes as its capital, so a token's bytes in the original are its own less its marks.
+# What has no such capital (sharp s, dotted I, titlecase digraphs, ...) stays as it is, as does all beyond Cyrillic:
+# what Unicode says of these letters no longer changes. train_gpt.py has the same functions.
+CAPITAL, CAPITALS, LITERAL = "\x0e", "\x0f", "\x10"
+MARKS = CAPITAL + CAPITALS + LITERAL
+
+
+def case_pairs() -> tuple[str, str]:
+    """The capital letters that are folded, and their small ones."""
+    pairs = [(c, c.lower()) for c in map(chr, range(0x530)) if len(c.lower()) == 1 and c.lower() != c]
+    pairs = [(c, s) for c, s in pairs if s.upper() == c and s.lower() == s and len(c.encode()) == len(s.encode())]
+    return "".join(c for c, _ in pairs), "".join(s for _, s in pairs)
+
+
+LARGE, SMALL = case_pairs()
+TO_SMALL = str.maketrans(LARGE, SMALL)
+TO_LARGE = str.maketrans(SMALL, LARGE)
+FOLDABLE = re.compile(f"[{MARKS}]|( ?)([{LARGE}{SMALL}]*[{LARGE}][{LARGE}{SMALL}]*)")
+FOLDED = re.compile(f"{LITERAL}([0-2])|{CAPITAL}( ?)([{SMALL}])|{CAPITALS}( ?)([{SMALL}]+)")
+
+
+def fold_word(match: re.Match[str]) -> str:
+    """A mark of the text itself, or a word with capitals, as fold_case writes it."""
+    space, word = match[1], match[2]
+    if word is None:
+        return LITERAL + str(MARKS.index(match[0]))
+    if len(word) > 1 and word.translate(TO_LARGE) == word:
+        return CAPITALS + space + word.translate(TO_SMALL)
+    marked = "".join(CAPITAL + letter.translate(TO_SMALL) if letter in LARGE else letter for letter in word)
+    return CAPITAL + space + marked[1:] if marked[0] == CAPITAL else space + marked
+
+
+def fold_case(text: str) -> str:
+    return FOLDABLE.sub(fold_word, text)
+
+
+def unfold_word(match: re.Match[str]) -> str:
+    """What a mark and the letters behind it stood for."""
+    literal, space, letter, wide, word = match.groups()
+    return MARKS[int(literal)] if literal else (space or wide or "") + (letter or word).translate(TO_LARGE)
+
+
+def unfold_case(text: str) -> str:
+    """The inverse of fold_case."""
+    return FOLDED.sub(unfold_word, text)
+
 
 # Texts that a lossy tokenizer changes: runs of spaces, spaces at the edges, controls, compatibility characters.
 LOSSLESS_PROBES = ("a  b", " a ", "\ta\n\n b\r\n", "\x00\x7f", "ﬁ①Å", "e\u0301", "\u200b\ufeff", "▁ ▁▁a▁", "😀", "")
@@ -211,6 +271,7 @@ class Tokenizer:
 
     kind: str
     lossless: bool
+    folds = False  # whether tokens' bytes in the text are not those of their pieces
 
     def __init__(self, pieces: list[bytes], bos_id: int) -> None:
         self.pieces, self.bos_id, self.vocab_size = pieces, bos_id, len(pieces)
@@ -313,6 +374,32 @@ class SentencePieceTokenizer(Tokenizer):
         return piece.replace(META_SPACE, " ").encode()
 
 
+class FoldingTokenizer(Tokenizer):
+    """A lossless tokenizer of case-folded text; byte_lengths count the bytes of the text as it was."""
+
+    def __init__(self, inner: Tokenizer) -> None:
+        super().__init__(inner.pieces, inner.bos_id)
+        if not inner.lossless:
+            raise DataError("--casefold needs a lossless tokenizer: train one on folded text with --vocab-size")
+        self.inner, self.kind, self.lossless, self.folds = inner, inner.kind, True, True
+        self.byte_lengths -= [sum(piece.count(mark) for mark in MARKS.encode()) for piece in inner.pieces]
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.inner.encode(fold_case(text))
+
+    def decode(self, tokens: np.ndarray) -> bytes:
+        return unfold_case(self.inner.decode(tokens).decode()).encode()
+
+    def dataset_name(self, name: str) -> str:
+        return self.inner.dataset_name(name) + CASEFOLD_SUFFIX
+
+    def describe(self) -> dict[str, Any]:
+        return {**self.inner.describe(), "casefold": True}
+
+
+CASEFOLD, CASEFOLD_SUFFIX = "casefold:", "_casefold"
+
+
 def load_sentencepiece(path: Path) -> Any:
     try:
         import sentencepiece
@@ -327,7 +414,9 @@ def load_sentencepiece(path: Path) -> Any:
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """`byte`, or the path of a sentencepiece model."""
+    """`byte`, or the path of a sentencepiece model; behind casefold: for text that is case-folded first."""
+    if str(spec).startswith(CASEFOLD):
+        return FoldingTokenizer(load_tokenizer(str(spec).removeprefix(CASEFOLD)))
     return ByteTokenizer() if str(spec) == "byte" else SentencePieceTokenizer(Path(spec))
 
 
@@ -471,6 +560,9 @@ def verify_dataset(folder: Path, manifest: dict[str, Any]) -> None:
                 raise DataError(f"{path} is missing though {MANIFEST} names it: run again with --overwrite")
             if check_shard(path) != shard["tokens"] or sha256_file(path) != shard["sha256"]:
                 raise DataError(f"{path} is not the file that {MANIFEST} names: run again with --overwrite")
+            counts = path.with_suffix(SIDE_CAR)
+            if "bytes_sha256" in shard and not (counts.is_file() and sha256_file(counts) == shard["bytes_sha256"]):
+                raise DataError(f"{counts} is not what {MANIFEST} says of it: run again with --overwrite")
 
 
 def check_tokenizer(out: Path, manifest: dict[str, Any]) -> None:
@@ -483,15 +575,18 @@ def check_tokenizer(out: Path, manifest: dict[str, Any]) -> None:
 
 def finish_dataset(folder: Path, manifest: dict[str, Any]) -> None:
     """Remove shards that an earlier, other build left, and write the manifest: the folder is complete."""
-    named = {shard["file"] for split in SPLITS for shard in manifest["splits"][split]["shards"]}
-    for path in [*folder.glob("fineweb_*_*.bin"), *folder.glob("*.tmp")]:
-        if path.name not in named:
+    named = {shard["file"]: shard for split in SPLITS for shard in manifest["splits"][split]["shards"]}
+    counted = {Path(name).with_suffix(SIDE_CAR).name for name, shard in named.items() if "bytes_sha256" in shard}
+    for path in [*folder.glob("fineweb_*_*.bin"), *folder.glob(f"fineweb_*_*{SIDE_CAR}"), *folder.glob("*.tmp")]:
+        if path.name not in named.keys() | counted:
             path.unlink()
     write_json(folder / MANIFEST, manifest)
 
 
 def place_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
     """Put a tokenizer's model into OUT/tokenizers."""
+    if isinstance(tokenizer, FoldingTokenizer):
+        tokenizer = tokenizer.inner
     if not isinstance(tokenizer, SentencePieceTokenizer):
         return
     target = out / "tokenizers" / tokenizer.path.name

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
+import math
 import os
+import random
+import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ROOT, write_shard
+from conftest import document as random_document
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -724,3 +731,74 @@ def test_data_fingerprint_is_the_manifests_or_the_shards(tmp_path: Path) -> None
     for folder, expected in ((made, "f" * 64), (bare, t.TokenStream(bare, "train", 10).fingerprint())):
         stream = t.TokenStream(folder, "train", 10)
         assert t.data_fingerprint(t.load_config({"DATA_PATH": folder}), stream) == expected
+
+
+# ---- case-folded data ----
+
+
+PREPARE = ROOT / "data" / "prepare.py"
+sys.path.insert(0, str(PREPARE.parent))
+SHARDS = importlib.import_module("shards")
+
+
+@pytest.fixture(scope="module", params=["byte", "400"])
+def folded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Variables of a job on case-folded documents, made by the real command, by bytes or a trained tokenizer."""
+    choose, folder = random.Random(5), tmp_path_factory.mktemp("folded")
+    for split, count in (("train", 150), ("val", 12)):
+        texts = [f"{random_document(choose)} NASA \x0e McX ÉTÉ Straße İ" for _ in range(count)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    kind = ["--tokenizer", "byte"] if request.param == "byte" else ["--vocab-size", request.param]
+    inputs = ["--train", f"{folder}/train.jsonl", "--val", f"{folder}/val.jsonl", "--name", "x", "--out", str(folder)]
+    subprocess.run([sys.executable, str(PREPARE), *inputs, *kind, "--casefold", "--workers", "1"], check=True)
+    made = next((folder / "datasets").iterdir())
+    texts = [json.loads(line)["text"] for line in (folder / "val.jsonl").read_text().splitlines()]
+    model = next((folder / "tokenizers").glob("*.model"), Path("none"))
+    size = "256" if request.param == "byte" else request.param
+    names = {"DATA_PATH": str(made), "TOKENIZER_PATH": str(model), "VOCAB_SIZE": size}
+    return {**CPU, **names, "PRESET": "tiny", "TEXT_BYTES": str(sum(len(text.encode()) for text in texts))}
+
+
+def test_bits_per_byte_are_of_the_text_before_folding(
+    folded: dict[str, str], tmp_path: Path, run_job: Callable[..., Any], read_metrics: Callable[..., Any]
+) -> None:
+    """Training, export, reload, `eval` and `generate` by the real commands."""
+    job = {**folded, "ITERATIONS": "3", "OUT_DIR": str(tmp_path), "RUN_ID": "run"}
+    bytes_of_text = int(job.pop("TEXT_BYTES"))
+    assert (done := run_job(job)).code == 0, done.err
+    score = read_metrics(tmp_path / "run", "val")[-1]
+    assert score["val_bytes"] == bytes_of_text  # the first token is a BOS, of no bytes
+    nats = score["val_loss_nats"] * score["val_tokens"]
+    assert score["val_bpb"] == pytest.approx(nats / math.log(2) / bytes_of_text)
+    artifact = str(tmp_path / "run" / "model.pgz")
+    data = {name: job[name] for name in ("DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE", "DEVICE", "COMPILE")}
+    assert f" bytes:{bytes_of_text} " in run_job(data, ["eval", artifact]).out
+    prompt = "The NASA, É"
+    written = run_job(data, ["generate", artifact, "--prompt", prompt, "--tokens", "3"])
+    assert written.code == 0 and written.out.startswith(prompt)
+    tokenizer = t.load_tokenizer(t.load_config(data))
+    assert tokenizer.decode(tokenizer.encode(prompt)) == prompt
+    assert tokenizer.decode(tokenizer.encode("NASA")[:1]) != "NASA"
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "other"])
+def test_side_car_of_other_bytes_is_refused(damage: str, folded: dict[str, str], tmp_path: Path) -> None:
+    folder = shutil.copytree(folded["DATA_PATH"], tmp_path / "data")
+    side_car = folder / "fineweb_val_000000.bytes"
+    counts = side_car.read_bytes()
+    if damage == "missing":
+        side_car.unlink()
+    else:
+        side_car.write_bytes(counts[:-1] if damage == "short" else bytes([counts[0] + 1]) + counts[1:])
+    given = {**folded, "DATA_PATH": str(folder)}
+    del given["TEXT_BYTES"]
+    with pytest.raises(t.UserError, match="fineweb_val_000000.bytes"):
+        t.load_tokenizer(t.load_config(given))
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("aB ẞßİDž\x0e\x0f\x10 01")))
+def test_folding_is_that_of_the_tool(text: str) -> None:
+    assert t.fold_case(text) == SHARDS.fold_case(text)
+    assert t.unfold_case(t.fold_case(text)) == text
+    assert t.unfold_case(text) == SHARDS.unfold_case(text)

@@ -1182,3 +1182,97 @@ def test_download_checks_the_space_first(tmp_path: Path) -> None:
     huge = download.RemoteFile("datasets/x/a.bin", tmp_path / "a.bin", 10**18, None, "")
     with pytest.raises(shards.DataError, match="1000000000.0 GB are to be fetched"):
         download.check_space(tmp_path, [huge])
+
+
+# ---- case folding -----------------------------------------------------------
+
+CASED = [
+    "The NASA crew. An A, I'm: iPhone McDONALD",
+    "GROSS Straße STRAẞE İstanbul DŽ Dž dž ÉCOLE Ångström Σίσυφος МОСКВА Москва K",
+    "marks \x0e\x0f\x10 \x0eA\x0fBC \x100 \x10\x10",
+    "  Two  Spaces\n\tTab A",
+]
+PARTS = st.sampled_from(
+    ["a", "B", " ", "Zz", "ß", "ẞ", "İ", "ı", "Dž", "dž", "K", "Å", "ΣΣ", "ς", "\x0e", "\x0f", "\x10", "0"]
+)
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.lists(PARTS).map("".join)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(ANY_TEXT)
+def test_case_folding_is_lossless(text: str) -> None:
+    """And what is folded is as long as the text, its marks aside, and has no capital that could be folded."""
+    folded = shards.fold_case(text)
+    assert shards.unfold_case(folded) == text
+    assert len(folded.encode()) - sum(map(folded.count, shards.MARKS)) == len(text.encode())
+    assert not set(folded) & set(shards.LARGE)
+
+
+def test_case_folding_gives_a_word_the_same_pieces_wherever_it_stands() -> None:
+    a, b = shards.CAPITAL, shards.CAPITALS
+    assert shards.fold_case("The end. NASA and THE End, iPhone") == (
+        f"{a}the end.{b} nasa and{b} the{a} end, i{a}phone"
+    )
+    assert set("ABCXYZÀÞŽΑΩАЯ") <= set(shards.LARGE) and len(shards.LARGE) == len(set(shards.SMALL))
+
+
+@pytest.mark.parametrize("tokenizer", [("--tokenizer", "byte"), ("--vocab-size", "400")])
+def test_side_cars_hold_the_bytes_of_the_text(tmp_path: Path, tokenizer: tuple[str, str]) -> None:
+    train, val = make_texts(60) + CASED, [text.title() for text in make_texts(10, 1)] + CASED
+    files = [write_jsonl(tmp_path / f"{split}.jsonl", texts) for split, texts in (("train", train), ("val", val))]
+    command = ["--train", files[0], "--val", files[1], "--casefold", "--shard-tokens", "500", *tokenizer]
+    folder = run_prepare(tmp_path / "out", *command)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert folder.name.endswith("_casefold") and manifest["tokenizer"]["casefold"] is True
+    name = manifest["tokenizer"]["file"]
+    read = shards.load_tokenizer(shards.CASEFOLD + (str(tmp_path / "out" / "tokenizers" / name) if name else "byte"))
+    for split, texts in (("train", train), ("val", val)):
+        assert read_documents(folder, split, read) == texts
+        whole = b""
+        for entry in manifest["splits"][split]["shards"]:
+            counts = (folder / entry["file"]).with_suffix(".bytes").read_bytes()
+            assert len(counts) == entry["tokens"] and sum(counts) == entry["bytes"]
+            whole += counts
+        assert sum(whole) == manifest["splits"][split]["bytes"] == sum(len(text.encode()) for text in texts)
+        assert len(manifest["splits"][split]["shards"]) > 1
+    assert manifest["fingerprint"] == fingerprint(train + val)
+    run_prepare(tmp_path / "out", *command)  # finds itself complete
+    side_car = folder / "fineweb_val_000000.bytes"
+    side_car.write_bytes(bytes([side_car.read_bytes()[0] ^ 1]) + side_car.read_bytes()[1:])
+    with pytest.raises(shards.DataError, match="fineweb_val_000000.bytes"):
+        run_prepare(tmp_path / "out", *command)
+
+
+def test_folded_text_takes_fewer_tokens(tmp_path: Path) -> None:
+    """A vocabulary that need not hold words twice."""
+    rng = random.Random(3)
+    texts = [". ".join(sentence(rng, 12).capitalize() for _ in range(8)) for _ in range(80)]
+    file = write_jsonl(tmp_path / "text.jsonl", texts)
+    tokens = []
+    for fold in ([], ["--casefold"]):
+        folder = run_prepare(
+            tmp_path / f"out{len(fold)}", "--train", file, "--vocab-size", "330", "--val-fraction", "0.2", *fold
+        )
+        manifest = json.loads((folder / "manifest.json").read_text())
+        tokens.append(manifest["splits"]["train"]["tokens"] / manifest["splits"]["train"]["bytes"])
+        assert (list(folder.glob("*.bytes")) == []) == (not fold)
+    assert tokens[1] < tokens[0]
+
+
+def test_parts_of_folded_text_are_merged_alike(tmp_path: Path) -> None:
+    files = [write_jsonl(tmp_path / f"{n}.jsonl", make_texts(12, n) + CASED) for n in range(2)]
+    whole = run_prepare(tmp_path / "whole", "--train", *files, "--casefold")
+    for part in ("1/2", "2/2"):
+        prepare.main(
+            ["--train", *map(str, files), "--tokenizer", "byte", "--casefold", "--name", "x", "--part", part]
+            + ["--out", str(tmp_path / "parts"), "--workers", "1"]
+        )
+    parts = run_prepare(tmp_path / "parts", "--merge", "--casefold")
+    assert contents(parts) == contents(whole)
+
+
+def test_folding_needs_a_lossless_tokenizer() -> None:
+    lossy = shards.ByteTokenizer()
+    lossy.lossless = False
+    with pytest.raises(shards.DataError, match="lossless"):
+        shards.FoldingTokenizer(lossy)

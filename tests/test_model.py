@@ -61,6 +61,7 @@ def some_tokens(rows: int, length: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("preset", t.PRESETS)
 def test_site_ids_count_up_from_zero(preset: str, layers: int) -> None:
     environ = {"PRESET": preset, "NUM_LAYERS": str(layers), "ENGRAM_INJECT_LAYER": "0", "BACKOUT": "0"}
+    environ |= {name: text for name, text in small_stages(preset).items() if name in ("RECURRENCE_LAYERS", "HC_START")}
     h = t.load_config(environ)
     sites = t.plan_sites(h, t.final_variant(h))
     assert [site.id for site in sites] == list(range(len(sites)))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from scipy.optimize import linprog
 from torch import Tensor
 
 import train_gpt as t
@@ -65,6 +68,8 @@ class Trainer:
 
 # ---- Newton-Schulz
 
+FIVE = t.POLYNOMIALS["jordan"](5)
+
 
 def matrices(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -73,7 +78,7 @@ def matrices(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("shape", [(16, 64), (64, 16), (1, 8), (8, 1), (96, 128), (40, 100), (1, 1)])
 def test_orthogonalize_brings_singular_values_to_one(shape: tuple[int, int]) -> None:
     x = matrices(4, *shape) * torch.tensor([1e-4, 1.0, 10.0, 1e5], dtype=torch.float64).view(4, 1, 1)
-    y = t.orthogonalize(x, 5)
+    y = t.orthogonalize(x, FIVE)
     values = torch.linalg.svdvals(y)
     assert y.shape == x.shape and y.dtype == x.dtype
     assert values.min() > 0.6 and values.max() < 1.3
@@ -88,11 +93,11 @@ def test_orthogonalize_keeps_zero_and_treats_each_matrix_alone() -> None:
     x = matrices(5, 12, 20)
     x[1] = 0
     x[3] *= 1e6
-    together = t.orthogonalize(x, 5)
+    together = t.orthogonalize(x, FIVE)
     assert together[1].count_nonzero() == 0 and together.isfinite().all()
     for i in range(5):
-        torch.testing.assert_close(together[i : i + 1], t.orthogonalize(x[i : i + 1], 5), rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(t.orthogonalize(x.mT.contiguous(), 5), together.mT, rtol=1e-10, atol=1e-11)
+        torch.testing.assert_close(together[i : i + 1], t.orthogonalize(x[i : i + 1], FIVE), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(t.orthogonalize(x.mT.contiguous(), FIVE), together.mT, rtol=1e-10, atol=1e-11)
 
 
 def test_orthogonalize_runs_the_asked_number_of_steps() -> None:
@@ -102,7 +107,56 @@ def test_orthogonalize_runs_the_asked_number_of_steps() -> None:
     for steps in range(1, 7):
         gram = y @ y.mT
         y = a * y + (b * gram + c * gram @ gram) @ y
-        torch.testing.assert_close(t.orthogonalize(x, steps), y, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(t.orthogonalize(x, t.POLYNOMIALS["jordan"](steps)), y, rtol=1e-5, atol=1e-6)
+
+
+def value_of(polynomial: t.Polynomial, x: np.ndarray) -> np.ndarray:
+    a, b, c = polynomial
+    return a * x + b * x**3 + c * x**5
+
+
+@pytest.mark.parametrize("low", [1e-3, 0.03, 0.3, 0.9])
+def test_minimax_quintic_has_the_least_largest_error(low: float) -> None:
+    """It takes its largest error four times with signs in turn, and no other quintic is nearer to 1 (de la Vallee
+    Poussin); a linear program over a fine grid finds the same error."""
+    grid = np.geomspace(low, 1.0, 4001)
+    error = value_of(tuple(t.minimax_quintic(low, 1.0)), grid) - 1
+    worst = abs(error).max()
+    turns = [sign for sign, group in itertools.groupby(np.sign(error[abs(error) > 0.999 * worst]))]
+    assert turns == [-1, 1, -1, 1]
+    columns = np.stack((grid, grid**3, grid**5, -np.ones_like(grid)), 1)
+    mirrored = columns * [-1, -1, -1, 1]
+    sides = np.concatenate((np.ones_like(grid), -np.ones_like(grid)))
+    best = linprog([0, 0, 0, 1], np.concatenate((columns, mirrored)), sides, bounds=[(None, None)] * 4)
+    assert worst == pytest.approx(best.fun, rel=1e-3, abs=1e-6)
+
+
+def test_polar_express_is_the_best_of_each_step() -> None:
+    """Without room for rounding, a step's image is the next one's interval, symmetric about 1, and quickly nothing."""
+    polynomials = t.polar_express(5)
+    x = np.geomspace(1e-3, 1.0, 4001)
+    left = []
+    for at, polynomial in enumerate(polynomials):
+        margin = 1.01 if at + 1 < len(polynomials) else 1.0
+        x = value_of(polynomial, x * margin)
+        assert x.min() > 0 and x.max() == pytest.approx(2 - x.min(), abs=1e-4)
+        left.append(x.min())
+    assert left == sorted(left) and left[0] > 8e-3 and left[-1] > 0.87  # of 0.001 to begin with
+    jordan = np.geomspace(1e-3, 1.0, 4001)
+    for polynomial in FIVE:
+        jordan = value_of(polynomial, jordan)
+    assert abs(x - 1).max() < 0.13 < 0.25 < abs(jordan - 1).max()
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (64, 16), (96, 96)])
+def test_polar_express_orthogonalizes(shape: tuple[int, int]) -> None:
+    left, _, right = torch.linalg.svd(matrices(2, *shape), full_matrices=False)
+    sizes = torch.logspace(0, -2, min(shape), dtype=torch.float64)  # in Frobenius norm the least is still above 1e-3
+    x = (left * sizes) @ right
+    values = torch.linalg.svdvals(t.orthogonalize(x, t.polar_express(5)))
+    assert (values - 1).abs().max() < 0.13
+    low = t.orthogonalize(x.float().bfloat16().float(), t.polar_express(5))
+    assert (torch.linalg.svdvals(low) - 1).abs().max() < 0.15
 
 
 # ---- Muon
@@ -123,7 +177,7 @@ def test_muon_against_one_matrix_at_a_time(row_norm: int, decay: float) -> None:
             update = grads[name] + momentum * buffers[name]
             if row_norm:
                 update = update / update.norm(dim=1, keepdim=True)
-            update = t.orthogonalize(update[None], 4)[0]
+            update = t.orthogonalize(update[None], t.POLYNOMIALS["jordan"](4))[0]
             rows, columns = update.shape
             speed = 0.03 * rate
             want[name] = want[name] * (1 - speed * decay) - speed * max(1, rows / columns) ** 0.5 * update
@@ -294,6 +348,24 @@ def test_tables_taper_off_and_nothing_else_does() -> None:
     for name, move in moves[0].items():
         for other, share in zip(moves[1:], (1.0, 0.5, 0.0) if name in tables else (1.0, 1.0, 1.0), strict=True):
             torch.testing.assert_close(other[name], share * move, rtol=1e-12, atol=0)
+
+
+def test_decay_of_matrices_tapers_off_and_nothing_else_does() -> None:
+    """What a step without gradient takes off a matrix, by progress."""
+    trainer = Trainer(MUON_WD=0.5, MUON_WD_TAPER_START=0.6, ADAM_WD=0.5)
+    matrix, embed = trainer.group("matrix")[0], "embed.weight"
+    kept = {}
+    for progress in (0.2, 0.6, 0.9, 1.0):
+        for name in (matrix, embed):
+            trainer.parameters[name].grad = torch.zeros_like(trainer.latent(name))
+        before = [trainer.latent(name).clone() for name in (matrix, embed)]
+        trainer.step(progress=progress)
+        moved = [trainer.latent(name) / old for name, old in zip((matrix, embed), before, strict=True)]
+        kept[progress] = [float(part.nanmedian()) for part in moved]
+    rates = group_rates(trainer)
+    for progress, share in ((0.2, 1.0), (0.6, 1.0), (0.9, 0.25), (1.0, 0.0)):
+        want = 1 - 0.5 * rates["matrix"] * share, 1 - 0.5 * rates["embed"]
+        assert kept[progress] == pytest.approx(want, rel=1e-5)
 
 
 def test_scalars_do_not_decay_but_matrices_and_embeddings_do() -> None:

@@ -347,6 +347,7 @@ REGISTRIES: dict[str, dict[str, Any]] = {
     "ROLE_KINDS": t.ROLE_KINDS,
     "GROUPS": t.GROUPS,
     "RULES": t.RULES,
+    "POLYNOMIALS": t.POLYNOMIALS,
     "CODECS": t.CODECS,
     "ACTIVATIONS": t.ACTIVATIONS,
     "SITE_KINDS": t.SITE_KINDS,
@@ -389,6 +390,7 @@ for variable, registry in (("RESIDUAL", t.RESIDUALS), ("BATCH_MODE", t.BATCH_MOD
 SKC = {"CAPSULE_DIM": "8", "CAPSULE_NUM": "3", "SKC_BLOCK_SIZE": "4"}
 CHOICES += [{"LAYER_PATTERN": pattern, **SKC} for pattern in (*t.MIXER_LETTERS, *t.PATTERNS)]
 CHOICES += [{"CAPSULE_BANK": "1", "FEEDBACK_PASSES": "1", **SKC}, {"FEEDBACK_PASSES": "1", **SKC}]
+CHOICES += [{"MUON_COEFFS": entry} for entry in t.POLYNOMIALS]
 CHOICES += [{"MOE_EXPERTS": "2"}, {"BIGRAM_HASH_BUCKETS": "50", "ENGRAM_INJECT_LAYER": "1"}]
 CHOICES += [
     {"LAYER_PATTERN": "N", "NSA_IMPL": "masked"},
