@@ -6771,7 +6771,7 @@ class Calibration:
     def move(self, name: str, field: str, steps: int) -> float:
         """The loss with one value so many steps along its grid (the best if that cannot be); kept if it is the best."""
         bank, i = self.weights.where[name]
-        now = {part: float(values[i]) for part, values in zip(Tuning._fields, bank.tuning, strict=True)}
+        now = {part: round(float(values[i]), 6) for part, values in zip(Tuning._fields, bank.tuning, strict=True)}
         grid = TUNING_GRIDS[field]
         at = min(range(len(grid)), key=lambda k: abs(grid[k] - now[field])) + steps
         moved = {**now, field: grid[min(max(at, 0), len(grid) - 1)]}
