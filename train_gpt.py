@@ -6711,16 +6711,28 @@ class Proxy:
         return self.evals >= self.most or self.seconds() + 2 * self.slowest >= self.limit
 
     @torch.no_grad()
+    def losses(self) -> np.ndarray:
+        """Nats a token of each window, float64."""
+        began, found = self.seconds(), []
+        for at in range(len(self.rows)):
+            row, state = self.rows[at : at + 1], self.model.start_state(self.history[at : at + 1])
+            with self.rt.precision():
+                found.append(float(self.model.loss(row[:, :-1], row[:, 1:], self.variant, state).total))
+        self.evals, self.slowest = self.evals + 1, max(self.slowest, self.seconds() - began)
+        return np.array(found) / (self.rows.shape[1] - 1)
+
     def loss(self) -> float:
         """Nats a token."""
-        began, total, rows = self.seconds(), 0.0, self.rows
-        step = max(1, self.model.h.micro_batch_tokens // (rows.shape[1] - 1))
-        for at in range(0, len(rows), step):
-            part, state = rows[at : at + step], self.model.start_state(self.history[at : at + step])
-            with self.rt.precision():
-                total += float(self.model.loss(part[:, :-1], part[:, 1:], self.variant, state).total)
-        self.evals, self.slowest = self.evals + 1, max(self.slowest, self.seconds() - began)
-        return total / (rows.numel() - len(rows))
+        return float(self.losses().mean())
+
+
+def gain(before: np.ndarray, after: np.ndarray) -> float:
+    """How much lower the mean loss of windows has become, less the standard error of the windows' differences.
+
+    Without that the best of some trials on few tokens is luck: validation loss rose (records/calibration.md).
+    """
+    lower = before - after
+    return float(lower.mean() - (lower.std(ddof=1) / math.sqrt(len(lower)) if len(lower) > 1 else 0.0))
 
 
 # Where thresholds were found to be good, and the scales around 1, in steps that a few evaluations can walk.
@@ -6734,21 +6746,27 @@ class Calibration:
     """Search of codecs' tuning, one tensor after the other, that lowers the proxy loss; what is there is the first.
 
     The CALIB_MAX_CANDIDATES largest tensors are moved once, to see how much the loss changes; then the best two steps
-    and the best one step of each value are walked, tensors whose loss changed most first. Only what lowers the loss is
-    kept, so the end is never worse than the beginning, whenever it comes.
+    and the best one step of each value are walked, tensors whose loss changed most first. Only what lowers the loss, by
+    more than chance would (`gain`), is kept, so the end is never worse than the beginning, whenever it comes.
     """
 
     def __init__(self, weights: Weights, proxy: Proxy) -> None:
         self.weights, self.proxy = weights, proxy
         self.found: dict[str, dict[str, float]] = {}  # tuning by tensor
         self.seen: set[tuple[str, float, float]] = set()
-        self.before = self.best = math.nan  # proxy loss without and with `found`
+        self.before, self.losses = math.nan, np.full(1, math.nan)  # proxy loss without `found`, and of windows with it
+
+    @property
+    def best(self) -> float:
+        """Proxy loss with what was found."""
+        return float(self.losses.mean())
 
     def run(self) -> Calibration:
         """Search until all is walked or the proxy is spent."""
         if self.proxy.spent():
             return self
-        self.before = self.best = self.proxy.loss()
+        self.losses = self.proxy.losses()
+        self.before = self.best
         tunable = [name for name, (bank, _) in self.weights.where.items() if bank.codec.tunes]
         tunable.sort(key=lambda name: -self.weights.where[name][0].latent[0].numel())
         changes: dict[str, float] = {}
@@ -6780,12 +6798,12 @@ class Calibration:
             return self.best
         self.seen.add(key)
         self.weights.retune(name, moved)
-        loss = self.proxy.loss()
-        if loss < self.best:
-            self.best, self.found[name] = loss, moved
+        losses = self.proxy.losses()
+        if gain(self.losses, losses) > 0:
+            self.losses, self.found[name] = losses, moved
         else:
             self.weights.retune(name, now)
-        return loss
+        return float(losses.mean())
 
 
 def prunable_share(weights: Weights, proxy: Proxy) -> tuple[float, float, float]:
