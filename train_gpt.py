@@ -453,9 +453,25 @@ class Hyperparameters:
         when=lambda h: h.ttt_scope != "off")
     temp_scaling: bool = var(False, "evaluation", "divide logits by a temperature fitted on held-out training tokens")
     calib_max_seconds: float = var(30.0, "evaluation", "training clock kept for fitting after the steps", "s", low=0,
-        when=lambda h: h.temp_scaling)
+        when=lambda h: bool(h.fitted))
 
     # Artifact
+    calibrate: bool = var(False, "artifact", "after the last step, fit thresholds and scales of ternary and integer "
+        "weights to held-out training tokens", when=lambda h: h.any_grouped)
+    calib_at_fraction: float = var(0.0, "artifact", "progress at which that is done once, training going on with what "
+        "was found; 0: never", "fraction", low=0, high=1, when=lambda h: h.any_grouped)
+    calib_max_evals: int = var(32, "artifact", "most evaluations of one calibration or pruning", low=1,
+        when=lambda h: h.calibrates or h.prunes)
+    calib_max_candidates: int = var(12, "artifact", "largest tensors that a calibration looks at", "tensors", low=1,
+        when=lambda h: h.calibrates)
+    calib_proxy_tokens: int = var(4096, "artifact", "held-out training tokens of one evaluation", "tokens", low=1,
+        when=lambda h: h.calibrates or h.prunes or h.export_proxy_eval > 0)
+    export_proxy_eval: int = var(0, "artifact", "every so many steps, score on held-out training tokens what would be "
+        "exported; the best is; 0: the last", "steps", low=0)
+    engram_prune: float = var(0.0, "artifact", "share of the n-gram rows, those that matter least, that become zeros",
+        "fraction", low=0, high=1, when=lambda h: h.bigram_hash_buckets > 0)
+    engram_prune_max_loss: float = var(0.001, "artifact", "most by which that may raise the loss of held-out tokens",
+        "nats", low=0, when=lambda h: h.prunes)
     hard_budget_bytes: int = var(16_000_000, "artifact", "most bytes of artifact and code together", "bytes", low=1)
     code_bytes_reserve: int = var(24_000, "artifact", "bytes the unpackaged script counts for", "bytes", low=0)
     # fmt: on
@@ -471,9 +487,31 @@ class Hyperparameters:
         return any(c == "ternary" or c.startswith("int") for c in self.codecs)
 
     @property
+    def calibrates(self) -> bool:
+        """Whether codecs are calibrated, during training or after it."""
+        return self.any_grouped and (self.calibrate or self.calib_at_fraction > 0)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether rows of n-gram tables are left out of the artifact."""
+        return self.engram_prune > 0 and self.bigram_hash_buckets > 0
+
+    @property
+    def fitted(self) -> tuple[str, ...]:
+        """Variables that have something fitted or chosen on held-out training tokens."""
+        wanted = {
+            "TEMP_SCALING": self.temp_scaling,
+            "CALIBRATE": self.calibrate and self.any_grouped,
+            "CALIB_AT_FRACTION": self.calib_at_fraction > 0 and self.any_grouped,
+            "EXPORT_PROXY_EVAL": self.export_proxy_eval > 0,
+            "ENGRAM_PRUNE": self.prunes,
+        }
+        return tuple(name for name, on in wanted.items() if on)
+
+    @property
     def step_seconds(self) -> float:
         """Training clock that steps may use: what calibration needs is taken off at the start. 0: unbounded."""
-        kept = self.calib_max_seconds if self.temp_scaling else 0.0
+        kept = self.calib_max_seconds if set(self.fitted) - {"CALIB_AT_FRACTION"} else 0.0
         return max(1e-3, self.max_wallclock_seconds - kept) if self.max_wallclock_seconds else 0.0
 
     @property
@@ -1044,10 +1082,13 @@ def validate(h: Hyperparameters) -> None:
         (h.resume == "auto" and not h.run_id, "RESUME=auto needs the RUN_ID of the run to continue"),
         (not h.iterations and not h.max_wallclock_seconds,
             "ITERATIONS=0 needs MAX_WALLCLOCK_SECONDS, or nothing bounds the run"),
-        (h.temp_scaling and h.max_wallclock_seconds and not 0 < h.calib_max_seconds < h.max_wallclock_seconds,
+        (h.fitted and h.max_wallclock_seconds and not 0 < h.calib_max_seconds < h.max_wallclock_seconds,
             f"CALIB_MAX_SECONDS={h.calib_max_seconds} must be more than 0 and less than MAX_WALLCLOCK_SECONDS="
             f"{h.max_wallclock_seconds}"),
-        (h.temp_scaling and not h.holdout_tokens, "TEMP_SCALING=1 needs HOLDOUT_TOKENS to fit the temperature on"),
+        (h.fitted and not h.holdout_tokens, f"{', '.join(h.fitted)} needs HOLDOUT_TOKENS to fit on"),
+        (0 < h.calib_at_fraction <= h.ternary_start_fraction and "ternary" in h.codecs,
+            f"CALIB_AT_FRACTION={h.calib_at_fraction} must be above TERNARY_START_FRACTION={h.ternary_start_fraction}: "
+            "before it there are no codes"),
     )
     # fmt: on
     for wrong, message in problems:
@@ -1541,6 +1582,14 @@ def read_holdout(h: Hyperparameters) -> np.ndarray:
     return stream.read(stream.tokens - size, size)
 
 
+def windows(tokens: np.ndarray, starts: Sequence[int], length: int, past: int, rt: Runtime) -> Sequence[Tensor]:
+    """(B, past) tokens before each start, -1 before the stream's beginning, and (B, length) from it on."""
+    rows = np.full((len(starts), past + length), -1)
+    for row, at in zip(rows, starts, strict=True):
+        row[max(0, past - at) :] = tokens[max(0, at - past) : at + length]
+    return torch.from_numpy(rows).to(rt.device).split((past, length), 1)
+
+
 class Position(NamedTuple):
     """Where the loader stands: tokens (or offset within each stream) consumed in this epoch, and the epoch."""
 
@@ -1942,6 +1991,7 @@ class Codec:
 
     stream: ClassVar[str] = "floats"  # kind of bytes its codes are
     bits: ClassVar[float] = 32.0  # packed bits of one code
+    tunes: tuple[str, ...] = ()  # fields of Tuning that calibration may search
 
     def quantize(self, w: Tensor, tuning: Tuning) -> Codes:
         raise NotImplementedError
@@ -2052,6 +2102,7 @@ class TernaryCodec(GroupedCodec):
 
     stream = "trits"
     bits = 1.6
+    tunes = ("threshold", "multiplier")
 
     def __init__(self, group: int, lstsq: bool) -> None:
         super().__init__(group)
@@ -2073,6 +2124,7 @@ class IntCodec(GroupedCodec):
     """Symmetric k-bit integers, scale = largest |w| of the group / (2^(k-1) - 1)."""
 
     bits = 8.0  # one symbol a byte: packing below a byte costs 20% after compression
+    tunes = ("multiplier",)
 
     def __init__(self, group: int, width: int) -> None:
         super().__init__(group)
@@ -2111,6 +2163,7 @@ class TurnedCodec(Codec):
 
     def __init__(self, codec: GroupedCodec) -> None:
         self.codec, self.stream, self.bits = codec, codec.stream, codec.bits  # type: ignore[misc]
+        self.tunes = codec.tunes
 
     def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...] | None:
         return self.codec.scale_shape(shape)
@@ -6362,6 +6415,14 @@ class Bank:
                 parameter.copy_(value)
 
 
+class Form(NamedTuple):
+    """What a bank's exported weights are made of, and its running average, if there is one."""
+
+    latent: Tensor
+    tuning: Tuning
+    average: Tensor | None = None
+
+
 class Weights:
     """All banks of a model; every parameter is in exactly one."""
 
@@ -6428,6 +6489,44 @@ class Weights:
         for bank in averaged:
             bank.latent, bank.state["ema"] = bank.state["ema"], bank.latent
         return bool(averaged)
+
+    def forms(self) -> dict[str, Form]:
+        """Each bank's form by its key; it stays as it is until the next optimizer step, whatever `take` puts there."""
+        return {key: Form(b.latent, b.tuning, b.state.get("ema")) for key, b in self.banks.items()}
+
+    def take(self, forms: dict[str, Form]) -> None:
+        """Let banks have these forms; the model's parameters follow with `materialize`."""
+        for key, form in forms.items():
+            bank = self.banks[key]
+            bank.latent, bank.tuning = form.latent, form.tuning
+            if form.average is not None:
+                bank.state["ema"] = form.average
+
+    def retune(self, name: str, tuning: dict[str, float]) -> None:
+        """Give one weight other values of its codec's tuning, and the model what follows from them."""
+        bank, i = self.where[name]
+        index = torch.tensor([i], device=bank.latent.device)
+        bank.tuning = bank.tuning._replace(
+            **{field: bank.tuning[Tuning._fields.index(field)].index_fill(0, index, v) for field, v in tuning.items()}
+        )
+        bank.materialize(quantized=True)
+
+    @torch.no_grad()
+    def prune(self, share: float) -> int:
+        """Zero that share of the n-gram rows that are not zero yet, those with the least sum of g^2 w^2; their number.
+
+        g are the row's gradients so far, which Adagrad has summed: half that sum is the diagonal Fisher's estimate of
+        what its loss costs (LeCun, Denker & Solla 1989), small for rows that were rarely hit or have a low norm.
+        """
+        zeroed = 0
+        for bank in (bank for bank in self.banks.values() if bank.role.group == "table"):
+            costs = (bank.latent.square() * bank.state.get("total", 1.0)).sum(-1).flatten()
+            costs = costs.masked_fill(~bank.latent.any(-1).flatten(), math.inf)
+            least = costs.argsort(stable=True)[: int(share * costs.isfinite().sum())]
+            bank.latent = bank.latent.flatten(0, 1).index_fill(0, least, 0.0).view_as(bank.latent)
+            bank.materialize(quantized=True)
+            zeroed += len(least)
+        return zeroed
 
     def packed_bytes(self) -> dict[str, float]:
         """Bytes by codec after packing and before compression: a bound known before training."""
@@ -6680,7 +6779,7 @@ def stage_at(stages: Sequence[tuple[float, int]], progress: float) -> int:
 
 
 # ==== 11. ARTIFACT ===========================================================
-# Gives: the container that holds a model: deterministic writing, safe reading, exact budget accounting.
+# Gives: the container that holds a model: deterministic writing, safe reading, exact budget accounting; calibration.
 # Needs: CODECS, weights' banks. Reading needs numpy only, and does not care how the model was trained.
 
 ARTIFACT_MAGIC = b"PGZ1"
@@ -6972,6 +7071,141 @@ def load_weights(model: GPT, weights: dict[str, np.ndarray]) -> None:
         parameter.data = torch.from_numpy(weights[name]).to(parameter)  # on a CPU the same memory
 
 
+class Proxy:
+    """Loss on fixed windows, spread over the held-out training tokens, of the model as its weights stand.
+
+    It stands in for validation, which nothing may be chosen on; asked at most `evals` times, and not after the clock
+    `seconds` has come to `limit`, as far as the slowest evaluation yet can tell.
+    """
+
+    def __init__(self, model: GPT, rt: Runtime, variant: Variant, seconds: Callable[[], float], limit: float) -> None:
+        h, held = model.h, read_holdout(model.h)
+        length = min(h.eval_window, h.calib_proxy_tokens, len(held) - 1)
+        count = max(1, min(h.calib_proxy_tokens, len(held) - 1) // length)
+        starts = np.linspace(0, len(held) - 1 - length, count).astype(np.int64).tolist()
+        self.history, self.rows = windows(held, starts, length + 1, h.history, rt)
+        self.model, self.rt, self.variant, self.seconds, self.limit = model, rt, variant, seconds, limit
+        self.evals, self.most, self.slowest = 0, h.calib_max_evals, 0.0
+
+    def spent(self) -> bool:
+        """Whether no further evaluation may be asked for."""
+        return self.evals >= self.most or self.seconds() + 2 * self.slowest >= self.limit
+
+    @torch.no_grad()
+    def losses(self) -> np.ndarray:
+        """Nats a token of each window, float64."""
+        began, found = self.seconds(), []
+        for at in range(len(self.rows)):
+            row, state = self.rows[at : at + 1], self.model.start_state(self.history[at : at + 1])
+            with self.rt.precision():
+                found.append(float(self.model.loss(row[:, :-1], row[:, 1:], self.variant, state).total))
+        self.evals, self.slowest = self.evals + 1, max(self.slowest, self.seconds() - began)
+        return np.array(found) / (self.rows.shape[1] - 1)
+
+    def loss(self) -> float:
+        """Nats a token."""
+        return float(self.losses().mean())
+
+
+def gain(before: np.ndarray, after: np.ndarray) -> float:
+    """How much lower the mean loss of windows has become, less the standard error of the windows' differences.
+
+    Without that the best of some trials on few tokens is luck: validation loss rose (records/calibration.md).
+    """
+    lower = before - after
+    return float(lower.mean() - (lower.std(ddof=1) / math.sqrt(len(lower)) if len(lower) > 1 else 0.0))
+
+
+# Where thresholds were found to be good, and the scales around 1, in steps that a few evaluations can walk.
+TUNING_GRIDS: dict[str, tuple[float, ...]] = {
+    "threshold": (0.02, 0.06, 0.1, 0.15, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8),
+    "multiplier": (0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 1.0, 1.025, 1.05, 1.075, 1.1, 1.15, 1.2, 1.25, 1.3),
+}
+
+
+class Calibration:
+    """Search of codecs' tuning, one tensor after the other, that lowers the proxy loss; what is there is the first.
+
+    The CALIB_MAX_CANDIDATES largest tensors are moved once, to see how much the loss changes; then the best two steps
+    and the best one step of each value are walked, tensors whose loss changed most first. Only what lowers the loss, by
+    more than chance would (`gain`), is kept, so the end is never worse than the beginning, whenever it comes.
+    """
+
+    def __init__(self, weights: Weights, proxy: Proxy) -> None:
+        self.weights, self.proxy = weights, proxy
+        self.found: dict[str, dict[str, float]] = {}  # tuning by tensor
+        self.seen: set[tuple[str, float, float]] = set()
+        self.before, self.losses = math.nan, np.full(1, math.nan)  # proxy loss without `found`, and of windows with it
+
+    @property
+    def best(self) -> float:
+        """Proxy loss with what was found."""
+        return float(self.losses.mean())
+
+    def run(self) -> Calibration:
+        """Search until all is walked or the proxy is spent."""
+        if self.proxy.spent():
+            return self
+        self.losses = self.proxy.losses()
+        self.before = self.best
+        tunable = [name for name, (bank, _) in self.weights.where.items() if bank.codec.tunes]
+        tunable.sort(key=lambda name: -self.weights.where[name][0].latent[0].numel())
+        changes: dict[str, float] = {}
+        for name in tunable[: self.weights.h.calib_max_candidates]:
+            base, (bank, _) = self.best, self.weights.where[name]
+            changes[name] = abs(self.move(name, bank.codec.tunes[0], 2) - base)
+        for name in sorted(changes, key=lambda name: -changes[name]):
+            for field in self.weights.where[name][0].codec.tunes:
+                self.walk(name, field)
+        return self
+
+    def walk(self, name: str, field: str) -> None:
+        """Two steps at a time and then one, up and down, as long as the loss falls."""
+        for step in (2, -2, 1, -1):
+            best = math.inf
+            while self.best < best:
+                best = self.best
+                self.move(name, field, step)
+
+    def move(self, name: str, field: str, steps: int) -> float:
+        """The loss with one value so many steps along its grid (the best if that cannot be); kept if it is the best."""
+        bank, i = self.weights.where[name]
+        now = {part: round(float(values[i]), 6) for part, values in zip(Tuning._fields, bank.tuning, strict=True)}
+        grid = TUNING_GRIDS[field]
+        at = min(range(len(grid)), key=lambda k: abs(grid[k] - now[field])) + steps
+        moved = {**now, field: grid[min(max(at, 0), len(grid) - 1)]}
+        key = (name, moved["threshold"], moved["multiplier"])
+        if key in self.seen or moved == now or self.proxy.spent():
+            return self.best
+        self.seen.add(key)
+        self.weights.retune(name, moved)
+        losses = self.proxy.losses()
+        if gain(self.losses, losses) > 0:
+            self.losses, self.found[name] = losses, moved
+        else:
+            self.weights.retune(name, now)
+        return float(losses.mean())
+
+
+def prunable_share(weights: Weights, proxy: Proxy) -> tuple[float, float, float]:
+    """The share of n-gram rows to prune: ENGRAM_PRUNE or the first of its halves that the proxy loss can bear.
+
+    Returns it, and the proxy loss before and after; (0, nan, nan) when there is no time. The weights stay as they are.
+    """
+    h, share, before, after = weights.h, weights.h.engram_prune, math.nan, math.nan
+    whole = {key: form for key, form in weights.forms().items() if weights.banks[key].role.group == "table"}
+    if not proxy.spent():
+        before = after = proxy.loss()
+    while share > h.engram_prune / 32 and not proxy.spent():
+        weights.prune(share)
+        loss = proxy.loss()
+        weights.take(whole)
+        if loss <= before + h.engram_prune_max_loss:
+            return share, before, loss
+        share /= 2
+    return 0.0, before, after
+
+
 class Budget(NamedTuple):
     """Bytes that count against HARD_BUDGET_BYTES."""
 
@@ -7083,14 +7317,6 @@ class Adapter:
 
     def merge(self, states: dict[int, Any]) -> dict[int, Any]:
         return states
-
-
-def windows(tokens: np.ndarray, starts: Sequence[int], length: int, past: int, rt: Runtime) -> Sequence[Tensor]:
-    """(B, past) tokens before each start, -1 before the stream's beginning, and (B, length) from it on."""
-    rows = np.full((len(starts), past + length), -1)
-    for row, at in zip(rows, starts, strict=True):
-        row[max(0, past - at) :] = tokens[max(0, at - past) : at + length]
-    return torch.from_numpy(rows).to(rt.device).split((past, length), 1)
 
 
 def chunk_rows(chunk: Chunk, rows: list[int]) -> Chunk:
@@ -7998,6 +8224,14 @@ def map_state(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
 # executing pickled code. Needs: RUNTIME, optimizer banks.
 
 
+class Kept(NamedTuple):
+    """The best state yet by EXPORT_PROXY_EVAL."""
+
+    loss: float
+    step: int
+    forms: dict[str, Form]
+
+
 @dataclass
 class TrainState:
     """Everything that changes during training, saved and restored as a whole."""
@@ -8011,6 +8245,8 @@ class TrainState:
     carry: Any = None  # mixer states of this rank's rows, or None
     prints: dict[str, str] = dataclasses.field(default_factory=dict)  # fingerprints of data and tokenizer
     before: Position = Position()  # of the last batch: resuming with DATASET_STATE_MODE=light reads it again
+    calibrated: bool = False  # CALIB_AT_FRACTION has come
+    best: Kept | None = None
 
 
 def pack_checkpoint(h: Hyperparameters, rt: Runtime, state: TrainState, weights: Weights) -> dict[str, Any]:
@@ -8030,6 +8266,8 @@ def pack_checkpoint(h: Hyperparameters, rt: Runtime, state: TrainState, weights:
         "variant": tuple(state.variant),
         "carry": flatten_state(gather_rows(rt, state.carry if h.dataset_state_mode == "full" else None)),
         "prints": state.prints,
+        "calibrated": state.calibrated,
+        "best": state.best and [*state.best[:2], {k: (f.latent, *f.tuning) for k, f in state.best.forms.items()}],
         "banks": banks,
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state(rt.device) if rt.device.type == "cuda" else None,
@@ -8098,6 +8336,10 @@ def load_checkpoint(h: Hyperparameters, rt: Runtime, path: Path, model: GPT, wei
         state = TrainState(tree["step"], tree["tokens"], tree["seconds"], tree["token_seconds"], position)
         state.variant, state.before = variant, Position(*tree.get("before", (0, 0)))
         state.prints = {str(name): str(value) for name, value in tree.get("prints", {}).items()}
+        state.calibrated, best = bool(tree.get("calibrated")), tree.get("best")
+        if best and h.export_proxy_eval:
+            loss, step, forms = best
+            state.best = Kept(loss, step, {key: Form(v[0], Tuning(*v[1:])) for key, v in forms.items()})
         for saved in banks.values():
             saved["tuning"] = Tuning(*saved["tuning"])
         saved_structure = {n: structure.get(n, FIELDS[n.upper()].default) for n in structure_fields()}
@@ -8182,9 +8424,9 @@ def open_session(h: Hyperparameters, rt: Runtime, folder: Path, log: Log) -> Ses
     validation = read_validation(h)
     loader = Loader(h, rt, tokenizer.bos)
     held = loader.stream.tokens - loader.usable
-    if h.temp_scaling and held <= h.eval_window:
+    if h.fitted and held <= h.eval_window:
         raise UserError(
-            f"TEMP_SCALING=1 has {held} held-out tokens to fit on, too few for a window of {h.eval_window}; "
+            f"{', '.join(h.fitted)}: {held} held-out tokens to fit on are too few for a window of {h.eval_window}; "
             "raise HOLDOUT_TOKENS (at most a tenth of the training tokens are held out)"
         )
     h, attention = with_backends(h, rt)
@@ -8440,8 +8682,10 @@ def reread(s: Session, step: Callable, state: TrainState) -> None:
 
 
 def pause_for(s: Session, state: TrainState, clock: Clock) -> None:
-    """Validate and save between two steps when they are due, with the clock stopped."""
+    """Align with the export on the clock; validate and save with the clock stopped; each when it is due."""
     h = s.h
+    if h.calib_at_fraction or h.export_proxy_eval:
+        align(s, state, clock)
     validates = h.val_loss_every and state.step % h.val_loss_every == 0
     saves = h.save_every and state.step % h.save_every == 0
     if not validates and not saves:
@@ -8559,15 +8803,101 @@ def utilization_text(s: Session, speed: float) -> str:
     return f" mfu:{speed * flops_per_token(s.model) / (peak * s.rt.world):.1%}" if peak else ""
 
 
-def settle(s: Session, state: TrainState) -> tuple[bool, dict[str, float]]:
+def align(s: Session, state: TrainState, clock: Clock) -> None:
+    """Between two steps: calibrate once at CALIB_AT_FRACTION; every EXPORT_PROXY_EVAL steps keep what is the best yet.
+
+    A checkpoint of the same step holds what became of it.
+    """
+    h = s.h
+    (now,) = agree(s.rt, clock.seconds())
+    progress = progress_of(h, state.step, now)
+    if h.calibrates and not state.calibrated and 0 < h.calib_at_fraction <= progress:
+        calibrate(s, state, clock, min(now + h.calib_max_seconds, h.step_seconds or math.inf))
+        state.calibrated = True
+    if h.export_proxy_eval and state.step % h.export_proxy_eval == 0:
+        s.weights.swap_average()
+        s.weights.materialize(1.0)
+        proxy_loss(s, state, clock)
+        s.weights.swap_average()
+        s.weights.materialize(progress)
+
+
+def proxy_loss(s: Session, state: TrainState, clock: Clock) -> float:
+    """Loss of what would be exported now, by rank 0, and kept as the best if it is; a line and a metrics object."""
+    proxy = functools.partial(Proxy, s.model, s.rt, scoring_variant(s.h), clock.seconds, math.inf)
+    loss: float = on_main(s.rt, lambda: proxy().loss())
+    if math.isfinite(loss) and (state.best is None or loss < state.best.loss):
+        forms = {key: Form(form.latent.clone(), form.tuning) for key, form in s.weights.forms().items()}
+        state.best = Kept(loss, state.step, forms)
+    best = state.best.step if state.best else 0
+    s.log.line(f"step:{state.step}/{s.h.iterations} export_proxy_loss:{loss:.6f} best_step:{best}")
+    s.log.metric("export_proxy", step=state.step, proxy_loss_nats=loss, best_step=best)
+    return loss
+
+
+def calibrate(s: Session, state: TrainState, clock: Clock, limit: float) -> None:
+    """Search the codecs' tuning on rank 0 and give all ranks what it found; a line and a metrics object."""
+    began = clock.seconds()
+
+    def search() -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+        proxy = Proxy(s.model, s.rt, scoring_variant(s.h, state.variant), clock.seconds, limit)
+        run = Calibration(s.weights, proxy).run()
+        return run.found, {"evals": proxy.evals, "proxy_loss_before_nats": run.before, "proxy_loss_nats": run.best}
+
+    found, told = on_main(s.rt, search)
+    for name, tuning in found.items():
+        s.weights.retune(name, tuning)
+    seconds = clock.seconds() - began
+    s.log.line(
+        f"step:{state.step}/{s.h.iterations} calibration evals:{told['evals']} seconds:{seconds:.3f} "
+        f"tensors:{len(found)} proxy_loss:{told['proxy_loss_before_nats']:.6f} -> {told['proxy_loss_nats']:.6f}"
+    )
+    s.log.metric("calibration", step=state.step, seconds=round(seconds, 4), **told, tuning=found)
+
+
+def prune(s: Session, state: TrainState, clock: Clock, limit: float) -> dict[str, Form]:
+    """Zero n-gram rows as ENGRAM_PRUNE and its bound allow; returns the tables as they were, if any row became zero."""
+
+    def choose() -> tuple[float, float, float]:
+        proxy = Proxy(s.model, s.rt, scoring_variant(s.h, state.variant), clock.seconds, limit)
+        return prunable_share(s.weights, proxy)
+
+    share, before, after = on_main(s.rt, choose)
+    whole = {key: form for key, form in s.weights.forms().items() if s.weights.banks[key].role.group == "table"}
+    rows = s.weights.prune(share)
+    s.log.line(f"engram_prune share:{share:g} rows:{rows} proxy_loss:{before:.6f} -> {after:.6f}")
+    s.log.metric("engram_prune", share=share, rows=rows, proxy_loss_before_nats=before, proxy_loss_nats=after)
+    return whole if rows else {}
+
+
+def refine(s: Session, state: TrainState, clock: Clock) -> dict[str, Form]:
+    """Choose, prune and calibrate what will be exported, on held-out training tokens; returns tables before pruning."""
+    h, whole = s.h, dict[str, Form]()
+    (now,) = agree(s.rt, clock.seconds())
+    limit = min(now + h.calib_max_seconds, h.max_wallclock_seconds or math.inf)
+    limit -= (limit - now) / 2 if h.temp_scaling else 0.0
+    if h.export_proxy_eval:
+        best = state.best
+        if best and not proxy_loss(s, state, clock) < best.loss:
+            s.weights.take(best.forms)
+            s.weights.materialize(1.0)
+    if h.prunes:
+        whole = prune(s, state, clock, limit)
+    if h.calibrate and h.calibrates:
+        calibrate(s, state, clock, limit)
+    return whole
+
+
+def settle(s: Session, state: TrainState) -> tuple[bool, dict[str, float], dict[str, Form]]:
     """Bring the weights into their final form and fit what is fitted on training data, on the training clock.
 
-    Returns whether an average was swapped in, and the calibration (temperature, if it is wanted).
+    Returns whether an average was swapped in, the calibration (temperature, if it is wanted), and unpruned tables.
     """
     h, clock, calibration = s.h, Clock(state.seconds), dict[str, float]()
     clock.start()
     averaged = s.weights.swap_average()
     s.weights.materialize(1.0)
+    whole = refine(s, state, clock)
     if h.temp_scaling:
         limit = h.max_wallclock_seconds or math.inf
         tau = on_main(s.rt, lambda: fit_temperature(h, s.rt, s.model, read_holdout(h), clock.seconds, limit))
@@ -8581,7 +8911,7 @@ def settle(s: Session, state: TrainState) -> tuple[bool, dict[str, float]]:
         s.log.line(
             f"warning: training ended {late:.3f} s after MAX_WALLCLOCK_SECONDS: a step took longer than foreseen"
         )
-    return averaged, calibration
+    return averaged, calibration, whole
 
 
 def report_validation(s: Session, state: TrainState, calibration: dict[str, float] | None = None) -> Score:
@@ -8630,15 +8960,36 @@ def export(s: Session, calibration: dict[str, float]) -> Path:
     return path
 
 
+def report_pruned(s: Session, whole: dict[str, Form]) -> None:
+    """How many bytes pruning has saved: a file of the tables alone, before and after."""
+
+    def stored() -> int:
+        tables = (c for c in coded_tensors(s.weights) if s.weights.where[c.name][0].role.group == "table")
+        return len(write_artifact(s.h, tables, {}).data)
+
+    def compare() -> None:
+        after, pruned = stored(), s.weights.forms()
+        s.weights.take(whole)
+        saved = stored() - after
+        s.weights.take(pruned)
+        s.log.line(f"engram_prune saved_bytes:{saved}")
+        s.log.metric("engram_pruned", saved_bytes=saved)
+
+    on_main(s.rt, compare)
+
+
 def finish(s: Session, state: TrainState) -> int:
     """Average, quantize, score, export, reload, score again, account; returns the exit code."""
     h, log = s.h, s.log
     switch_variant(s, state, 1.0)  # a run that ended early takes its final shape
     try_to_save(s, state)
-    averaged, calibration = settle(s, state)
+    untouched = s.weights.forms()
+    averaged, calibration, whole = settle(s, state)
     log.line(f"training done: steps:{state.step} train_time:{state.seconds * 1e3:.0f}ms averaged:{int(averaged)}")
     in_memory = report_validation(s, state, calibration)
     path = export(s, calibration)
+    if whole:
+        report_pruned(s, whole)
     began = time.monotonic()
     # Nodes may have disks of their own: rank 0 reads, all decode.
     data = on_main(s.rt, path.read_bytes)
@@ -8671,8 +9022,7 @@ def finish(s: Session, state: TrainState) -> int:
         **{k: v for k, v in {**budget._asdict(), "total_bytes": budget.total_bytes}.items() if k != "packaged"},
     )
     closing_summary(s, state, model, score, budget, path)
-    if averaged:
-        s.weights.swap_average()
+    s.weights.take(untouched)
     if over:
         log.line(
             f"error: {budget.total_bytes - budget.budget_bytes} bytes over HARD_BUDGET_BYTES; make the model smaller"

@@ -415,6 +415,10 @@ CONTRADICTIONS: list[tuple[dict[str, str], str]] = [
     ({"TEMP_SCALING": "1", "HOLDOUT_TOKENS": "0"}, "HOLDOUT_TOKENS"),
     ({"TEMP_SCALING": "1", "MAX_WALLCLOCK_SECONDS": "20", "CALIB_MAX_SECONDS": "30"}, "CALIB_MAX_SECONDS"),
     ({"PRESET": "tiny", "MLP_MULT": "0.01"}, "MLP_MULT"),
+    ({"PRESET": "tiny", "CALIBRATE": "1", "HOLDOUT_TOKENS": "0"}, "CALIBRATE needs HOLDOUT_TOKENS"),
+    ({"EXPORT_PROXY_EVAL": "5", "HOLDOUT_TOKENS": "0"}, "EXPORT_PROXY_EVAL needs HOLDOUT_TOKENS"),
+    ({"EXPORT_PROXY_EVAL": "5", "MAX_WALLCLOCK_SECONDS": "20"}, "CALIB_MAX_SECONDS"),
+    ({"PRESET": "tiny", "CALIB_AT_FRACTION": "0.4", "TERNARY_START_FRACTION": "0.5"}, "TERNARY_START_FRACTION=0.5"),
 ]
 
 
@@ -500,6 +504,10 @@ SETTINGS: list[dict[str, Any]] = [
     {"iterations": 0},
     {"lr_floor": 0.1},
     {"temp_scaling": True},
+    {"matrix_codec": "ternary", "calibrate": True},
+    {"matrix_codec": "int6", "calib_at_fraction": 0.5},
+    {"export_proxy_eval": 5},
+    {"bigram_hash_buckets": 64, "engram_prune": 0.5},
     {"bigram_hash_buckets": 64},
     {"induction_orders": "2"},
     {"layer_pattern": "skc"},
