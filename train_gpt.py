@@ -75,8 +75,9 @@ def var(
 
 
 BYTE_VOCABULARIES = (256, 260)  # sizes at which tokens are bytes, without a tokenizer file
-ROLE_NAMES = ("matrix", "embed", "head", "table", "scalar", "expert", "router", "koopman", "koopman_diagonal")
-ROLE_NAMES = (*ROLE_NAMES, "hc", "hc_keep", "mhc", "mhc_mix")  # keys of ROLE_KINDS
+ROLE_NAMES = ("matrix", "embed", "head", "table", "scalar", "expert", "router", "koopman", "koopman_diagonal", "hc") + (
+    *("hc_keep", "mhc", "mhc_mix"),  # keys of ROLE_KINDS
+)
 HC_PARTS = ("keep", "write", "bias", "read", "mix")
 MIXER_LETTERS = {"A": "attn", "N": "nsa", "K": "koopman", "S": "skc", "P": "skc"}  # P: beside its MLP
 # Where a backend of NSA other than gather was measured to be the fastest, by compute capability (records/gpu_todo.md).
