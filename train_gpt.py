@@ -88,8 +88,11 @@ GROUPED_CODECS = ("ternary", "binary", *INT_CODECS, "fp4")
 FLOAT_CODECS = ("bf16", "fp16", "exact")
 CODEC_NAMES = (*GROUPED_CODECS, "fp8", *FLOAT_CODECS)
 # What EXPORT_MODE makes of weights after training where CODEC_MAP says nothing else (records/export_modes.md).
-EXPORT_MAPS = {"ternary": "", "mixed": "embed:int7,head:int7,table:int7,*.gate.weight:int8"}
-EXPORT_MAPS["competition_gptq"] = "matrix:int6,expert:int6," + EXPORT_MAPS["mixed"]
+EXPORT_MAPS = {
+    "ternary": "",
+    "competition_gptq": "matrix:int6,expert:int6,embed:int7,head:int7,table:int7,*.gate.weight:int8",
+    "mixed": "embed:int7,head:int7,table:int7,*.gate.weight:int8",
+}
 
 
 @dataclass(frozen=True)
