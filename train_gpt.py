@@ -14,7 +14,7 @@ variables alone (`--help` lists them), and reads from top to bottom: each sectio
     python train_gpt.py --help                      every variable with type, default, unit and meaning
 
 Sections: 1 CONFIG, 2 RUNTIME, 3 DATA, 4 CODECS, 5 LAYERS, 6 MIXERS, 7 RESIDUAL, 8 MEMORY, 9 MODEL,
-10 OPTIMIZERS, 11 ARTIFACT, 12 EVALUATION, 13 CHECKPOINT, 14 TRAINING, 15 MAIN. At most 10,000 lines.
+10 OPTIMIZERS, 11 ARTIFACT, 12 EVALUATION, 13 CHECKPOINT, 14 TRAINING, 15 MAIN. At most 10,600 lines.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import itertools
 import json
 import lzma
 import math
+import operator
 import os
 import pickle
 import re
@@ -40,6 +41,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,12 +77,24 @@ def var(
 
 
 BYTE_VOCABULARIES = (256, 260)  # sizes at which tokens are bytes, without a tokenizer file
+ROLE_NAMES = ("matrix", "embed", "head", "table", "scalar", "expert", "router", "koopman", "koopman_diagonal", "hc") + (
+    *("hc_keep", "mhc", "mhc_mix"),  # keys of ROLE_KINDS
+)
 HC_PARTS = ("keep", "write", "bias", "read", "mix")
 MIXER_LETTERS = {"A": "attn", "N": "nsa", "K": "koopman", "S": "skc", "P": "skc"}  # P: beside its MLP
 # Where a backend of NSA other than gather was measured to be the fastest, by compute capability (records/gpu_todo.md).
 NSA_FASTEST: dict[tuple[int, int], str] = {}
 PATTERNS = {"attn": "A", "nsa": "N", "skc": "S", "hybrid": "KA", "skc_competition": "PPPA"}  # layer patterns, repeated
-CODEC_NAMES = ("ternary", "int4", "int5", "int6", "int7", "int8", "fp8", "bf16", "fp16", "exact")
+INT_CODECS = ("int4", "int5", "int6", "int7", "int8")
+GROUPED_CODECS = ("ternary", "binary", *INT_CODECS, "fp4")
+FLOAT_CODECS = ("bf16", "fp16", "exact")
+CODEC_NAMES = (*GROUPED_CODECS, "fp8", *FLOAT_CODECS)
+# What EXPORT_MODE makes of weights after training where CODEC_MAP says nothing else (records/export_modes.md).
+EXPORT_MAPS = {
+    "ternary": "",
+    "competition_gptq": "matrix:int6,expert:int6,embed:int7,head:int7,table:int7,*.gate.weight:int8",
+    "mixed": "embed:int7,head:int7,table:int7,*.gate.weight:int8",
+}
 
 
 @dataclass(frozen=True)
@@ -326,8 +340,28 @@ class Hyperparameters:
     matrix_codec: str = var("bf16", "weights", "codec of the big matrices", choices=CODEC_NAMES)
     fp_storage: str = var("bf16", "weights", "codec of embeddings and head", choices=CODEC_NAMES)
     scalar_codec: str = var("fp16", "weights", "codec of gains, scales and mixes", choices=CODEC_NAMES)
+    codec_map: str = var("", "weights", "other codecs, name:codec,...: a role's kind (embed:int7), or the start or glob"
+        " of a matrix's name (mlp:int6, *.gate.weight:int8); names go before kinds, then the longest entry")
+    export_mode: str = var("ternary", "weights", "codecs in the file: as trained; competition_gptq: after float "
+        "training, by GPTQ; mixed: matrices as trained, others after training", choices=tuple(EXPORT_MAPS))
+    gptq_batches: int = var(16, "optimizer", "batches of MICRO_BATCH_TOKENS whose inputs GPTQ goes by",
+        low=1, when=lambda h: h.export_mode == "competition_gptq")
+    gptq_source: str = var("train", "optimizer", "what they are: held-out training tokens, or text of the model itself",
+        choices=("train", "self"), when=lambda h: h.export_mode == "competition_gptq")
+    gptq_reserve_seconds: float = var(30.0, "optimizer", "training clock kept for GPTQ after the steps", "s", low=0,
+        when=lambda h: h.export_mode == "competition_gptq" and h.max_wallclock_seconds > 0)
+    lqer_rank: int = var(4, "weights", "rank of the int4 correction of the worst quantized matrices; 0: none", low=0,
+        when=lambda h: h.export_mode == "competition_gptq")
+    lqer_tensors: int = var(3, "weights", "matrices that have it", low=1,
+        when=lambda h: h.export_mode == "competition_gptq" and h.lqer_rank > 0)
     group_size: int = var(128, "weights", "weights that share one scale, along the input dimension", low=1,
         when=lambda h: h.any_grouped)
+    int_group: int = var(-1, "weights", "the same of integer codecs; 0: a whole row, -1: GROUP_SIZE", low=-1,
+        when=lambda h: h.any_integers)
+    clip_sigma: float = var(0.0, "weights", "integers clip at so many root mean squares of a group; 0: its largest",
+        low=0, when=lambda h: h.any_integers)
+    clip_search: bool = var(False, "weights", "integers clip where the squared error of their group is least",
+        when=lambda h: h.any_integers)
     ternary_scale: str = var("absmean", "weights",
         "scale of a ternary group: mean |w|, or least squares for its codes", choices=("absmean", "lstsq"),
         when=lambda h: "ternary" in h.codecs)
@@ -477,14 +511,37 @@ class Hyperparameters:
     # fmt: on
 
     @property
+    def codec_rules(self) -> dict[str, str]:
+        """CODEC_MAP as pattern -> codec. Raises UserError."""
+        pairs = [part.split(":") for part in self.codec_map.split(",")] if self.codec_map else []
+        for pair in pairs:
+            if len(pair) != 2 or not pair[0] or pair[1] not in CODEC_NAMES:
+                known = f"name:codec,... with codecs {', '.join(CODEC_NAMES)}"
+                raise UserError(f"CODEC_MAP={self.codec_map}: {':'.join(pair) or 'an empty entry'} is not {known}")
+        return dict(pairs)
+
+    @property
+    def export_rules(self) -> dict[str, str]:
+        """What EXPORT_MODE and then CODEC_MAP say, as pattern -> codec."""
+        pairs = [part.split(":") for part in EXPORT_MAPS[self.export_mode].split(",") if part]
+        return {**dict(pairs), **self.codec_rules}
+
+    @property
     def codecs(self) -> tuple[str, ...]:
-        """Codecs that the role table can name, each once."""
-        return tuple(dict.fromkeys((self.matrix_codec, self.fp_storage, self.scalar_codec)))
+        """Codecs of this configuration's weights in training and in the file, each once."""
+        more = ["int4"] if self.export_mode == "competition_gptq" and self.lqer_rank else []
+        trained = (self.matrix_codec, self.fp_storage, self.scalar_codec)
+        return tuple(dict.fromkeys((*trained, *self.export_rules.values(), *more)))
 
     @property
     def any_grouped(self) -> bool:
-        """Whether some codec shares scales in groups."""
-        return any(c == "ternary" or c.startswith("int") for c in self.codecs)
+        """Whether some weights share scales by groups."""
+        return bool(set(self.codecs) & set(GROUPED_CODECS))
+
+    @property
+    def any_integers(self) -> bool:
+        """Whether some weights are integers of at least 4 bits."""
+        return bool(set(self.codecs) & set(INT_CODECS))
 
     @property
     def calibrates(self) -> bool:
@@ -510,8 +567,9 @@ class Hyperparameters:
 
     @property
     def step_seconds(self) -> float:
-        """Training clock that steps may use: what calibration needs is taken off at the start. 0: unbounded."""
+        """Training clock that steps may use: what calibration and GPTQ need is taken off at the start. 0: unbounded."""
         kept = self.calib_max_seconds if set(self.fitted) - {"CALIB_AT_FRACTION"} else 0.0
+        kept += self.gptq_reserve_seconds if self.export_mode == "competition_gptq" else 0.0
         return max(1e-3, self.max_wallclock_seconds - kept) if self.max_wallclock_seconds else 0.0
 
     @property
@@ -1089,6 +1147,16 @@ def validate(h: Hyperparameters) -> None:
         (0 < h.calib_at_fraction <= h.ternary_start_fraction and "ternary" in h.codecs,
             f"CALIB_AT_FRACTION={h.calib_at_fraction} must be above TERNARY_START_FRACTION={h.ternary_start_fraction}: "
             "before it there are no codes"),
+        (len(h.codec_rules) < h.codec_map.count(":"), f"CODEC_MAP={h.codec_map} names something twice"),
+        (h.export_mode == "competition_gptq" and not {h.matrix_codec, h.fp_storage} <= set(FLOAT_CODECS),
+            f"EXPORT_MODE=competition_gptq trains in float: MATRIX_CODEC={h.matrix_codec} and "
+            f"FP_STORAGE={h.fp_storage} must be of {', '.join(FLOAT_CODECS)}; CODEC_MAP says what they become"),
+        (h.export_mode == "competition_gptq" and h.max_wallclock_seconds
+            and not 0 < h.gptq_reserve_seconds < h.max_wallclock_seconds - bool(h.fitted) * h.calib_max_seconds,
+            f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds} must be more than 0 and, with CALIB_MAX_SECONDS where "
+            f"something is calibrated, leave time of MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds}"),
+        (h.export_mode == "competition_gptq" and h.gptq_source == "train" and not h.holdout_tokens,
+            "GPTQ_SOURCE=train needs HOLDOUT_TOKENS; or take GPTQ_SOURCE=self"),
     )
     # fmt: on
     for wrong, message in problems:
@@ -1963,6 +2031,10 @@ class Codes(NamedTuple):
     codes: Tensor
     scales: Tensor | None
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Codes:
+        """The same change of both tensors."""
+        return Codes(change(self.codes), None if self.scales is None else change(self.scales))
+
 
 class Tuning(NamedTuple):
     """What calibration may change in a codec without touching weights; tensors that broadcast over scales."""
@@ -2120,23 +2192,92 @@ class TernaryCodec(GroupedCodec):
         return Codes(ungroup(codes, w.shape[-1]).to(torch.int8), stored)
 
 
+class BinaryCodec(GroupedCodec):
+    """Signs; scale = mean |w| of the group, which is nearest in squares (XNOR-Net, arXiv 1603.05279, eq. 6).
+
+    A group of no measurable size has scale 0, since there is no code 0.
+    """
+
+    stream = "signs"
+    bits = 1.0
+
+    def quantize(self, w: Tensor, tuning: Tuning) -> Codes:
+        grouped = group_view(w, self.group)
+        mean = grouped.abs().sum(-1) / self.sizes(w)
+        dead = mean < 1e-12
+        codes = torch.where((grouped >= 0) | dead.unsqueeze(-1), 1, -1).to(torch.int8)
+        stored = round_to(mean * tuning.multiplier, torch.bfloat16).masked_fill(dead, 0.0)
+        return Codes(ungroup(codes, w.shape[-1]), stored)
+
+
 class IntCodec(GroupedCodec):
-    """Symmetric k-bit integers, scale = largest |w| of the group / (2^(k-1) - 1)."""
+    """Symmetric k-bit integers, scale = what the group clips at / (2^(k-1) - 1).
+
+    That is its largest |w|; with CLIP_SIGMA at most so many root mean squares; with CLIP_SEARCH that times the one of
+    SHRINKS whose codes have the least squared error: a GPTQ without Hessian.
+    """
 
     bits = 8.0  # one symbol a byte: packing below a byte costs 20% after compression
     tunes = ("multiplier",)
+    SHRINKS: ClassVar[tuple[float, ...]] = tuple(1 - i / 40 for i in range(20))
 
-    def __init__(self, group: int, width: int) -> None:
+    def __init__(self, group: int, width: int, sigma: float = 0.0, search: bool = False) -> None:
         super().__init__(group)
-        self.top = 2 ** (width - 1) - 1
+        self.top, self.sigma = 2 ** (width - 1) - 1, sigma
+        self.shrinks = self.SHRINKS if search else (1.0,)
+
+    def quantize(self, w: Tensor, tuning: Tuning) -> Codes:
+        stored = self.scales(w, tuning)
+        return Codes(ungroup(self.nearest(group_view(w, self.group), stored), w.shape[-1]).to(torch.int8), stored)
+
+    def scales(self, w: Tensor, tuning: Tuning) -> Tensor:
+        """Stored scales of (..., rows, columns), (..., rows, groups); 0 for a group of no measurable size."""
+        grouped, size = group_view(w, self.group), self.sizes(w)
+        alive, clip = grouped.abs().sum(-1) / size >= 1e-12, grouped.abs().amax(-1)
+        if self.sigma:
+            clip = torch.minimum(clip, self.sigma * (grouped.square().sum(-1) / size).sqrt())
+        best, least = torch.zeros_like(clip, dtype=torch.float32), torch.full_like(clip, math.inf)
+        for shrink in self.shrinks:
+            stored = round_to(clip * shrink / self.top * tuning.multiplier, torch.bfloat16) * alive
+            if len(self.shrinks) == 1:
+                return stored
+            codes = self.nearest(grouped, stored)
+            error = (grouped - codes * stored.unsqueeze(-1)).square().sum(-1)
+            better = (error < least) | error.isnan()
+            best, least = torch.where(better, stored, best), torch.where(better, error, least)
+        return best
+
+    def nearest(self, grouped: Tensor, stored: Tensor) -> Tensor:
+        """Codes of (..., groups, G) under stored scales (..., groups), in the weights' dtype."""
+        divisor = torch.where(stored > 0, stored, 1.0).unsqueeze(-1).to(grouped.dtype)
+        codes = (grouped / divisor).round().clamp(-self.top, self.top)
+        return codes * (stored != 0).unsqueeze(-1)
+
+
+class Fp4Codec(GroupedCodec):
+    """float4 e2m1, one bf16 scale per group that puts its largest |w| on 6; halfway cases go to the smaller size."""
+
+    stream = "fours"
+    bits = 4.0
+    SIZES: ClassVar[tuple[float, ...]] = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # OCP microscaling formats, table 5
+    TABLE: ClassVar[np.ndarray] = np.array((*SIZES, *(-size for size in SIZES)), np.float32)
 
     def quantize(self, w: Tensor, tuning: Tuning) -> Codes:
         grouped = group_view(w, self.group)
         alive = grouped.abs().sum(-1) / self.sizes(w) >= 1e-12
-        stored = round_to(grouped.abs().amax(-1) / self.top * tuning.multiplier, torch.bfloat16) * alive
+        stored = round_to(grouped.abs().amax(-1) / 6 * tuning.multiplier, torch.bfloat16) * alive
         divisor = torch.where(stored > 0, stored, 1.0).unsqueeze(-1).to(w.dtype)
-        codes = (grouped / divisor).round().clamp(-self.top, self.top) * alive.unsqueeze(-1)
-        return Codes(ungroup(codes, w.shape[-1]).to(torch.int8), stored)
+        middles = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(self.SIZES)], device=w.device, dtype=w.dtype)
+        size = torch.bucketize((grouped.abs() / divisor).contiguous(), middles) * (stored != 0).unsqueeze(-1)
+        codes = size + 8 * ((grouped < 0) & (size > 0))
+        return Codes(ungroup(codes, w.shape[-1]).to(torch.uint8), stored)
+
+    def decode(self, coded: Codes) -> Tensor:
+        table = torch.from_numpy(self.TABLE).to(coded.codes.device)
+        return super().decode(Codes(table[coded.codes.int()], coded.scales))
+
+    def decode_numpy(self, codes: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
+        return super().decode_numpy(self.TABLE[codes], scales)
 
 
 def turned(w: Any, group: int) -> Any:
@@ -2178,6 +2319,13 @@ class TurnedCodec(Codec):
         return turned(self.codec.decode_numpy(codes, scales), self.codec.group)
 
 
+def corrected(w: Any, out: Any, into: Any) -> Any:
+    """w (rows, columns) + out^T into, for factors (r, rows) and (r, columns); torch and numpy agree bit for bit."""
+    for left, right in zip(out, into, strict=True):  # in a fixed order, which a matrix product would not promise
+        w = w + left[:, None] * right[None, :]
+    return w
+
+
 class Fp8Codec(Codec):
     """float8 e4m3 with one bf16 scale per row, chosen so that the row's largest value lands on 448."""
 
@@ -2212,19 +2360,25 @@ def e4m3_table() -> np.ndarray:
 E4M3 = e4m3_table()
 
 
-def grouped_codec(h: Hyperparameters, bits: int) -> Codec:
-    """Integers of so many bits; 2 stands for ternary."""
-    codec = IntCodec(h.group_size, bits) if bits > 2 else TernaryCodec(h.group_size, h.ternary_scale == "lstsq")
+def int_codec(h: Hyperparameters, bits: int) -> Codec:
+    """Integers of so many bits; INT_GROUP=0 makes each row a group."""
+    group = h.group_size if h.int_group < 0 else h.int_group or 2**30
+    return perhaps_turned(h, IntCodec(group, bits, h.clip_sigma, h.clip_search))
+
+
+def perhaps_turned(h: Hyperparameters, codec: GroupedCodec) -> Codec:
     return TurnedCodec(codec) if h.turbo_quant_train else codec
 
 
 CODECS: dict[str, Callable[[Hyperparameters], Codec]] = {
-    "ternary": lambda h: grouped_codec(h, 2),
-    "int4": lambda h: grouped_codec(h, 4),
-    "int5": lambda h: grouped_codec(h, 5),
-    "int6": lambda h: grouped_codec(h, 6),
-    "int7": lambda h: grouped_codec(h, 7),
-    "int8": lambda h: grouped_codec(h, 8),
+    "ternary": lambda h: perhaps_turned(h, TernaryCodec(h.group_size, h.ternary_scale == "lstsq")),
+    "binary": lambda h: perhaps_turned(h, BinaryCodec(h.group_size)),
+    "int4": lambda h: int_codec(h, 4),
+    "int5": lambda h: int_codec(h, 5),
+    "int6": lambda h: int_codec(h, 6),
+    "int7": lambda h: int_codec(h, 7),
+    "int8": lambda h: int_codec(h, 8),
+    "fp4": lambda h: perhaps_turned(h, Fp4Codec(h.group_size)),
     "fp8": lambda h: Fp8Codec(),
     "bf16": lambda h: HalfCodec(torch.bfloat16),
     "fp16": lambda h: HalfCodec(torch.float16),
@@ -2268,6 +2422,32 @@ def unpack_bitmask(data: bytes, count: int) -> np.ndarray:
     return trits
 
 
+def pack_signs(signs: np.ndarray) -> bytes:
+    """One bit each of -1 and 1."""
+    return np.packbits(signs > 0).tobytes()
+
+
+def unpack_signs(data: bytes, count: int) -> np.ndarray:
+    """The inverse of pack_signs, (count,) int8. Raises ValueError on a wrong length."""
+    if len(data) != -(-count // 8):
+        raise ValueError("sign stream does not hold the signs it should")
+    return np.unpackbits(np.frombuffer(data, np.uint8), count=count).astype(np.int8) * 2 - 1
+
+
+def pack_nibbles(codes: np.ndarray) -> bytes:
+    """Two numbers below 16 a byte, the first in the lower half."""
+    even = np.append(codes, np.zeros(codes.size % 2, np.uint8))
+    return (even[::2] | even[1::2] << 4).astype(np.uint8).tobytes()
+
+
+def unpack_nibbles(data: bytes, count: int) -> np.ndarray:
+    """The inverse of pack_nibbles, (count,) uint8. Raises ValueError on a wrong length."""
+    if len(data) != -(-count // 2):
+        raise ValueError("nibble stream does not hold the numbers it should")
+    packed = np.frombuffer(data, np.uint8)
+    return np.stack((packed & 15, packed >> 4), 1).reshape(-1)[:count]
+
+
 def pack_planes(values: np.ndarray) -> bytes:
     """Bytes of equal significance together: exponents compress well, mantissas do not."""
     return values.view(np.uint8).reshape(values.size, values.itemsize).T.tobytes()
@@ -2283,7 +2463,9 @@ def unpack_planes(data: bytes, count: int, dtype: np.dtype) -> np.ndarray:
 
 STREAM_TYPES: dict[str, np.dtype] = {
     "trits": np.dtype("i1"),
+    "signs": np.dtype("i1"),
     "ints": np.dtype("i1"),
+    "fours": np.dtype("u1"),
     "bytes": np.dtype("u1"),
     "scales": np.dtype("<u2"),
     "halves": np.dtype("<i2"),
@@ -2448,6 +2630,7 @@ class Role(NamedTuple):
     decay: float = 1.0
     bound: float = math.inf
     idle: bool = False
+    export: str = ""  # codec that it gets after training, if another one
 
 
 class Module(nn.Module):
@@ -2475,6 +2658,29 @@ ROLE_KINDS: dict[str, Callable[[Hyperparameters], Role]] = {
     "mhc": lambda h: Role(h.scalar_codec, "mhc", decay=0.0),
     "mhc_mix": lambda h: Role(h.scalar_codec, "mhc_mix", decay=0.0),
 }
+
+
+def fits_pattern(pattern: str, kind: str, name: str, shape: Sequence[int]) -> bool:
+    """Whether an entry of CODEC_MAP means a parameter: by its kind, else the start or glob of a matrix's name.
+
+    The name may be without its block: mlp stands for blocks.*.mlp. Vectors (gains) go by their kind only.
+    """
+    if pattern in ROLE_NAMES:
+        return pattern == kind
+    names = (name, re.sub(r"^blocks\.\d+\.", "", name))
+    return len(shape) > 1 and any(fnmatchcase(n, p) for n in names for p in (pattern, pattern + ".*"))
+
+
+def role_of(h: Hyperparameters, kind: str, name: str, shape: Sequence[int]) -> Role:
+    """The row of one parameter: that of its kind, with the codec that EXPORT_MODE and CODEC_MAP say."""
+    role, rules = ROLE_KINDS[kind](h), h.export_rules
+    found = [pattern for pattern in rules if fits_pattern(pattern, kind, name, shape)]
+    if not found:
+        return role
+    codec = rules[max(found, key=lambda pattern: (pattern not in ROLE_NAMES, len(pattern)))]
+    if h.export_mode == "ternary":
+        return role._replace(codec=codec)
+    return role._replace(export=codec if codec != role.codec else "")
 
 
 def keyed_uniform(seed: int, *keys: Tensor) -> Tensor:
@@ -6132,12 +6338,21 @@ class GPT(Module):
 
 
 def role_table(model: GPT) -> dict[str, Role]:
-    """The one row of each parameter: codec, optimizer group, rate and decay. Raises KeyError if one is missing."""
-    rows = {}
+    """The one row of each parameter: codec, optimizer group, rate and decay. Raises KeyError if one is missing.
+
+    Raises UserError for an entry of CODEC_MAP that means none.
+    """
+    rows, h, idle = {}, model.h, set(model.h.codec_rules) - set(ROLE_NAMES)
     for path, module in model.named_modules():
-        for name, _ in module.named_parameters(recurse=False):
+        for name, parameter in module.named_parameters(recurse=False):
             assert isinstance(module, Module)
-            rows[f"{path}.{name}" if path else name] = ROLE_KINDS[module.kinds[name]](model.h)
+            full = f"{path}.{name}" if path else name
+            place = (module.kinds[name], full, parameter.shape)
+            rows[full] = role_of(h, *place)
+            idle -= {pattern for pattern in idle if fits_pattern(pattern, *place)}
+    if idle:
+        known = dict.fromkeys(re.sub(r"^blocks\.\d+\.", "", n) for n, p in model.named_parameters() if p.ndim > 1)
+        raise UserError(f"CODEC_MAP: {min(idle)} names no weight; known: {', '.join((*ROLE_NAMES, *known))}")
     return rows
 
 
@@ -6269,18 +6484,25 @@ def sample_token(logits: Tensor, temperature: float, top_p: float, generator: to
 
 
 @torch.no_grad()
-def generate(
-    model: GPT, rt: Runtime, prompt: Sequence[int], count: int, temperature: float, top_p: float, seed: int
-) -> Iterator[int]:
-    """Continue a prompt token by token from the mixers' states; yields each new token."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.tensor([list(prompt)], device=rt.device)
-    state: tuple | None = model.init_state(1)
-    for _ in range(count):
+def continued(
+    model: GPT, rt: Runtime, tokens: Tensor, temperature: float, top_p: float, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Continue texts (B, T) token by token from the mixers' states, without end; yields new tokens (B, 1)."""
+    state: tuple | None = model.init_state(len(tokens))
+    while True:
         with rt.precision():
             logits, state = model.logits(tokens, scoring_variant(model.h), state, last=1)
         tokens = sample_token(logits[:, -1], temperature, top_p, generator)
-        yield int(tokens)
+        yield tokens
+
+
+def generate(
+    model: GPT, rt: Runtime, prompt: Sequence[int], count: int, temperature: float, top_p: float, seed: int
+) -> Iterator[int]:
+    """Continue a prompt; yields each new token."""
+    tokens, generator = torch.tensor([list(prompt)], device=rt.device), torch.Generator().manual_seed(seed)
+    for token in itertools.islice(continued(model, rt, tokens, temperature, top_p, generator), count):
+        yield int(token)
 
 
 def flops_per_token(model: GPT) -> float:
@@ -6359,6 +6581,17 @@ POLYNOMIALS: dict[str, Callable[[int], tuple[Polynomial, ...]]] = {
 }
 
 
+class LowRank(NamedTuple):
+    """What is added to a decoded matrix: the codes of factors (1, r, rows) and (1, r, columns)."""
+
+    codec: Codec
+    out: Codes
+    into: Codes
+
+    def added_to(self, w: Tensor) -> Tensor:
+        return corrected(w, *(self.codec.decode(factor)[0].to(w.device) for factor in self[1:]))
+
+
 class Bank:
     """All weights of one role and shape, stacked: the unit of quantization, optimization and reduction over ranks.
 
@@ -6370,6 +6603,8 @@ class Bank:
         self.latent = torch.stack([p.detach() for p in parameters])
         self.tuning = default_tuning(self.latent)
         self.state: dict[str, Tensor] = {}  # moments and average, made at the first step
+        self.fixed: Codes | None = None  # of the whole bank, in place of the latent's own: after GPTQ
+        self.corrections: dict[str, LowRank] = {}  # added to what some of its weights decode to
 
     def slot(self, name: str) -> Tensor:
         """A moment tensor like the latent, zero at first."""
@@ -6398,6 +6633,9 @@ class Bank:
         step = max(1, 2**21 // self.latent[0].numel())
         for at in range(0, len(self.names), step):
             part = slice(at, at + step)
+            if self.fixed is not None:
+                yield at, self.fixed.map(operator.itemgetter(part))
+                continue
             yield at, self.codec.quantize(self.latent[part], Tuning(*(tuned[part] for tuned in self.tuning)))
 
     @torch.no_grad()
@@ -6411,8 +6649,16 @@ class Bank:
         """Write what the forward pass uses into the model's parameters."""
         parts = ((at, self.codec.decode(coded)) for at, coded in self.coded()) if quantized else [(0, self.latent)]
         for at, values in parts:
-            for parameter, value in zip(self.parameters[at:], values, strict=False):
-                parameter.copy_(value)
+            for name, parameter, value in zip(self.names[at:], self.parameters[at:], values, strict=False):
+                low = self.corrections.get(name) if quantized else None
+                parameter.copy_(value if low is None else low.added_to(value))
+
+    def settle(self, h: Hyperparameters, fixed: Codes | None = None) -> None:
+        """Change to the codec of the file, with these codes if given."""
+        if self.role.export:
+            self.role = self.role._replace(codec=self.role.export, export="")
+            self.codec = CODECS[self.role.codec](h)
+        self.fixed = None if fixed is None else fixed.map(lambda x: x.to(self.latent.device))
 
 
 class Form(NamedTuple):
@@ -6430,7 +6676,7 @@ class Weights:
         roles, parameters = role_table(model), dict(model.named_parameters())
         groups: dict[str, list[str]] = {}
         for name, role in roles.items():
-            key = "/".join([*map(str, role), "x".join(map(str, parameters[name].shape))])
+            key = "/".join([*(str(part) for part in role if part != ""), "x".join(map(str, parameters[name].shape))])
             groups.setdefault(key, []).append(name)
         self.h = model.h
         self.banks = {
@@ -6532,8 +6778,9 @@ class Weights:
         """Bytes by codec after packing and before compression: a bound known before training."""
         sizes: dict[str, float] = {}
         for bank in self.banks.values():
-            size = len(bank.names) * bank.codec.packed_bytes(bank.latent.shape[1:])
-            sizes[bank.role.codec] = sizes.get(bank.role.codec, 0) + size
+            name = bank.role.export or bank.role.codec
+            size = len(bank.names) * CODECS[name](self.h).packed_bytes(bank.latent.shape[1:])
+            sizes[name] = sizes.get(name, 0) + size
         return sizes
 
 
@@ -6831,12 +7078,14 @@ COMPRESSOR_PACKAGES = {"brotli": "brotli"}
 PACKINGS: dict[str, tuple[Callable[[np.ndarray], bytes], Callable[[bytes, int, np.dtype], np.ndarray]]] = {
     "base3": (pack_base3, lambda data, count, dtype: unpack_base3(data, count)),
     "bitmask": (pack_bitmask, lambda data, count, dtype: unpack_bitmask(data, count)),
+    "signs": (pack_signs, lambda data, count, dtype: unpack_signs(data, count)),
+    "nibbles": (pack_nibbles, lambda data, count, dtype: unpack_nibbles(data, count)),
     "planes": (pack_planes, unpack_planes),
 }
 
 
 def packings_of(kind: str) -> tuple[str, ...]:
-    return ("base3", "bitmask") if kind == "trits" else ("planes",)
+    return {"trits": ("base3", "bitmask"), "signs": ("signs",), "fours": ("nibbles",)}.get(kind, ("planes",))
 
 
 def compress_best(kind: str, values: np.ndarray) -> tuple[str, str, int, bytes]:
@@ -6892,6 +7141,77 @@ def structure_fields() -> list[str]:
     return [n for n in [*names, "vocab_size", "train_seq_len"] if n not in computing]
 
 
+# Quantization after training. GPTQ (Frantar et al. 2022, arXiv 2210.17323) rounds a matrix column by column and moves
+# each column's error, as far as inputs are correlated, onto the columns still to come. With the Hessian H = X^T X of
+# its inputs, an error E of the weights costs tr(E H E^T). LQER (Zhang et al. 2024, arXiv 2402.02446) adds a thin
+# product that is nearest to what is left of the error, here in that very measure.
+DAMPING = 0.01  # of H's mean diagonal, on its diagonal, as in the paper: what few inputs tell is not to be trusted
+GPTQ_COLUMNS = 128  # columns whose errors wait before they move on to the others in one product
+
+
+def damped(hessian: Tensor) -> Tensor:
+    """(n, columns, columns) that can be inverted; the identity where no input was seen."""
+    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
+    more = torch.where(mean > 0, DAMPING * mean, 1.0)
+    return hessian + more[:, None, None] * torch.eye(hessian.shape[-1], device=hessian.device, dtype=hessian.dtype)
+
+
+def hessian_error(error: Tensor, hessian: Tensor) -> Tensor:
+    """tr(E H E^T) of each weight, (n,)."""
+    return (error @ hessian * error).sum((-2, -1))
+
+
+def gptq(codec: Codec, w: Tensor, hessian: Tensor) -> Codes:
+    """Codes of w (n, rows, columns), float, for integer codecs, by GPTQ under hessian (n, columns, columns) float64.
+
+    Scales are what the codec stores: of a whole row from the start, of a smaller group when its first column's turn
+    comes. A turned codec is solved in its own basis. Raises LinAlgError for a Hessian that is not finite.
+    """
+    if isinstance(codec, TurnedCodec):
+        group = codec.codec.group
+        return gptq(codec.codec, turned(w, group), turned(turned(hessian, group).mT, group))
+    assert isinstance(codec, IntCodec)
+    left, columns = w.to(torch.float64, copy=True), w.shape[-1]
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(hessian)))
+    factor = torch.linalg.cholesky(inverse, upper=True)  # row j: what an error in column j asks of the later ones
+    whole, tuning = codec.group >= columns, default_tuning(left)
+    scales = codec.scales(left, tuning) if whole else None
+    codes: list[Tensor] = []
+    stored: list[Tensor] = []
+    width = GPTQ_COLUMNS if whole else codec.group
+    for at in range(0, columns, width):
+        stop = min(at + width, columns)
+        stored.append(codec.scales(left[..., at:stop], tuning) if scales is None else scales)
+        errors = torch.empty_like(left[..., at:stop])
+        for j in range(at, stop):
+            codes.append(codec.nearest(left[..., j : j + 1], stored[-1][..., 0]))
+            scale = stored[-1][..., 0].double()
+            errors[..., j - at] = (left[..., j] - codes[-1][..., 0] * scale) / factor[:, j, j, None]
+            left[..., j + 1 : stop] -= errors[..., j - at, None] * factor[:, None, j, j + 1 : stop]
+        left[..., stop:] -= errors @ factor[:, at:stop, stop:]
+    return Codes(torch.cat(codes, -1).to(torch.int8), stored[0] if whole else torch.cat(stored, -1))
+
+
+def low_rank(codec: Codec, error: Tensor, hessian: Tensor, rank: int) -> LowRank | None:
+    """Factors of an error (rows, columns) float64, its best approximation of a rank under hessian, then quantized.
+
+    None where the codec is too coarse for them to help.
+    """
+    hessian = damped(hessian[None])[0]
+    lower = torch.linalg.cholesky(hessian)
+    weighted = error @ lower
+    basis = torch.linalg.eigh(weighted.mT @ weighted).eigenvectors[:, -rank:]  # (columns, r)
+    into = torch.linalg.solve_triangular(lower, basis.mT, upper=False, left=False)  # basis^T lower^-1
+    tuning = default_tuning(into[None])
+    second = codec.quantize(into[None], tuning)
+    into = codec.decode(second)[0].to(error)
+    out = torch.linalg.lstsq(into @ hessian @ into.mT, into @ hessian @ error.mT).solution  # best beside those
+    found = LowRank(codec, codec.quantize(out[None], tuning), second)
+    rest = error - found.added_to(torch.zeros_like(error, dtype=torch.float32)).to(error)
+    losses = hessian_error(torch.stack((error, rest)), hessian[None])
+    return found if losses[1] < losses[0] else None
+
+
 class Coded(NamedTuple):
     """One tensor on its way to or from a file."""
 
@@ -6909,6 +7229,27 @@ def coded_tensors(weights: Weights) -> Iterator[Coded]:
             scales = None if coded.scales is None else coded.scales.cpu().numpy()
             for i, name in enumerate(bank.names[at : at + len(codes)]):
                 yield Coded(name, bank.role.codec, codes[i], None if scales is None else scales[i])
+        for name, low in bank.corrections.items():
+            for end, part in zip(FACTORS, low[1:], strict=True):
+                assert part.scales is not None
+                yield Coded(name + end, "int4", part.codes[0].cpu().numpy(), part.scales[0].cpu().numpy())
+
+
+FACTORS = (".lqer_out", ".lqer_in")  # ends of the names of a correction's factors
+
+
+def join_corrections(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Decoded weights with corrections added. Raises ValueError for factors that do not fit."""
+    named = {name: w for name, w in weights.items() if not name.endswith(FACTORS)}
+    bases = [{name.removesuffix(end) for name in weights if name.endswith(end)} for end in FACTORS]
+    if bases[0] != bases[1] or not bases[0] <= set(named):
+        raise ValueError("a correction is half there")
+    for base in sorted(bases[0]):
+        out, into = (weights[base + end] for end in FACTORS)
+        if (*out.shape, *into.shape) != (len(out), named[base].shape[0], len(out), *named[base].shape[1:]):
+            raise ValueError(f"the correction of {base} does not fit")
+        named[base] = corrected(named[base], out, into)
+    return named
 
 
 def bf16_bits(values: np.ndarray) -> np.ndarray:
@@ -7043,6 +7384,7 @@ def decode_artifact(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]
             bits = take(streams, used, "scales", scale_shape).astype(np.uint32) if scale_shape else None
             scales = None if bits is None else (bits << 16).view(np.float32)
             weights[name] = codec.decode_numpy(np.ascontiguousarray(codes), scales)
+        weights = join_corrections(weights)
     except (lzma.LZMAError, UserError, *MALFORMED) as error:
         told = ascii(str(error))[1:-1][:200]  # it may quote the file: one line, no control characters
         raise UserError(f"the artifact cannot be decoded: {told}") from None
@@ -8429,6 +8771,11 @@ def open_session(h: Hyperparameters, rt: Runtime, folder: Path, log: Log) -> Ses
             f"{', '.join(h.fitted)}: {held} held-out tokens to fit on are too few for a window of {h.eval_window}; "
             "raise HOLDOUT_TOKENS (at most a tenth of the training tokens are held out)"
         )
+    if h.export_mode == "competition_gptq" and h.gptq_source == "train" and held <= h.eval_window:
+        raise UserError(
+            f"GPTQ_SOURCE=train has {held} held-out tokens, too few for a window of {h.eval_window}; raise "
+            "HOLDOUT_TOKENS, or take GPTQ_SOURCE=self"
+        )
     h, attention = with_backends(h, rt)
     model = build_model(h, rt, tokenizer.bos)
     weights = Weights(model)
@@ -8478,13 +8825,14 @@ def describe(s: Session) -> None:
 
 def role_lines(s: Session) -> Iterator[str]:
     """The role table by bank, parameter count and packed bound."""
-    yield f"{'role':<10}{'codec':<10}{'rate':>9}{'decay':>7}{'tensors':>9}{'parameters':>12}  shape"
+    yield f"{'role':<10}{'codec':<12}{'rate':>9}{'decay':>7}{'tensors':>9}{'parameters':>12}  shape"
     for bank in s.weights.banks.values():
         role, shape = bank.role, "x".join(map(str, bank.latent.shape[1:]))
+        codec = f"{role.codec}>{role.export}" if role.export else role.codec
         group = s.optimizer.groups[role.group]
         rate, decay = group.rate * role.lr_mult, group.decay * role.decay
         count = len(bank.names)
-        yield f"{role.group:<10}{role.codec:<10}{rate:>9.4g}{decay:>7.3g}{count:>9}{bank.latent.numel():>12}  {shape}"
+        yield f"{role.group:<10}{codec:<12}{rate:>9.4g}{decay:>7.3g}{count:>9}{bank.latent.numel():>12}  {shape}"
     total = sum(p.numel() for p in s.model.parameters())
     packed = sum(s.weights.packed_bytes().values())
     bound = account(s.h, math.ceil(packed))
@@ -8874,7 +9222,8 @@ def refine(s: Session, state: TrainState, clock: Clock) -> dict[str, Form]:
     """Choose, prune and calibrate what will be exported, on held-out training tokens; returns tables before pruning."""
     h, whole = s.h, dict[str, Form]()
     (now,) = agree(s.rt, clock.seconds())
-    limit = min(now + h.calib_max_seconds, h.max_wallclock_seconds or math.inf)
+    later = h.gptq_reserve_seconds if h.export_mode == "competition_gptq" else 0.0
+    limit = min(now + h.calib_max_seconds, h.max_wallclock_seconds - later if h.max_wallclock_seconds else math.inf)
     limit -= (limit - now) / 2 if h.temp_scaling else 0.0
     if h.export_proxy_eval:
         best = state.best
@@ -8888,6 +9237,120 @@ def refine(s: Session, state: TrainState, clock: Clock) -> dict[str, Form]:
     return whole
 
 
+def calibration_batches(s: Session, seconds: Callable[[], float], limit: float) -> Iterator[tuple[Tensor, Tensor]]:
+    """At most GPTQ_BATCHES batches of (tokens before (B, h.history), rows (B, EVAL_WINDOW)) for GPTQ.
+
+    Text that the model writes itself begins with a document; the clock may cut it short, but not to nothing.
+    """
+    h, window = s.h, s.h.eval_window
+    rows = max(1, h.micro_batch_tokens // window)
+    if h.gptq_source == "self":
+        count = rows * h.gptq_batches
+        tokens = torch.full((count, 1), s.tokenizer.bos, device=s.rt.device)
+        texts, generator = [tokens], torch.Generator().manual_seed(h.seed)
+        for token in itertools.islice(continued(s.model, s.rt, tokens, 1.0, 1.0, generator), window - 1):
+            texts.append(token)
+            if seconds() > limit:
+                break
+        written = torch.cat(texts, 1)
+        yield from zip(s.model.no_history(written).split(rows), written.split(rows), strict=True)
+        return
+    holdout = read_holdout(h)
+    starts = range(0, len(holdout) - window, window)[: rows * h.gptq_batches]
+    for at in range(0, len(starts), rows):
+        history, tokens = windows(holdout, starts[at : at + rows], window, h.history, s.rt)
+        yield history, tokens
+
+
+def input_hessians(s: Session, names: set[str], seconds: Callable[[], float], limit: float) -> dict[str, Tensor]:
+    """X^T X (columns, columns) float64 of the inputs that those weights get, as far as `limit` allows."""
+    found, slowest = dict[str, Tensor](), 0.0
+
+    def observe(name: str, x: Tensor) -> None:
+        if name in names:
+            flat = x.detach().flatten(0, -2).float()
+            product = (flat.mT @ flat).to(torch.device("cpu") if x.device.type == "mps" else x.device).double()
+            found[name] = found[name] + product if name in found else product
+
+    for history, tokens in calibration_batches(s, seconds, (seconds() + limit) / 2):
+        before = seconds()
+        if before + 2 * slowest > limit:
+            break
+        with torch.no_grad(), s.rt.precision():
+            s.model.logits(tokens, scoring_variant(s.h), s.model.start_state(history), observe=observe)
+        slowest = max(slowest, seconds() - before)
+    return found
+
+
+def solve_bank(
+    bank: Bank, hessians: dict[str, Tensor], seconds: Callable[[], float], limit: float
+) -> tuple[Codes, int]:
+    """Codes of a whole bank, on the CPU, and how many weights GPTQ made; the others are rounded to the nearest."""
+    parts, solved, slowest = list[Codes](), 0, 0.0
+    inner = bank.codec.codec if isinstance(bank.codec, TurnedCodec) else bank.codec
+    for at, coded in bank.coded():
+        before, names = seconds(), bank.names[at : at + len(coded.codes)]
+        known = [hessians[name] for name in names if name in hessians]
+        if isinstance(inner, IntCodec) and len(known) == len(names) and before + 2 * slowest < limit:
+            weights = bank.latent[at : at + len(names)].to(known[0].device)
+            coded, solved = gptq(bank.codec, weights, torch.stack(known)), solved + len(names)
+            slowest = max(slowest, seconds() - before)
+        parts.append(coded.map(Tensor.cpu))
+    scales = [part.scales for part in parts if part.scales is not None]
+    return Codes(torch.cat([part.codes for part in parts]), torch.cat(scales) if scales else None), solved
+
+
+def find_corrections(
+    s: Session, hessians: dict[str, Tensor], seconds: Callable[[], float], limit: float
+) -> dict[str, LowRank]:
+    """LQER's factors for the LQER_TENSORS weights whose quantization costs most, as far as time allows."""
+    errors, codec, found = dict[str, Tensor](), CODECS["int4"](s.h), dict[str, LowRank]()
+    for bank in s.weights.banks.values():
+        for at, coded in bank.coded() if bank.fixed is not None else ():
+            rest = bank.latent[at : at + len(coded.codes)] - bank.codec.decode(coded)
+            errors |= {n: e for n, e in zip(bank.names[at:], rest, strict=False) if n in hessians}
+    where = {name: hessian.device for name, hessian in hessians.items()}
+    costs = {n: float(hessian_error(e[None].to(where[n]).double(), hessians[n][None])) for n, e in errors.items()}
+    for name in sorted(costs, key=lambda name: (-costs[name], name))[: s.h.lqer_tensors]:
+        if seconds() < limit:
+            low = low_rank(codec, errors[name].to(where[name]).double(), hessians[name], s.h.lqer_rank)
+            found |= {name: low} if low is not None else {}
+    return found
+
+
+def solve_gptq(s: Session, seconds: Callable[[], float]) -> tuple[dict[str, Codes], dict[str, LowRank]]:
+    """Codes of the banks that GPTQ quantizes, and corrections; ends before the clock reserved for it does."""
+    h = s.h
+    began, solved, fixed = seconds(), 0, dict[str, Codes]()
+    limit = min(began + h.gptq_reserve_seconds, h.max_wallclock_seconds) if h.max_wallclock_seconds else math.inf
+    banks = {key: bank for key, bank in s.weights.banks.items() if bank.role.export}
+    names = {name for bank in banks.values() if bank.role.export in INT_CODECS for name in bank.names}
+    hessians = input_hessians(s, names, seconds, (began + limit) / 2)
+    for key, bank in banks.items():
+        bank.settle(h)
+        fixed[key], count = solve_bank(bank, hessians, seconds, limit)
+        bank.settle(h, fixed[key])
+        solved += count
+    corrections = find_corrections(s, hessians, seconds, limit) if h.lqer_rank else {}
+    total = sum(len(bank.names) for bank in banks.values())
+    s.log.line(
+        f"gptq: {solved} of {total} weights by their inputs' Hessians, the rest to the nearest; corrected: "
+        f"{', '.join(corrections) or 'none'}; {seconds() - began:.2f} s"
+    )
+    return fixed, corrections
+
+
+def quantize_trained(s: Session, seconds: Callable[[], float]) -> None:
+    """EXPORT_MODE: give weights that trained in float the codecs of the file; rank 0 works, all get its codes."""
+    fixed, corrections = dict[str, Codes](), dict[str, LowRank]()
+    if s.h.export_mode == "competition_gptq":
+        fixed, corrections = on_main(s.rt, lambda: solve_gptq(s, seconds))
+    for key, bank in s.weights.banks.items():
+        bank.settle(s.h, fixed.get(key))
+        bank.corrections = {name: low for name, low in corrections.items() if name in bank.names}
+    s.weights.materialize(1.0)
+
+
 def settle(s: Session, state: TrainState) -> tuple[bool, dict[str, float], dict[str, Form]]:
     """Bring the weights into their final form and fit what is fitted on training data, on the training clock.
 
@@ -8898,6 +9361,7 @@ def settle(s: Session, state: TrainState) -> tuple[bool, dict[str, float], dict[
     averaged = s.weights.swap_average()
     s.weights.materialize(1.0)
     whole = refine(s, state, clock)
+    quantize_trained(s, clock.seconds)
     if h.temp_scaling:
         limit = h.max_wallclock_seconds or math.inf
         tau = on_main(s.rt, lambda: fit_temperature(h, s.rt, s.model, read_holdout(h), clock.seconds, limit))

@@ -163,6 +163,10 @@ def naive_reader(data: bytes) -> dict[str, np.ndarray]:
             mask = np.unpackbits(raw)[:count]
             signs = iter(np.unpackbits(raw[-(-count // 8) :]).tolist())
             streams[kind] = np.array([2 * next(signs) - 1 if bit else 0 for bit in mask])
+        elif packing == "signs":
+            streams[kind] = np.unpackbits(raw)[:count].astype(np.int8) * 2 - 1
+        elif packing == "nibbles":
+            streams[kind] = np.array([half for byte in raw for half in (byte & 15, byte >> 4)][:count])
         else:
             wide = np.dtype(types[kind]).itemsize
             streams[kind] = np.ascontiguousarray(raw.reshape(wide, count).T).view(types[kind])[:, 0]
@@ -183,11 +187,14 @@ def naive_reader(data: bytes) -> dict[str, np.ndarray]:
         else:
             group = columns if codec == "fp8" else header["config"]["group_size"]
             groups, rows = -(-columns // group), count // columns
-            kind = {"fp8": "bytes", "ternary": "trits"}.get(codec, "ints")
+            kind = {"fp8": "bytes", "ternary": "trits", "binary": "signs", "fp4": "fours"}.get(codec, "ints")
             codes = take(kind, count).reshape(rows, columns)
             scales = (take("scales", rows * groups).astype(np.uint32) << 16).view(np.float32).reshape(rows, groups)
             if codec == "fp8":
                 values = torch.from_numpy(codes.copy()).view(torch.float8_e4m3fn).float().numpy()
+            elif codec == "fp4":  # sign, two bits of exponent, one of mantissa
+                sizes = [0, 0.5] + [2.0 ** (e - 1) * (1 + m / 2) for e in (1, 2, 3) for m in (0, 1)]
+                values = np.array([*sizes, *(-x for x in sizes)], np.float32)[codes]
             else:
                 values = codes.astype(np.float32)
             spread = np.stack([scales[:, j // group] for j in range(columns)], 1)

@@ -23,6 +23,18 @@ def codec_of(name: str, group: int = 4, scale: str = "absmean", turn: bool = Fal
     return t.CODECS[name](t.Hyperparameters(group_size=group, ternary_scale=scale, turbo_quant_train=turn))
 
 
+CLIPPED: dict[str, dict[str, Any]] = {
+    "sigma": {"clip_sigma": 2.0},
+    "search": {"clip_search": True},
+    "both, rows": {"clip_sigma": 3.0, "clip_search": True, "int_group": 0},
+    "own group": {"int_group": 3},
+}
+
+
+def clipped(name: str, kind: str, group: int = 4) -> t.Codec:
+    return t.CODECS[name](t.Hyperparameters(group_size=group, **CLIPPED[kind]))
+
+
 def tuning_of(bank: Tensor, threshold: float = 0.5, multiplier: float = 1.0) -> t.Tuning:
     plain = t.default_tuning(bank)
     return t.Tuning(torch.full_like(plain.threshold, threshold), torch.full_like(plain.multiplier, multiplier))
@@ -110,6 +122,73 @@ def test_training_export_and_reader_see_the_same_numbers(
     check_one_codec_law(codec, w, tuning_of(w, threshold, multiplier))
 
 
+@pytest.mark.parametrize("name", t.INT_CODECS)
+@pytest.mark.parametrize("kind", CLIPPED)
+@settings(max_examples=40, deadline=None)
+@given(w=banks(), group=st.integers(1, 24), multiplier=st.floats(0.25, 4))
+def test_the_law_holds_for_clipped_integers(name: str, kind: str, w: Tensor, group: int, multiplier: float) -> None:
+    check_one_codec_law(clipped(name, kind, group), w, tuning_of(w, multiplier=multiplier))
+
+
+@pytest.mark.parametrize("kind", CLIPPED)
+def test_clipped_integers_are_coded_as_their_bank_is(kind: str) -> None:
+    w = torch.randn(4, 6, 130, generator=torch.Generator().manual_seed(7))
+    whole = clipped("int5", kind, 32).quantize(w, t.default_tuning(w))
+    for i in range(4):
+        one = clipped("int5", kind, 32).quantize(w[i : i + 1], t.default_tuning(w[i : i + 1]))
+        assert torch.equal(one.codes[0], whole.codes[i]) and bits(scales_of(one)[0]) == bits(scales_of(whole)[i])
+
+
+def test_sigma_bounds_what_a_row_clips_at() -> None:
+    """scale = min(max |w|, k rms of the row) / top, rounded to bf16."""
+    w = torch.randn(1, 3, 100, generator=torch.Generator().manual_seed(8))
+    w[0, 1, 5] = 9.0
+    w[0, 2] = 0.5  # all alike: nothing to clip
+    scales = scales_of(
+        t.CODECS["int6"](t.Hyperparameters(int_group=0, clip_sigma=3.5)).quantize(w, t.default_tuning(w))
+    )
+    row = w[0].double()
+    want = torch.minimum(row.abs().amax(-1), 3.5 * row.square().mean(-1).sqrt()) / 31
+    assert want[0] == row[0].abs().max() / 31 and want[1] < 5.0 / 31 and want[2] == 0.5 / 31
+    assert torch.allclose(scales[0, :, 0].double(), want, rtol=2**-8)
+
+
+def test_search_finds_the_least_squared_error_of_each_row() -> None:
+    """Against all its candidates by the plain codec with a multiplier; rows apart from each other."""
+    w = torch.randn(1, 20, 60, generator=torch.Generator().manual_seed(9)) ** 3
+    plain, search = (t.CODECS["int4"](t.Hyperparameters(int_group=0, clip_search=on)) for on in (False, True))
+    shrinks = t.IntCodec.SHRINKS
+    errors = torch.stack([(plain.fake_quantize(w, tuning_of(w, 0.5, c)) - w).square().sum(-1)[0] for c in shrinks])
+    got = (search.fake_quantize(w, t.default_tuning(w)) - w).square().sum(-1)[0]
+    assert torch.allclose(got, errors.amin(0), rtol=1e-4) and (errors.argmin(0) > 0).sum() > 10
+    assert got.sum() < 0.97 * errors[0].sum()
+
+
+def test_binary_keeps_signs_and_means() -> None:
+    w = torch.tensor([[[3.0, -1.0, -0.0, 2.0, -4.0, 1e-13]]])
+    coded = codec_of("binary").quantize(w, t.default_tuning(w))
+    assert coded.codes.tolist() == [[[1, -1, 1, 1, -1, 1]]] and scales_of(coded).tolist() == [[[1.5, 2.0]]]
+    assert t.pack_signs(np.array([1, -1, -1, 1, 1, 1, 1, 1, -1], np.int8)) == bytes([0b10011111, 0])
+
+
+def test_fp4_takes_the_nearest_of_its_sizes() -> None:
+    w = torch.tensor([[[6.0, -5.1, 4.9, 0.2, 0.26, -0.75, 1.3, -2.6, 0.0, -0.0, 1.1, 3.4]]])
+    value = codec_of("fp4", 12).fake_quantize(w, t.default_tuning(w))
+    assert value.tolist() == [[[6.0, -6.0, 4.0, 0.0, 0.5, -0.5, 1.5, -3.0, 0.0, 0.0, 1.0, 3.0]]]
+    assert t.pack_nibbles(np.array([1, 15, 7], np.uint8)) == bytes([0xF1, 7])
+
+
+@settings(max_examples=60, deadline=None)
+@given(codes=hnp.arrays(np.uint8, st.integers(0, 50), elements=st.integers(0, 15)))
+def test_nibbles_and_signs_round_trip_and_refuse_wrong_lengths(codes: np.ndarray) -> None:
+    signs = np.where(codes > 7, 1, -1).astype(np.int8)
+    assert t.unpack_nibbles(t.pack_nibbles(codes), codes.size).tolist() == codes.tolist()
+    assert t.unpack_signs(t.pack_signs(signs), codes.size).tolist() == signs.tolist()
+    for unpack, data in ((t.unpack_nibbles, t.pack_nibbles(codes)), (t.unpack_signs, t.pack_signs(signs))):
+        with pytest.raises(ValueError):
+            unpack(data + b"x", codes.size)
+
+
 @pytest.mark.parametrize("name", GROUPED)
 def test_a_turned_codec_quantizes_in_the_basis_of_each_group(name: str) -> None:
     """Against the matrix, and only where groups of a power of two fill the columns."""
@@ -161,6 +240,7 @@ def test_one_weight_is_coded_as_its_bank_is(name: str, shape: tuple[int, ...]) -
 
 # Largest error of one weight, as a share of the largest weight of its group (all of the bank here).
 ERRORS = {"ternary": 1.0, "int4": 0.08, "int5": 0.04, "int6": 0.02, "int7": 0.012, "int8": 0.008, "fp8": 0.065}
+ERRORS |= {"binary": 1.0, "fp4": 0.17}
 
 
 @EVERY_CODEC
@@ -246,7 +326,10 @@ def test_ternary_default_threshold_is_one_half() -> None:
 def test_group_of_no_measurable_size_is_zero(name: str, dtype: torch.dtype) -> None:
     w = torch.tensor([[[9e-13] * 4, [0.0] * 4, [3.9e-12, 0, 0, 0], [-2e-12] * 4]], dtype=dtype)
     coded = codec_of(name).quantize(w, t.default_tuning(w))
-    assert coded.codes[0, :3].abs().max() == 0 and coded.codes[0, 3].abs().min() > 0
+    if name == "binary":  # there is no code 0
+        assert scales_of(coded)[0, :3].abs().max() == 0
+    else:
+        assert coded.codes[0, :3].int().abs().max() == 0 and coded.codes[0, 3].int().abs().min() > 0
     value = codec_of(name).decode(coded)
     assert value[0, :3].abs().max() == 0
     assert torch.allclose(value[0, 3].double(), w[0, 3].double(), rtol=0.02, atol=0)

@@ -166,6 +166,7 @@ def test_seed_fits_a_generator() -> None:
         ("MATRIX_CODEC", "CODECS"),
         ("FP_STORAGE", "CODECS"),
         ("SCALAR_CODEC", "CODECS"),
+        ("EXPORT_MODE", "EXPORT_MAPS"),
         ("MLP_ACT", "ACTIVATIONS"),
         ("RESIDUAL", "RESIDUALS"),
         ("BATCH_MODE", "BATCH_MODES"),
@@ -174,6 +175,7 @@ def test_seed_fits_a_generator() -> None:
 def test_choices_are_the_registry(field: str, registry: str) -> None:
     registries: dict[str, dict[str, Any]] = {
         "CODECS": t.CODECS,
+        "EXPORT_MAPS": t.EXPORT_MAPS,
         "ACTIVATIONS": t.ACTIVATIONS,
         "RESIDUALS": t.RESIDUALS,
         "BATCH_MODES": t.BATCH_MODES,
@@ -533,6 +535,9 @@ SETTINGS: list[dict[str, Any]] = [
     {"eval_engram": True},
     {"ttt_scope": "lora"},
     {"ttt_scope": "global", "bigram_hash_buckets": 64},
+    {"matrix_codec": "int6"},
+    {"export_mode": "competition_gptq"},
+    {"export_mode": "competition_gptq", "lqer_rank": 0, "max_wallclock_seconds": 0.0},
 ]
 
 

@@ -1,0 +1,287 @@
+"""Codecs after training: the codec map, GPTQ, low-rank corrections, and runs under each EXPORT_MODE."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import train_gpt as t
+
+Run = Callable  # a fixture of conftest.py that starts commands
+TINY = {"PRESET": "tiny", "VOCAB_SIZE": "256", "DEVICE": "cpu", "COMPILE": "0"}
+GPTQ = {"EXPORT_MODE": "competition_gptq", "MATRIX_CODEC": "bf16", "ATTN_GATE": "4", "HOLDOUT_TOKENS": "512"}
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def inputs_hessian(columns: int, count: int = 3) -> Tensor:
+    """Of inputs that have much in common, as hidden states do."""
+    x = drawn(count, 400, columns, seed=1) + 2 * drawn(count, 400, 4, seed=2) @ drawn(count, 4, columns, seed=3)
+    return x.mT @ x
+
+
+def int_codec(name: str = "int4", **values: Any) -> t.Codec:
+    return t.CODECS[name](t.Hyperparameters(**values))
+
+
+def roles_of(environ: dict[str, str]) -> dict[str, t.Role]:
+    h = t.load_config({**TINY, **environ})
+    return t.role_table(t.build_model(h, t.start_runtime(h), 255, fill=False))
+
+
+# ---- the codec map ----
+
+
+def test_names_of_role_kinds() -> None:
+    assert set(t.ROLE_NAMES) == set(t.ROLE_KINDS)
+
+
+def test_map_gives_each_parameter_the_codec_of_its_most_exact_entry() -> None:
+    rules = "embed:int7,matrix:int5,mlp:int6,mlp.down:int4,*.gate.weight:int8,blocks.1.mlp.down:fp4,scalar:bf16"
+    rows = roles_of({"CODEC_MAP": rules, "ATTN_GATE": "4", "PROJ_NORM": "1", "EMBED_DIM": "16"})
+    want = {
+        "embed.weight": "int7", "embed.up.weight": "int5", "blocks.0.attn.qkv.weight": "int5",
+        "blocks.0.mlp.up.weight": "int6", "blocks.0.mlp.down.weight": "int4", "blocks.1.mlp.down.weight": "fp4",
+        "blocks.0.attn.gate.weight": "int8", "blocks.0.mlp.down.gain": "bf16", "blocks.0.attn.q_gain": "bf16",
+    }  # fmt: skip
+    assert {name: rows[name].codec for name in want} == want
+    assert all(role.export == "" for role in rows.values())
+
+
+def test_map_is_of_the_file_alone_where_codecs_come_after_training() -> None:
+    rows = roles_of({**GPTQ, "CODEC_MAP": "mlp:int5,embed:bf16"})
+    got = {name: (rows[name].codec, rows[name].export) for name in rows if name.endswith("weight") and "1." not in name}
+    assert got == {
+        "embed.weight": ("bf16", ""), "blocks.0.attn.qkv.weight": ("bf16", "int6"),
+        "blocks.0.attn.proj.weight": ("bf16", "int6"), "blocks.0.attn.gate.weight": ("fp16", "int8"),
+        "blocks.0.mlp.up.weight": ("bf16", "int5"), "blocks.0.mlp.down.weight": ("bf16", "int5"),
+    }  # fmt: skip
+
+
+def test_used_covers_the_map_and_the_corrections() -> None:
+    assert "fp4" in t.load_config({**TINY, "CODEC_MAP": "mlp:fp4"}).used()["CODECS"]
+    used = t.load_config({**TINY, **GPTQ}).used()["CODECS"]
+    assert {"int4", "int6", "int7", "int8", "bf16", "fp16"} <= set(used)
+    assert "int4" not in t.load_config({**TINY, **GPTQ, "LQER_RANK": "0"}).used()["CODECS"]
+
+
+@pytest.mark.parametrize(
+    "environ,named",
+    [
+        ({"CODEC_MAP": "mlp"}, "mlp is not name:codec"),
+        ({"CODEC_MAP": "mlp:int9"}, "mlp:int9 is not name:codec"),
+        ({"CODEC_MAP": "mlp:int6,,embed:int7"}, "an empty entry is not"),
+        ({"CODEC_MAP": "mlp:int6,mlp:int4"}, "names something twice"),
+        ({"EXPORT_MODE": "competition_gptq"}, "trains in float: MATRIX_CODEC=ternary"),
+        ({**GPTQ, "HOLDOUT_TOKENS": "0"}, "GPTQ_SOURCE=train needs HOLDOUT_TOKENS"),
+        ({**GPTQ, "MAX_WALLCLOCK_SECONDS": "20"}, "GPTQ_RESERVE_SECONDS=30.0 must be more than 0"),
+        ({**GPTQ, "MAX_WALLCLOCK_SECONDS": "50", "TEMP_SCALING": "1"}, "GPTQ_RESERVE_SECONDS=30.0 must be more than 0"),
+    ],
+)
+def test_bad_settings_are_one_line(environ: dict[str, str], named: str) -> None:
+    with pytest.raises(t.UserError) as found:
+        t.load_config({**TINY, **environ})
+    assert named in str(found.value) and "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("pattern", ["nothing", "head.down", "blocks.7", "q_gain"])
+def test_entry_that_means_no_weight_names_the_known_ones(pattern: str) -> None:
+    with pytest.raises(t.UserError) as found:
+        roles_of({"CODEC_MAP": f"embed:int8,{pattern}:int6"})
+    text = str(found.value)
+    assert text.startswith(f"CODEC_MAP: {pattern} names no weight") and "\n" not in text
+    assert all(known in text for known in ("matrix", "scalar", "attn.qkv.weight", "mlp.up.weight"))
+
+
+# ---- GPTQ ----
+
+
+@pytest.mark.parametrize("group", [0, 16, 48])
+@pytest.mark.parametrize("turn", [False, True])
+def test_gptq_of_uncorrelated_inputs_rounds_to_the_nearest(group: int, turn: bool) -> None:
+    w, codec = drawn(3, 10, 64).float(), int_codec(int_group=group, turbo_quant_train=turn and group != 48)
+    got = t.gptq(codec, w, torch.eye(64, dtype=torch.float64).expand(3, -1, -1))
+    want = codec.quantize(w.double(), t.default_tuning(w))
+    assert torch.equal(got.codes, want.codes) and got.scales is not None and want.scales is not None
+    assert torch.equal(got.scales, want.scales)
+
+
+@pytest.mark.parametrize("name", t.INT_CODECS)
+@pytest.mark.parametrize("group", [0, 16, 100])
+def test_gptq_beats_rounding_where_inputs_are_correlated(name: str, group: int) -> None:
+    """Columns beyond one block of lazy updates, and a last group that is shorter; codes are the codec's own."""
+    w, hessian = drawn(3, 20, 150).float(), inputs_hessian(150)
+    codec = int_codec(name, int_group=group)
+    coded = t.gptq(codec, w, hessian)
+    nearest = codec.fake_quantize(w, t.default_tuning(w))
+    assert coded.codes.dtype == torch.int8 and coded.scales is not None
+    assert tuple(coded.scales.shape) == (3, *codec.scale_shape((20, 150)))  # type: ignore[misc]
+    assert torch.equal(coded.scales, coded.scales.bfloat16().float())
+    losses = [t.hessian_error(v.double() - w, hessian) for v in (codec.decode(coded), nearest)]
+    assert (losses[0] < 0.5 * losses[1]).all(), losses
+
+
+def test_gptq_is_the_naive_algorithm() -> None:
+    """Column by column with the inverse of what is left of the Hessian, after Frantar et al., equations 2 and 3."""
+    w, hessian, codec = drawn(1, 6, 20).float(), inputs_hessian(20, 1), int_codec(int_group=0)
+    coded = t.gptq(codec, w, hessian)
+    assert isinstance(codec, t.IntCodec) and coded.scales is not None
+    left, whole, scale = w[0].double(), t.damped(hessian)[0], coded.scales[0, :, 0].double()
+    for j in range(20):
+        code = (left[:, j] / scale).round().clamp(-7, 7)
+        assert coded.codes[0, :, j].tolist() == code.tolist()
+        inverse = torch.linalg.inv(whole[j:, j:])
+        left[:, j:] -= ((left[:, j] - code * scale) / inverse[0, 0])[:, None] * inverse[0]
+
+
+def test_gptq_in_the_turned_basis_beats_rounding_there() -> None:
+    w, hessian, codec = drawn(2, 16, 64).float(), inputs_hessian(64, 2), int_codec(int_group=16, turbo_quant_train=True)
+    values = codec.decode(t.gptq(codec, w, hessian)), codec.fake_quantize(w, t.default_tuning(w))
+    losses = [t.hessian_error(v.double() - w, hessian) for v in values]
+    assert (losses[0] < 0.5 * losses[1]).all()
+
+
+def test_inputs_never_seen_leave_a_weight_to_rounding() -> None:
+    w, codec = drawn(1, 5, 12).float(), int_codec(int_group=0)
+    got = t.gptq(codec, w, torch.zeros(1, 12, 12, dtype=torch.float64))
+    assert torch.equal(got.codes, codec.quantize(w.double(), t.default_tuning(w)).codes)
+
+
+# ---- low-rank corrections ----
+
+
+def test_correction_lessens_the_error_and_torch_and_numpy_agree() -> None:
+    w, hessian, codec = drawn(1, 30, 40).float(), inputs_hessian(40, 1), int_codec(int_group=0)
+    rest = w - codec.fake_quantize(w, t.default_tuning(w))
+    low = t.low_rank(codec, rest[0].double(), hessian[0], 4)
+    assert low is not None
+    added = low.added_to(torch.zeros(30, 40))
+    after = t.hessian_error((rest - added).double(), hessian)
+    assert after < 0.5 * t.hessian_error(rest.double(), hessian)
+    factors = [codec.decode(part)[0] for part in low[1:]]
+    assert np.array_equal(t.corrected(w[0].numpy(), *(f.numpy() for f in factors)), low.added_to(w[0]).numpy())
+    assert torch.allclose(added, factors[0].mT @ factors[1], atol=1e-6)
+
+
+def test_correction_that_would_not_help_is_left_out() -> None:
+    """An error that is orthogonal noise in all directions, with one value a row that int4 factors cannot keep."""
+    codec = int_codec(int_group=0)
+    assert t.low_rank(codec, torch.zeros(6, 6, dtype=torch.float64), torch.eye(6, dtype=torch.float64), 2) is None
+
+
+def test_half_and_misfit_corrections_are_refused() -> None:
+    w, out, into = np.zeros((3, 5), np.float32), np.ones((2, 3), np.float32), np.ones((2, 5), np.float32)
+    good = {"a": w, "a.lqer_out": out, "a.lqer_in": into}
+    assert t.join_corrections(good)["a"].tolist() == np.full((3, 5), 2.0).tolist()
+    for bad in (
+        {"a": w, "a.lqer_out": out}, {"a": w, "a.lqer_in": into}, {**good, "a": w[:2]}, {**good, "a": w[0]},
+        {**good, "a.lqer_out": out[:1]}, {**good, "a.lqer_in": into[0]}, {"a.lqer_out": out, "a.lqer_in": into},
+    ):  # fmt: skip
+        with pytest.raises(ValueError):
+            t.join_corrections(bad)
+
+
+# ---- whole runs ----
+
+RUNS: dict[str, dict[str, str]] = {
+    "gptq": {**GPTQ, "INT_GROUP": "0"},
+    "gptq of own text, groups, temperature": {**GPTQ, "GPTQ_SOURCE": "self", "GPTQ_BATCHES": "2", "TEMP_SCALING": "1"},
+    "gptq of experts, average": {
+        **GPTQ, "MOE_EXPERTS": "2", "EMA_DECAY": "0.8", "EMA_START_FRACTION": "0.3", "TIE_EMBEDDINGS": "0",
+    },
+    "gptq turned, tables": {
+        **GPTQ, "TURBO_QUANT_TRAIN": "1", "BIGRAM_HASH_BUCKETS": "64", "BIGRAM_HASH_DIM": "8",
+        "CODEC_MAP": "table:fp4,mlp.up:binary",
+    },
+    "mixed": {"EXPORT_MODE": "mixed", "ATTN_GATE": "4"},
+    "as trained, map": {"CODEC_MAP": "mlp:int4,attn.qkv:binary,embed:fp4", "CLIP_SEARCH": "1", "INT_GROUP": "0"},
+}  # fmt: skip
+
+
+def folder_of(env: dict[str, str]) -> Path:
+    return Path(env["OUT_DIR"]) / env["RUN_ID"]
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_run_scores_alike_in_memory_and_read_back(
+    kind: str, run_job: Run, tiny_env: dict[str, str], read_metrics: Callable
+) -> None:
+    done = run_job({**tiny_env, **RUNS[kind], "SAMPLE_TOKENS": "0"})
+    assert done.code == 0, done.err
+    (final,) = read_metrics(folder_of(tiny_env), "final")
+    assert abs(final["val_loss_nats"] - final["in_memory_val_loss_nats"]) < 1e-6
+    header, _ = t.decode_artifact((folder_of(tiny_env) / "model.pgz").read_bytes())
+    stored = {name: codec for name, codec, *_ in header["tensors"]}
+    h = t.load_config({"ENV_FILE": str(folder_of(tiny_env) / "config.env")})
+    roles = t.role_table(t.build_model(h, t.start_runtime(h), 255, fill=False))
+    plain = {name: codec for name, codec in stored.items() if not name.endswith(t.FACTORS)}
+    assert plain == {name: role.export or role.codec for name, role in roles.items()}
+    assert len(stored) - len(plain) == (6 if "gptq" in kind else 0)
+    assert ("gptq: " in done.out) == ("gptq" in kind)
+
+
+def test_two_ranks_write_the_file_of_one(run_job: Run, run_ranks: Run, tiny_env: dict[str, str]) -> None:
+    env = {**tiny_env, **RUNS["gptq"], "PRECISION": "fp64", "SAMPLE_TOKENS": "0", "ITERATIONS": "6"}
+    assert run_job({**env, "RUN_ID": "one"}).code == 0
+    several = run_ranks(env, 2)
+    assert [done.code for done in several] == [0, 0], several
+    files = [(folder_of({**env, "RUN_ID": name}) / "model.pgz").read_bytes() for name in ("one", env["RUN_ID"])]
+    assert files[0] == files[1]
+
+
+def test_reserve_is_taken_off_the_steps(run_job: Run, tiny_env: dict[str, str], read_metrics: Callable) -> None:
+    """8 seconds of 10 are for GPTQ: steps end before 2 are over, and all before 10."""
+    env = {**tiny_env, **GPTQ, "ITERATIONS": "100000", "MAX_WALLCLOCK_SECONDS": "10", "GPTQ_RESERVE_SECONDS": "8"}
+    done = run_job({**env, "SAMPLE_TOKENS": "0"}, timeout=100)
+    assert done.code == 0 and "warning: training ended" not in done.out, done.out
+    last = read_metrics(folder_of(env), "train")[-1]
+    assert 0.5 < last["train_time_s"] <= 2.0
+    assert last["train_time_s"] < read_metrics(folder_of(env), "final")[0]["train_time_s"] <= 10
+
+
+def session_of(environ: dict[str, str], folder: Path) -> t.Session:
+    h = t.load_config(environ)
+    s = t.open_session(h, t.start_runtime(h), folder, t.Log(folder, False))
+    for bank in s.weights.banks.values():
+        bank.latent.copy_(torch.randn(bank.latent.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    s.weights.materialize(1.0)
+    return s
+
+
+def test_without_time_gptq_gives_up_and_weights_are_rounded(tiny_env: dict[str, str], tmp_path: Path) -> None:
+    env = {**tiny_env, **GPTQ, "MAX_WALLCLOCK_SECONDS": "100"}
+    late, plain = session_of(env, tmp_path), session_of({**env, "EXPORT_MODE": "mixed"}, tmp_path)
+    t.quantize_trained(late, lambda: 100.0)
+    for bank in plain.weights.banks.values():
+        if bank.role.group == "matrix":
+            bank.role = bank.role._replace(export="int6")
+    t.quantize_trained(plain, lambda: 100.0)
+    for (name, p), (_, q) in zip(late.model.named_parameters(), plain.model.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_hessians_are_those_of_the_inputs(tiny_env: dict[str, str], tmp_path: Path) -> None:
+    """The tied head's from logits' hidden states; a batch more adds its own."""
+    s = session_of({**tiny_env, **GPTQ, "GPTQ_BATCHES": "1"}, tmp_path)
+    seen = dict[str, Tensor]()
+    history, tokens = next(t.calibration_batches(s, lambda: 0.0, 1.0))
+    assert tuple(tokens.shape) == (8, 32) and tokens[0].tolist() == t.read_holdout(s.h)[:32].tolist()
+    with torch.no_grad():
+        variant = t.scoring_variant(s.h)
+        s.model.logits(tokens, variant, s.model.start_state(history), observe=lambda n, x: seen.update({n: x}))
+    found = t.input_hessians(s, set(seen) - {"blocks.0.mlp.up.weight"}, lambda: 0.0, 1.0)
+    assert set(found) == set(seen) - {"blocks.0.mlp.up.weight"} and "embed.weight" in found
+    for name, hessian in found.items():
+        flat = seen[name].flatten(0, -2).double()
+        assert torch.allclose(hessian, flat.mT @ flat, rtol=1e-4, atol=1e-4), name
+    more = s._replace(h=dataclasses.replace(s.h, gptq_batches=2))
+    assert t.input_hessians(more, set(seen), lambda: 0.0, 1.0)["embed.weight"].trace() > found["embed.weight"].trace()
