@@ -324,6 +324,77 @@ def test_load_refuses_other_tensors() -> None:
         t.load_weights(model, weights)
 
 
+# ---- our coder of small integers ----
+
+
+def measured_values(rng: np.random.Generator, shapes: list[list[int]], top: int, zeros: float) -> np.ndarray:
+    """Integers whose size depends on the column, as in trained weights, (n,) int8."""
+    parts = []
+    for shape in shapes:
+        width = np.exp(rng.standard_normal(shape[-1])) * top / 3
+        part = np.rint(rng.standard_normal(shape) * width).clip(-top, top) * (rng.random(shape) >= zeros)
+        parts.append(part.astype(np.int8).reshape(-1))
+    return np.concatenate(parts)
+
+
+SIDES = st.lists(st.sampled_from([1, 2, 3, 7, 63, 64, 65, 130]), min_size=1, max_size=3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shapes=st.lists(SIDES.filter(lambda s: math.prod(s) <= 10_000), min_size=1, max_size=5),
+    top=st.sampled_from([1, 7, 31, 127]), zeros=st.sampled_from([0.0, 0.5, 0.9]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_context_coder_returns_what_it_was_given(shapes: list[list[int]], top: int, zeros: float, seed: int) -> None:
+    values = measured_values(np.random.default_rng(seed), shapes, top, zeros)
+    data = t.pack_context(values, shapes)
+    assert data == t.pack_context(values, shapes)
+    assert t.unpack_context(data, values.size, shapes, 128).tobytes() == values.tobytes()
+
+
+@pytest.mark.parametrize("fill", [0, 1, -1, 127, -127, -128])
+@pytest.mark.parametrize("shape", [[1, 300], [300, 1], [40, 70]], ids=str)
+def test_context_coder_of_a_single_value(fill: int, shape: list[int]) -> None:
+    values = np.full(math.prod(shape), fill, np.int8)
+    assert (t.unpack_context(t.pack_context(values, [shape]), values.size, [shape], 128) == fill).all()
+
+
+@pytest.mark.parametrize("top", [1, 31])
+def test_context_coder_reaches_its_models_code_length(top: int) -> None:
+    """Within 0.1%, and below what one distribution for all takes, since columns differ."""
+    shapes = [[700, 520], [300, 520], [200, 640]]
+    values = measured_values(np.random.default_rng(1), shapes, top, 0.2)
+    data = t.pack_context(values, shapes)
+    form = (data[0], data[1], data[2], int.from_bytes(data[3:5], "little"))
+    length = t.code_length(t.spans_of([t.gather(values, grid) for grid in t.grids(shapes)], form))
+    share = np.bincount(values.astype(int) + 128) / values.size
+    alike = -values.size * (share[share > 0] * np.log2(share[share > 0])).sum()
+    assert length <= 8 * len(data) <= 1.001 * length
+    assert 8 * len(data) < 0.97 * alike and form[1] > 0
+
+
+def test_context_coded_file_is_chosen_and_read_by_another_program() -> None:
+    h, model, artifact = export({"MODEL_DIM": "64", "NUM_HEADS": "2"})
+    assert [row[1:3] for row in artifact.table if row[0] == "trits"] == [("context", "none")]
+    weights = naive_reader(artifact.data)
+    assert all(bits(weights[name]) == bits(p.detach()) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("width", [64, 10**4, 2**19])
+def test_context_coded_claims_are_refused_in_proportion_to_the_bytes(width: int) -> None:
+    """Few bytes cannot claim many values, and shapes with long diagonals take no longer."""
+    rows = 2**25 // width
+    with pytest.raises(ValueError):
+        t.unpack_context(bytes([1, 0, 0, 0, 8]) + bytes(200), rows * width, [[rows, width]], 1)
+    data = bytes([1, 2, 2, 0, 8]) + np.random.default_rng(0).bytes(20_000)
+    for shape in ([2**20 // width, width], [2**20]):
+        if math.prod(shape):
+            began = time.process_time()
+            with pytest.raises(ValueError):
+                t.unpack_context(data, math.prod(shape), [shape], 1)
+            assert time.process_time() - began < SECONDS_LIMIT
+
+
 # ---- the budget ----
 
 
