@@ -51,10 +51,19 @@ def scales_of(coded: t.Codes) -> Tensor:
     return coded.scales
 
 
+def context_packing(kind: str, shapes: list[list[int]]) -> tuple:
+    """pack and unpack of the coder that must know shapes, as PACKINGS has those of the others."""
+    largest = 1 if kind == "trits" else 128
+    return (
+        lambda values: t.pack_context(values, shapes),
+        lambda data, count, dtype: t.unpack_context(data, count, shapes, largest),
+    )
+
+
 def through_a_file(codec: t.Codec, coded: t.Codes, packing: str) -> np.ndarray:
     """Decoded weights after codes and scales went through the bytes of an artifact."""
     codes, dtype = coded.codes.numpy(), t.STREAM_TYPES[codec.stream]
-    pack, unpack = t.PACKINGS[packing]
+    pack, unpack = t.PACKINGS.get(packing) or context_packing(codec.stream, [list(codes.shape)])
     data = pack(codes.reshape(-1).astype(dtype, copy=False))
     read = unpack(data, codes.size, dtype).reshape(codes.shape)
     if coded.scales is None:
