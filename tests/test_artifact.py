@@ -700,6 +700,60 @@ def test_no_forged_bytes_crash_the_reader(data: st.DataObject) -> None:
     read_within_limits(sealed(bytes(body)))
 
 
+@functools.cache
+def fuzzed_files() -> list[tuple[bytes, dict[str, bytes]]]:
+    """Small real files, both kinds of codes, with their weights."""
+    files = [export({"MODEL_DIM": "64", "NUM_HEADS": "2", "MATRIX_CODEC": c})[2].data for c in ("ternary", "int5")]
+    return [(data, {n: bits(w) for n, w in t.decode_artifact(data)[1].items()}) for data in files]
+
+
+def mutate(data: bytes, rng: np.random.Generator) -> bytes:
+    """Flipped bits, a cut, an insertion, a piece moved, or a header number changed; mostly with its checksum mended."""
+    body, kind = bytearray(data[8:]), int(rng.integers(6))
+    at, other = (int(rng.integers(len(body))) for _ in range(2))
+    if kind == 0:
+        for place in rng.integers(0, len(body), int(rng.integers(1, 9))).tolist():
+            body[place] ^= 1 << int(rng.integers(8))
+    elif kind == 1:
+        del body[at:]
+    elif kind == 2:
+        body[at:at] = rng.bytes(int(rng.integers(1, 30)))
+    elif kind == 3:
+        length = int(rng.integers(1, 200))
+        body[at : at + length] = body[other : other + length]
+    else:
+        header, payload = opened(data)
+        path = [p for p in places(header) if p[0] in ("tensors", "streams", "config")]
+        chosen = list(path[int(rng.integers(len(path)))])
+        value = [0, 1, 2, 3, 64, 128, 4096, 2**20, 2**31, -1, 0.5, "x", None, [], "context", "ternary", "int8"]
+        return forged(replaced(header, chosen, value[int(rng.integers(len(value)))]), payload)
+    return sealed(bytes(body)) if rng.random() < 0.9 else data[:8] + bytes(body)
+
+
+def check_mutations(seed: int, count: int) -> None:
+    """A clear error or weights, the same unless stored codes changed under a mended checksum, within bounds."""
+    rng, refused = np.random.default_rng(seed), 0
+    for _ in range(count):
+        data, weights = fuzzed_files()[int(rng.integers(2))]
+        changed = mutate(data, rng)
+        message = read_within_limits(changed)
+        refused += message != ""
+        if message == "" and changed[4:8] == data[4:8]:
+            assert {n: bits(w) for n, w in t.decode_artifact(changed)[1].items()} == weights
+    assert refused > count // 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mutated_files_are_refused_or_read_within_bounds(seed: int) -> None:
+    check_mutations(seed, 100)
+
+
+@pytest.mark.slow  # minutes: what was promised is 10,000
+@pytest.mark.parametrize("seed", range(100, 120))
+def test_ten_thousand_mutated_files_are_refused_or_read_within_bounds(seed: int) -> None:
+    check_mutations(seed, 500)
+
+
 # Configurations that no tensors of the tiny file fit; building such a network first would take all memory, or for ever.
 GIANTS = [
     {"model_dim": 2**20},
