@@ -482,7 +482,7 @@ class Hyperparameters:
     ttt_phases: int = var(3, "evaluation", "parts of the evaluation, between which all streams meet", low=2, high=1000,
         when=lambda h: h.ttt_scope == "global")
     freeze_packed_engram: bool = var(True, "evaluation", "n-gram tables do not adapt",
-        when=lambda h: h.ttt_scope in ("global", "all") and bool(h.ngram_orders))
+        when=lambda h: h.ttt_scope in ("global", "all") and h.bigram_hash_buckets > 0)
     freeze_check_strict: bool = var(True, "evaluation", "fail when an evaluation has changed the model's own weights",
         when=lambda h: h.ttt_scope != "off")
     temp_scaling: bool = var(False, "evaluation", "divide logits by a temperature fitted on held-out training tokens")

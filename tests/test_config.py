@@ -536,6 +536,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"ttt_scope": "lora"},
     {"ttt_scope": "global", "bigram_hash_buckets": 64},
     {"matrix_codec": "int6"},
+    {"muon_wd": 0.1},
     {"export_mode": "competition_gptq"},
     {"export_mode": "competition_gptq", "lqer_rank": 0, "max_wallclock_seconds": 0.0},
 ]
