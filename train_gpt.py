@@ -7253,6 +7253,7 @@ def unpack_context(data: bytes, count: int, shapes: list[list[int]], largest: in
 
 
 def packings_of(kind: str) -> tuple[str, ...]:
+    """Names of the ways in which a kind of stream can be packed; `context` is a coder, and not in PACKINGS."""
     own = {"trits": ("base3", "bitmask", "context"), "ints": ("planes", "context")}
     return {**own, "signs": ("signs",), "fours": ("nibbles",)}.get(kind, ("planes",))
 

@@ -106,7 +106,7 @@ def test_gpus_are_named_with_their_number() -> None:
 def test_sample_foretells_the_whole(codec: str) -> None:
     h = config(MODEL_DIM=256, NUM_LAYERS=4, MATRIX_CODEC=codec, FP_STORAGE="int7", BIGRAM_HASH_BUCKETS=4096)
     speed = t.Speed(1e-12, 0.0, "")
-    whole, sample = (t.weigh(h, t.SPREADS, speed, limit) for limit in (math.inf, 2**17))
+    whole, sample = (t.weigh(h, t.SPREADS, speed, limit) for limit in (math.inf, 2**18))
     assert sample.parameters == whole.parameters == sum(p.numel() for p in t.GPT(h, 1).parameters())
     assert sample.budget.total_bytes == pytest.approx(whole.budget.total_bytes, rel=0.01)
     assert set(sample.streams) == set(whole.streams)
