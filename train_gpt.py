@@ -7956,7 +7956,7 @@ class NgramAdapter(Adapter):
     to the model: p_k(v) = (n_k(v) + e_k' p_(k-1)(v)) / (n_k + e_k'). Only tokens that were seen are touched, and the
     sum over all is exactly 1. c = trust x w: w is learned by expectation maximization for each kind of place (longest
     order found, whether it is certain, the model's entropy) from places already scored; trust is the posterior of the
-    mixture against the model alone (Bayes), which bounds what the mixture can lose.
+    mixture against the model alone (Bayes), by which the mixture fades where it has lost.
     """
 
     ENTROPIES: ClassVar[tuple[float, ...]] = (0.5, 1.5, 3.0)  # nats between kinds of places
@@ -8551,14 +8551,18 @@ class Audit:
         self.positions = self.some_positions(positions)
 
     def some_positions(self, count: int) -> list[int]:
+        """Positions in rising order, a quarter of them anywhere, the others at edges, some of each kind there is."""
         scorer, last = self.make(), len(self.tokens)
-        edges = {at for e in self.whole.ledger if e.kind == "score" for at in (e.first, e.first + 1, e.stop - 1)}
-        starts = np.flatnonzero(self.tokens == scorer.model.bos).tolist()
-        window, segment = scorer.h.eval_window, scorer.h.rmt_segment
-        starts += [*range(0, last, window), *(range(0, last, segment) if segment else ())]
-        edges |= {at + i for at in starts for i in (-1, 0, 1)}
-        near = [at for at in sorted(edges) if 1 <= at < last]
-        chosen = set(self.choose.permutation(near)[: count * 3 // 4].tolist())
+        scored = [entry for entry in self.whole.ledger if entry.kind == "score"]
+        ends = {entry.span: entry.stop for entry in scored}
+        begins = {entry.span: entry.first for entry in reversed(scored)}
+        lengths = [n for n in (scorer.h.eval_window, scorer.h.rmt_segment) if n]
+        kinds = [[*begins.values(), *ends.values()], np.flatnonzero(self.tokens == scorer.model.bos).tolist()]
+        kinds += [[entry.first for entry in scored], *(list(range(0, last, length)) for length in lengths)]
+        chosen = set[int]()
+        for kind in kinds:
+            near = sorted({at + i for at in kind for i in (-1, 0, 1) if 1 <= at + i < last})
+            chosen |= set(self.choose.permutation(near)[: count * 3 // (4 * len(kinds))].tolist())
         others = self.choose.permutation([at for at in range(1, last) if at not in chosen])
         return sorted(chosen | set(others[: max(0, count - len(chosen))].tolist()))
 

@@ -822,10 +822,10 @@ def test_positions_of_an_audit_hold_all_kinds_of_edges() -> None:
     h = config(EVAL_STREAMS=2, SLIDING_EVAL=1, SLIDING_EVAL_STRIDE=4)
     audit = audited(h, positions=200)
     assert len(audit.positions) == 200 == len(set(audit.positions))
-    document = int(np.flatnonzero(audit.tokens == BOS)[2])
     spans = [min(e.first for e in audit.whole.ledger if e.span == span) for span in (0, 1)]
-    for edge in (document, *spans, spans[1] - 1, 5, WINDOW + 1):
-        assert edge in audit.positions or len(audit.positions) == 200
+    assert {*spans, spans[1] - 1} <= set(audit.positions), "where streams begin"
+    documents = set(np.flatnonzero(audit.tokens == BOS).tolist())
+    assert documents & set(audit.positions), "where documents begin"
     assert sum(at % 4 == 1 for at in audit.positions) > 30, "chunks begin at every fourth token"
 
 
