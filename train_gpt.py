@@ -5229,7 +5229,7 @@ class PlainResidual(Module):
 
     def __init__(self, h: Hyperparameters, sites: Sequence[Site]) -> None:
         super().__init__()
-        self.h, self.count = h, 1
+        self.h, self.count, self.lanes = h, 1, 1  # lanes at the start and later on
         # Sublayers that read, in order: beside another site there is nothing to read.
         readers = sorted({2 * site.layer + site.sub for site in sites if site.sub >= 0 and not site.beside})
         self.order = {o: place for place, o in enumerate(readers)}
@@ -5252,6 +5252,10 @@ class PlainResidual(Module):
 
     def prepare(self, r: Stream, e2: Tensor | None, ctx: Ctx) -> Stream:
         return r
+
+    def fuses(self, x: Tensor) -> bool:
+        """Whether kernels make reads and writes of several lanes; of more than four, sums would not fit registers."""
+        return HAS_TRITON and x.is_cuda and self.lanes <= 4 and x.dtype in (torch.float32, torch.bfloat16)
 
     def read(self, r: Stream, site: Site, ctx: Ctx) -> tuple[Tensor, Stream, Any]:
         """The input of a site before its norm, R, and what write is to know of this reading."""
@@ -5307,108 +5311,126 @@ def blended(weights: Sequence[Tensor], lanes: Sequence[Tensor]) -> Tensor:
     return added(lanes[0] * weights[0], weights[1:], lanes[1:])
 
 
-# Triton kernels of two lanes' write, out_k = sum_j w_kj x_j of the lanes, a sublayer's output and, with biases, x0 and
-# e2, and of its gradients. The compiler puts the sums that are gradients of w off and joins them across layers, up to
-# 100 activations in one kernel, and takes 1.7 times the plain backward pass (records/2026-11-26_h200). Here a program
-# walks tiles and adds up its share of them: each number is read and written once, and memory bandwidth is the bound.
+# Triton kernels of a read or a write, out_k = sum_j w_kj x_j of lanes, a sublayer's output and, with biases, x0 and e2,
+# and of its gradients. The compiler puts the sums that are gradients of w off and joins them across layers, up to 100
+# activations in one kernel, and takes 1.7 times the plain backward pass (records/2026-11-26_h200). Here a program walks
+# tiles and adds up its share of them: each number is read and written once, and memory bandwidth is the bound. With
+# APART > 0 the first APART inputs are nearly alike: out_k = x_k + sum_j w_kj c_j, c_j = x_j - x_0 for 0 < j < APART.
 if HAS_TRITON:
 
     @triton.jit
-    def lanes_kernel(l0, l1, y, x0, e2, w, out0, out1, size, COUNT: tl.constexpr, TILE: tl.constexpr):
+    def load_lanes(xs, place, there):
+        """Each of the inputs in float32."""
+        found = ()  # type: tuple
+        for j in tl.static_range(len(xs)):
+            found = found + (tl.load(xs[j] + place, mask=there, other=0.0).to(tl.float32),)
+        return found
+
+    @triton.jit
+    def more_sums(sums, slopes, x, APART):
+        """The sums that are gradients of w, with those of a tile; nothing is wanted of w_k0 where x_0 is the base."""
+        found = ()  # type: tuple
+        for k in tl.static_range(len(slopes)):
+            for j in tl.static_range(len(x)):
+                value = x[j] - x[0] if j < APART else x[j]
+                found = found + (sums[k * len(x) + j] + slopes[k] * value,)
+        return found
+
+    @triton.jit
+    def no_sums(count, TILE):
+        found = ()  # type: tuple
+        for _ in tl.static_range(count):
+            found = found + (tl.zeros((TILE,), tl.float32),)
+        return found
+
+    @triton.jit
+    def lanes_kernel(xs, outs, w, size, APART: tl.constexpr, TILE: tl.constexpr):
+        count: tl.constexpr = len(xs)
         place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
         there = place < size
-        a, b = tl.load(l0 + place, mask=there).to(tl.float32), tl.load(l1 + place, mask=there).to(tl.float32)
-        c = tl.load(y + place, mask=there).to(tl.float32)
-        first = tl.load(w) * a + tl.load(w + 1) * b + tl.load(w + 2) * c
-        second = tl.load(w + COUNT) * a + tl.load(w + COUNT + 1) * b + tl.load(w + COUNT + 2) * c
-        if COUNT > 3:
-            c = tl.load(x0 + place, mask=there).to(tl.float32)
-            first, second = first + tl.load(w + 3) * c, second + tl.load(w + COUNT + 3) * c
-        if COUNT > 4:
-            c = tl.load(e2 + place, mask=there).to(tl.float32)
-            first, second = first + tl.load(w + 4) * c, second + tl.load(w + COUNT + 4) * c
-        tl.store(out0 + place, first, mask=there)
-        tl.store(out1 + place, second, mask=there)
+        x = load_lanes(xs, place, there)
+        for k in tl.static_range(len(outs)):
+            total = x[k] if APART else tl.load(w + k * count) * x[0]
+            for j in tl.static_range(1, count):
+                total += tl.load(w + k * count + j) * (x[j] - x[0] if j < APART else x[j])
+            tl.store(outs[k] + place, total, mask=there)
 
     @triton.jit
-    def lane_gradient_kernel(x, dx, w, first, second, place, there, sum0, sum1, COUNT: tl.constexpr):
-        """The gradient of one x; and of its two weights, this tile's share added to the sums."""
-        value = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
-        tl.store(dx + place, tl.load(w) * first + tl.load(w + COUNT) * second, mask=there)
-        return sum0 + first * value, sum1 + second * value
-
-    @triton.jit
-    def lanes_gradient_kernel(
-        l0, l1, y, x0, e2, w, grad0, grad1, d0, d1, dy, dx0, de2, dw, size, COUNT: tl.constexpr, TILE: tl.constexpr
-    ):  # fmt: skip
-        a0 = tl.zeros((TILE,), tl.float32)
-        a1, b0, b1, c0, c1, x_0, x_1, e_0, e_1 = a0, a0, a0, a0, a0, a0, a0, a0, a0
+    def lanes_gradient_kernel(xs, grads, founds, w, dw, size, APART: tl.constexpr, TILE: tl.constexpr):
+        count: tl.constexpr = len(xs)
+        sums = no_sums(len(grads) * count, TILE)
         for start in range(tl.program_id(0) * TILE, size, tl.num_programs(0) * TILE):
             place = start + tl.arange(0, TILE)
             there = place < size
-            first = tl.load(grad0 + place, mask=there, other=0.0).to(tl.float32)
-            second = tl.load(grad1 + place, mask=there, other=0.0).to(tl.float32)
-            a0, a1 = lane_gradient_kernel(l0, d0, w, first, second, place, there, a0, a1, COUNT)
-            b0, b1 = lane_gradient_kernel(l1, d1, w + 1, first, second, place, there, b0, b1, COUNT)
-            c0, c1 = lane_gradient_kernel(y, dy, w + 2, first, second, place, there, c0, c1, COUNT)
-            if COUNT > 3:
-                x_0, x_1 = lane_gradient_kernel(x0, dx0, w + 3, first, second, place, there, x_0, x_1, COUNT)
-            if COUNT > 4:
-                e_0, e_1 = lane_gradient_kernel(e2, de2, w + 4, first, second, place, there, e_0, e_1, COUNT)
-        dw += tl.program_id(0) * 2 * COUNT
-        tl.store(dw, tl.sum(a0))
-        tl.store(dw + 1, tl.sum(b0))
-        tl.store(dw + 2, tl.sum(c0))
-        tl.store(dw + COUNT, tl.sum(a1))
-        tl.store(dw + COUNT + 1, tl.sum(b1))
-        tl.store(dw + COUNT + 2, tl.sum(c1))
-        if COUNT > 3:
-            tl.store(dw + 3, tl.sum(x_0))
-            tl.store(dw + COUNT + 3, tl.sum(x_1))
-        if COUNT > 4:
-            tl.store(dw + 4, tl.sum(e_0))
-            tl.store(dw + COUNT + 4, tl.sum(e_1))
+            x, slopes = load_lanes(xs, place, there), load_lanes(grads, place, there)
+            sums, first = more_sums(sums, slopes, x, APART), slopes[0]
+            if APART == 0:
+                first = tl.load(w) * slopes[0]
+                for k in tl.static_range(1, len(grads)):
+                    first += tl.load(w + k * count) * slopes[k]
+            for j in tl.static_range(1, count):
+                down = tl.load(w + j) * slopes[0]
+                for k in tl.static_range(1, len(grads)):
+                    down += tl.load(w + k * count + j) * slopes[k]
+                if j < APART:
+                    first -= down
+                    down = down + slopes[j] if j < len(grads) else down
+                tl.store(founds[j] + place, down, mask=there)
+            tl.store(founds[0] + place, first, mask=there)
+        for i in tl.static_range(len(grads) * count):
+            tl.store(dw + tl.program_id(0) * (len(grads) * count) + i, tl.sum(sums[i]))
 
 
-LANES_TILE, LANES_PROGRAMS = 1024, 1056  # numbers of a tile; eight programs for each multiprocessor of an H100
+LANES_PROGRAMS = 1056  # eight for each multiprocessor of an H100
+
+
+def contiguous(xs: Sequence[Tensor]) -> list[Tensor]:
+    return [x.contiguous() for x in xs]
+
+
+def lanes_tile(sums: int) -> int:
+    """Numbers of a tile: each thread holds the 4 or 8 of its share for each of the sums."""
+    return 1024 if sums <= 10 else 512
 
 
 @torch.library.custom_op("golf::lanes", mutates_args=())
-def fused_lanes(w: Tensor, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Both lanes after a write, of contiguous inputs (B, T, D), w (2, 3 to 5) float32."""
-    first, second, size = torch.empty_like(inputs[0]), torch.empty_like(inputs[0]), inputs[0].numel()
-    padded = [*inputs, *inputs[:2]][:5]  # what is missing is not read
-    lanes_kernel[(triton.cdiv(size, LANES_TILE),)](*padded, w, first, second, size, len(inputs), LANES_TILE)
-    return first, second
+def fused_lanes(w: Tensor, inputs: list[Tensor], apart: int) -> list[Tensor]:
+    """Reads or lanes after a write, one for each row of w (K, C) float32, of C contiguous inputs (B, T, D)."""
+    outs, size, tile = [torch.empty_like(inputs[0]) for _ in w], inputs[0].numel(), lanes_tile(len(w))
+    lanes_kernel[(triton.cdiv(size, tile),)](tuple(inputs), tuple(outs), w, size, apart, tile)
+    return outs
 
 
 @torch.library.custom_op("golf::lanes_gradient", mutates_args=())
-def fused_lanes_gradient(w: Tensor, inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+def fused_lanes_gradient(w: Tensor, inputs: list[Tensor], grads: list[Tensor], apart: int) -> list[Tensor]:
     """Gradients of w and of each of the inputs."""
-    found, size, count = [torch.empty_like(x) for x in inputs], inputs[0].numel(), len(inputs)
-    programs = min(LANES_PROGRAMS, triton.cdiv(size, LANES_TILE))
-    dw = w.new_empty((programs, 2, count))
-    args = (*[*inputs, *inputs[:2]][:5], w, *grads, *[*found, *found[:2]][:5], dw)
-    lanes_gradient_kernel[(programs,)](*args, size, count, LANES_TILE)
+    found, size, tile = [torch.empty_like(x) for x in inputs], inputs[0].numel(), lanes_tile(w.numel())
+    programs = min(LANES_PROGRAMS, triton.cdiv(size, tile))
+    dw = w.new_empty((programs, *w.shape))
+    lanes_gradient_kernel[(programs,)](tuple(inputs), tuple(grads), tuple(found), w, dw, size, apart, tile)
     return [dw.sum(0), *found]
 
 
-fused_lanes.register_fake(lambda w, inputs: (torch.empty_like(inputs[0]), torch.empty_like(inputs[0])))
+fused_lanes.register_fake(lambda w, inputs, apart: [torch.empty_like(inputs[0]) for _ in w])
 fused_lanes_gradient.register_fake(
-    lambda w, inputs, grads: [torch.empty_like(w), *(torch.empty_like(x) for x in inputs)]
+    lambda w, inputs, grads, apart: [torch.empty_like(w), *(torch.empty_like(x) for x in inputs)]
 )
 
 
-def lanes_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, list[Tensor]]:
+def keep_lanes(ctx: Any, inputs: tuple, **_: Any) -> None:
+    """What the gradient needs."""
+    ctx.save_for_backward(inputs[0], *inputs[1])
+    ctx.apart = inputs[2]
+
+
+def lanes_backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor, list[Tensor], None]:
     """No autograd function: at the start lanes are the same tensor, which the compiler does not take from one."""
     w, *inputs = ctx.saved_tensors
-    dw, *found = fused_lanes_gradient(w, inputs, [grad.contiguous() for grad in grads])
-    return dw, found
+    dw, *found = fused_lanes_gradient(w, inputs, contiguous(grads), ctx.apart)
+    return dw, found, None
 
 
-fused_lanes.register_autograd(
-    lanes_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0], *inputs[1])
-)
+fused_lanes.register_autograd(lanes_backward, setup_context=keep_lanes)
 
 
 class HyperConnections(PlainResidual):
@@ -5448,7 +5470,7 @@ class HyperConnections(PlainResidual):
         if self.h.hc_detach:
             x0, e2 = x0.detach(), None if e2 is None else e2.detach()
         if self.fuses(x0):
-            take = () if self.take is None else vectors(self.take, x0)
+            take = () if self.take is None else self.take.float().unsqueeze(1).unbind(0)
             sources = (x0, *(() if self.e2_bias is None or e2 is None else (e2.to(x0.dtype),)))
             return r._replace(made=(self.matrices(x0).unbind(0), sources, take))
         keep, give, take, cross = (() if part is None else vectors(part, x0) for part in parts)
@@ -5461,10 +5483,6 @@ class HyperConnections(PlainResidual):
                 late = (torch.addcmul(b, e2.to(b.dtype), d) for b, d in zip(biases[early:], deltas, strict=True))
                 biases = (*biases[:early], *late)
         return r._replace(made=(keep, give, take, cross, biases))
-
-    def fuses(self, x: Tensor) -> bool:
-        """Whether writes are made by kernels."""
-        return HAS_TRITON and x.is_cuda and self.lanes == 2 and x.dtype in (torch.float32, torch.bfloat16)
 
     def matrices(self, x0: Tensor) -> Tensor:
         """The weights of each write (2 layers, n, n + 3) float32: of the lanes, the output, x0 and e2."""
@@ -5487,6 +5505,8 @@ class HyperConnections(PlainResidual):
         r = r._replace(lanes=r.lanes * n) if len(r.lanes) < n else r
         if place is None or not (place and take):
             return r.lanes[(place or 0) % n], r, None
+        if self.fuses(r.x0):
+            return fused_lanes(take[place - 1], contiguous(r.lanes), 0)[0], r, None
         return blended(take[(place - 1) * n :][:n], r.lanes), r, None
 
     def spread(self, r: Stream, site: Site, y: Tensor, link: None) -> tuple[Tensor, ...]:
@@ -5497,7 +5517,7 @@ class HyperConnections(PlainResidual):
         if self.fuses(r.x0):
             matrices, sources, _ = r.made
             inputs = (*r.lanes, y, *(sources if self.x0_bias is not None and site.sub == 0 else ()))
-            return fused_lanes(matrices[o][:, : len(inputs)].contiguous(), [x.contiguous() for x in inputs])
+            return tuple(fused_lanes(matrices[o][:, : len(inputs)].contiguous(), contiguous(inputs), 0))
         (keep, give, _, cross, biases), found = r.made, []
         for k in range(n):
             lane = blended(cross[(o * n + k) * n :][:n], r.lanes) if cross else r.lanes[k]
@@ -5563,7 +5583,7 @@ class ManifoldConnections(PlainResidual):
         n, last, wide = h.mhc_n, 2 * h.num_layers - 1, h.mhc_n * h.model_dim
         looped = {site.layer for site in sites if site.loop}
         begins, ends = 0 not in looped, h.num_layers - 1 not in looped
-        self.count = n
+        self.count = self.lanes = n
         self.reads = {o: place - begins for o, place in self.order.items() if o or not begins}
         self.mixes = {o: o - begins for o in range(begins, last + 1 - ends)}
         inner, every = len(self.mixes), permutations_of(n)
@@ -5574,6 +5594,7 @@ class ManifoldConnections(PlainResidual):
         self.alpha = nn.Parameter(torch.empty(inner)) if dynamic else None
         self.look = nn.Parameter(torch.empty(inner, width, wide)) if dynamic else None
         self.gate_look = nn.Parameter(torch.empty(inner, wide)) if per_token else None
+        self.by_tokens = dynamic or per_token
         if h.mhc_mode == "lite":
             self.register_buffer("changes", (every - every[0]).flatten(1), persistent=False)
 
@@ -5608,22 +5629,37 @@ class ManifoldConnections(PlainResidual):
 
     def prepare(self, r: Stream, e2: Tensor | None, ctx: Ctx) -> Stream:
         """pre, post, and B of all sublayers at once where it does not depend on the token."""
-        pre, post = torch.sigmoid(self.take), vectors(2 * torch.sigmoid(self.give), r.x0)
-        take = vectors((pre / pre.sum(1, keepdim=True))[:, 1:], r.x0)
-        if self.look is not None or self.gate_look is not None:
-            return r._replace(made=(take, post, ()))
+        pre, give = torch.sigmoid(self.take), 2 * torch.sigmoid(self.give)
+        share = pre / pre.sum(1, keepdim=True)
+        if self.by_tokens:
+            return r._replace(made=(vectors(share[:, 1:], r.x0), vectors(give, r.x0), ()))
         gate = self.opened(self.gate, torch.arange(len(self.gate), device=r.x0.device), ctx)
         change = self.deviation(self.base)
-        mixing = vectors((gate[:, None, None] * change)[..., 1:], r.x0)
-        return self.noted(r._replace(made=(take, post, mixing)), change, gate, ctx)
+        mixing = (gate[:, None, None] * change)[..., 1:]
+        parts = (share[:, 1:], give, mixing)
+        made = self.matrices(share, give, mixing) if self.fuses(r.x0) else tuple(vectors(x, r.x0) for x in parts)
+        return self.noted(r._replace(made=made), change, gate, ctx)
+
+    def fuses(self, x: Tensor) -> bool:
+        return super().fuses(x) and not self.by_tokens
+
+    def matrices(self, share: Tensor, give: Tensor, mixing: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+        """The weights of each read (1, n) and write (n, n + 1) float32: of the differences X_j - X_0, and of y."""
+        before = min(self.mixes, default=0)
+        mixing = F.pad(mixing, (1, 0, 0, 0, before, len(give) - before - len(mixing)))  # X_0 has no difference
+        write = torch.cat((mixing, give.unsqueeze(-1)), -1).float()
+        return share.float().unsqueeze(1).unbind(0), write.unbind(0)
 
     def gather(self, r: Stream, site: Site, ctx: Ctx) -> tuple[Tensor, Stream, tuple]:
         if site.sub < 0:
             return functools.reduce(torch.add, r.lanes) / self.count, r, ((), ())
         m, o = self.count - 1, 2 * site.layer + site.sub
-        row, place, (take, _, mixing) = self.reads.get(o), self.mixes.get(o), r.made
-        if row is None and place is None:
+        row, place = self.reads.get(o), self.mixes.get(o)
+        if row is None and (place is None or self.fuses(r.x0)):
             return r.lanes[0], r, ((), ())
+        if self.fuses(r.x0):
+            return fused_lanes(r.made[0][row], contiguous(r.lanes), m + 1)[0], r, ((), ())
+        take, _, mixing = r.made
         apart = tuple(lane - r.lanes[0] for lane in r.lanes[1:])
         x = r.lanes[0] if row is None else added(r.lanes[0], take[row * m :][:m], apart)
         if place is None:
@@ -5649,6 +5685,8 @@ class ManifoldConnections(PlainResidual):
         if site.sub < 0:
             return tuple(lane + y for lane in r.lanes)
         n, (mixing, apart) = self.count, link
+        if self.fuses(r.x0):
+            return tuple(fused_lanes(r.made[1][2 * site.layer + site.sub], contiguous((*r.lanes, y)), n))
         give = r.made[1][(2 * site.layer + site.sub) * n :][:n]
         lanes = tuple(torch.addcmul(lane, y, share) for lane, share in zip(r.lanes, give, strict=True))
         if not mixing:

@@ -96,15 +96,18 @@ def test_compiled_loss_and_gradients_agree_with_eager(preset: str, precision: st
     assert not {n: float(x) for n, x in wrong.items() if x > error}
 
 
+@pytest.mark.parametrize("preset", ["hc", "mhc_static"])
 @pytest.mark.parametrize(("precision", "error"), [("bf16", 0.1), ("fp32", 1e-2)])
-def test_kernels_of_lanes_agree_with_sums(precision: str, error: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss and gradients of the whole network; most of them are of hyper-connections' own parameters."""
-    h, rt, model = build("hc", PRECISION=precision)
+def test_kernels_of_lanes_agree_with_sums(
+    preset: str, precision: str, error: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and gradients of the whole network; most of them are of the connections' own parameters."""
+    h, rt, model = build(preset, PRECISION=precision)
     tokens = torch.randint(2, h.vocab_size, (4, 129), generator=torch.Generator().manual_seed(1)).cuda()
-    assert isinstance(model.residual, t.HyperConnections) and model.residual.fuses(torch.zeros(1).cuda())
+    assert model.residual.fuses(torch.zeros(1).cuda())
     found = []
-    for fuses in (t.HyperConnections.fuses, lambda self, x: False):
-        monkeypatch.setattr(t.HyperConnections, "fuses", fuses)
+    for fuses in (model.residual.fuses, lambda x: False):
+        monkeypatch.setattr(model.residual, "fuses", fuses)
         model.zero_grad()
         with rt.precision():
             out = model.loss(tokens[:, :-1], tokens[:, 1:], t.final_variant(h))
