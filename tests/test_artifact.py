@@ -21,6 +21,7 @@ import brotli
 import numpy as np
 import pytest
 import torch
+import zstandard
 from conftest import ROOT, clean_environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -201,9 +202,10 @@ def naive_context(data: bytes, shapes: list[list[int]]) -> list[int]:
 
 
 def naive_reader(data: bytes) -> dict[str, np.ndarray]:
-    """The container as another program would read it: standard library, numpy and brotli, nothing of ours."""
+    """The container as another program would read it: standard library, numpy, brotli, zstandard, nothing of ours."""
     filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 2**24, "lc": 0, "pb": 0}]
-    expand = {"none": bytes, "brotli": brotli.decompress}
+    zstd = zstandard.ZstdDecompressor()
+    expand = {"none": bytes, "brotli": brotli.decompress, "zstd": lambda b: zstd.decompress(b, max_output_size=2**24)}
     expand["lzma"] = lambda b: lzma.decompress(b, lzma.FORMAT_RAW, filters=filters)
     assert data[:4] == b"PGZ1" and zlib.crc32(data[8:]) == int.from_bytes(data[4:8], "little")
     size = int.from_bytes(data[8:12], "little")
@@ -433,6 +435,8 @@ def squeezed(tool: str, data: bytes) -> bytes:
     """What the compressor of this name could have made of it, at its fastest setting."""
     if tool == "lzma":
         return lzma.compress(data, lzma.FORMAT_RAW, filters=[{**t.LZMA_FILTERS[0], "preset": 0}])
+    if tool == "zstd":
+        return zstandard.compress(data, 1)
     return brotli.compress(data, quality=1, lgwin=24) if tool == "brotli" else data
 
 
@@ -595,7 +599,7 @@ def bomb(
     return forged({**header, "calibration": {}}, payload)
 
 
-@pytest.mark.parametrize("tool", ["lzma", "brotli"])
+@pytest.mark.parametrize("tool", ["lzma", "brotli", "zstd"])
 @pytest.mark.parametrize("group", [1, 2**30])
 @pytest.mark.parametrize("millions", [3, 16, 30])
 def test_decompression_bombs_stay_small(tool: str, group: int, millions: int) -> None:
@@ -626,7 +630,7 @@ def test_stream_larger_than_its_tensors_is_refused_before_it_is_unfolded(count: 
     assert read_within_limits(bomb("floats", "planes", "brotli", count, 2**27, stored, [["a", "exact", 3]], 1)) != ""
 
 
-@pytest.mark.parametrize("tool", ["lzma", "brotli", "none"])
+@pytest.mark.parametrize("tool", ["lzma", "brotli", "zstd", "none"])
 def test_streams_that_unfold_to_another_size_are_refused(tool: str) -> None:
     huge = 2**26 if tool == "none" else 2**27  # not compressed, the file itself is in memory
     for real, claimed in ((16, 16), (huge, 8), (8, 16), (0, 8), (16, 8)):

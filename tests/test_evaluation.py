@@ -967,6 +967,12 @@ def test_audit_counts_the_bytes_of_the_text() -> None:
     assert not t.check_bytes(tokenizer, tokenizer.byte_table(), tokens[1:6]).ok
 
 
+def test_what_an_audit_could_not_measure_is_neither_right_nor_wrong() -> None:
+    h = config()
+    finding = t.check_fidelity(scorer_of(h, scrambled(h)), None, np.zeros(9, np.int64))
+    assert finding.ok is None and "no checkpoint" in finding.found and t.AUDIT_MARKS[finding.ok] == "?   "
+
+
 def test_commands_score_by_the_protocol_and_audit_it(
     run_job: Callable[..., Done], tiny_env: dict[str, str], tmp_path: Path
 ) -> None:

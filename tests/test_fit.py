@@ -112,6 +112,14 @@ def test_sample_foretells_the_whole(codec: str) -> None:
     assert set(sample.streams) == set(whole.streams)
 
 
+def test_codecs_that_come_after_training_are_those_of_the_forecast() -> None:
+    speed = t.Speed(1e-12, 0.0, "")
+    after = config(EXPORT_MODE="mixed", CODEC_MAP="matrix:int6")
+    found = [t.weigh(h, t.SPREADS, speed).streams for h in (after, config(MATRIX_CODEC="int6", FP_STORAGE="int7"))]
+    weights = [{kind: size for kind, size in streams.items() if kind != "header"} for streams in found]
+    assert weights[0] == weights[1] and "ints" in weights[0]
+
+
 def test_forecast_of_a_trained_models_artifact(
     byte_data: Path,
     tmp_path: Path,
