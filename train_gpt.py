@@ -39,7 +39,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import import_module
@@ -724,7 +724,7 @@ class Hyperparameters:
             first, last = ends if len(ends) == 2 else ends * 2
         except ValueError:
             raise UserError(f"RECURRENCE_LAYERS={self.recurrence_layers} is not first-last, like 3-5") from None
-        return tuple(range(first, last + 1))
+        return tuple(range(first, min(last, self.num_layers) + 1))  # one beyond the last is refused below
 
     @property
     def stages(self) -> tuple[tuple[float, int], ...]:
@@ -820,8 +820,8 @@ def rising_orders(name: str, text: str) -> tuple[int, ...]:
         orders = tuple(int(order) for order in text.split(","))
     except ValueError:
         raise UserError(f"{name}={text} is not a list like 2,3") from None
-    if list(orders) != sorted(set(orders)) or orders[0] < 1:
-        raise UserError(f"{name}={text} must rise from at least 1")
+    if list(orders) != sorted(set(orders)) or orders[0] < 1 or orders[-1] > 255:
+        raise UserError(f"{name}={text[:40]} must rise from at least 1 to at most 255")
     return orders
 
 
@@ -897,7 +897,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "recurrence_layers": "3-5", "residual": "hc", "hc_learn": "write,mix", "hc_start": 8, "hc_keep_init": 1.0,
         "muon_coeffs": "polar_express", "muon_momentum": 0.97, "muon_momentum_warmup_steps": 1500,
         "muon_wd": 0.09, "muon_wd_taper_start": 0.7, "matrix_lr": 0.025, "warmdown_fraction": 0.7, "lr_floor": 0.1,
-        "ema_decay": 0.9965, "train_seq_len": 2048, "train_batch_tokens": 786432,
+        "holdout_tokens": 2**20, "ema_decay": 0.9965, "train_seq_len": 2048, "train_batch_tokens": 786432,
     },
     "skc": {**SKC_STACK, "num_layers": 12, "model_dim": 768, "num_heads": 12, "num_kv_heads": 6},
     "skc_proxy": {
@@ -1152,6 +1152,8 @@ def validate(h: Hyperparameters) -> None:
         (h.export_mode == "competition_gptq" and not {h.matrix_codec, h.fp_storage} <= set(FLOAT_CODECS),
             f"EXPORT_MODE=competition_gptq trains in float: MATRIX_CODEC={h.matrix_codec} and "
             f"FP_STORAGE={h.fp_storage} must be of {', '.join(FLOAT_CODECS)}; CODEC_MAP says what they become"),
+        (h.export_mode == "competition_gptq" and h.calibrates,
+            "CALIBRATE and CALIB_AT_FRACTION tune codes, which EXPORT_MODE=competition_gptq fixes: unset one of them"),
         (h.export_mode == "competition_gptq" and h.max_wallclock_seconds
             and not 0 < h.gptq_reserve_seconds < h.max_wallclock_seconds - bool(h.fitted) * h.calib_max_seconds,
             f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds} must be more than 0 and, with CALIB_MAX_SECONDS where "
@@ -1179,7 +1181,8 @@ def check_memory(h: Hyperparameters) -> None:
 def least_weights(h: Hyperparameters) -> int:
     """A lower bound on a network's weights, known before it is built."""
     hidden = max(h.model_dim, round(h.mlp_mult * h.model_dim))
-    return h.num_layers * h.model_dim * hidden + h.embed_width * max(h.vocab_size, h.embed_dim and h.model_dim)
+    layers = h.num_layers + h.feeds.count("moe") * (h.moe_experts - 1)
+    return layers * h.model_dim * hidden + h.embed_width * max(h.vocab_size, h.embed_dim and h.model_dim)
 
 
 def load_config(environ: dict[str, str], base: dict[str, Any] | None = None) -> Hyperparameters:
@@ -6778,6 +6781,24 @@ class Weights:
             bank.latent, bank.state["ema"] = bank.state["ema"], bank.latent
         return bool(averaged)
 
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Within it banks have the file's codecs and round to the nearest; `materialize` gives parameters these."""
+        before = {key: (bank.role, bank.codec) for key, bank in self.banks.items() if bank.role.export}
+        for key in before:
+            self.banks[key].settle(self.h)
+        yield
+        for key, (role, codec) in before.items():
+            self.banks[key].role, self.banks[key].codec = role, codec
+
+    def check_finite(self) -> None:
+        """Raise AgreedError where a weight is NaN or infinite; all ranks have the same."""
+        wrong = [bank.names[0] for bank in self.banks.values() if not bool(bank.latent.isfinite().all())]
+        if wrong:
+            raise AgreedError(
+                f"training diverged: {', '.join(wrong[:3])} are not finite; nothing is exported, try lower rates"
+            )
+
     def forms(self) -> dict[str, Form]:
         """Each bank's form by its key; it stays as it is until the next optimizer step, whatever `take` puts there."""
         return {key: Form(b.latent, b.tuning, b.state.get("ema")) for key, b in self.banks.items()}
@@ -7289,12 +7310,20 @@ class Expander:
         return index
 
 
+CONTEXT_VALUES = 256  # at most of a byte
+
+
 def unpack_context(data: bytes, count: int, shapes: list[list[int]], largest: int) -> np.ndarray:
     """The inverse of pack_context, (count,) int8. Raises ValueError for what it cannot have made.
 
-    A value takes an eighth of a bit at least: time and memory stay in proportion to the bytes read.
+    A value takes a 32nd of a bit at least: time and memory stay in proportion to the bytes read.
     """
-    if sum(map(math.prod, shapes)) != count or count > 64 * len(data) or len(data) < 45 or max(data[1:3]) > 2:
+    if (
+        sum(map(math.prod, shapes)) != count
+        or count > CONTEXT_VALUES * len(data)
+        or len(data) < 45
+        or max(data[1:3]) > 2
+    ):
         raise ValueError("context-coded stream does not hold the values it should")
     form, values = (data[0], data[1], data[2], int.from_bytes(data[3:5], "little")), np.empty(count, np.int8)
     if form[0] > largest or form[3] > 2**12:
@@ -7333,9 +7362,11 @@ def compress_best(kind: str, values: np.ndarray, shapes: list[list[int]]) -> tup
             if best is None or len(stored) < len(best[3]):
                 best = (packing, tool, len(data), stored)
     assert best is not None
-    if "context" in packings_of(kind) and len(best[3]) * 56 > values.size:  # sparser ones are no work for it
+    if (
+        "context" in packings_of(kind) and len(best[3]) * CONTEXT_VALUES > values.size
+    ):  # sparser ones are no work for it
         data = pack_context(values, shapes)
-        if 64 * len(data) >= values.size and len(data) < len(best[3]):
+        if CONTEXT_VALUES * len(data) >= values.size and len(data) < len(best[3]):
             best = ("context", "none", len(data), data)
     return best
 
@@ -7528,10 +7559,11 @@ def write_artifact(
 def most_elements(config: dict[str, Any], size: int) -> int:
     """Bound on the weights of a file of `size` bytes, which bounds what a hostile one can make us allocate.
 
-    A byte holds at most 11 untrained ternary weights; rows of tables that no n-gram has met take next to nothing.
+    A byte holds at most 11 untrained ternary weights, some more if few are not zero; rows of tables that no n-gram has
+    met take next to nothing.
     """
     tables = config.get("bigram_hash_buckets", 0) * config.get("bigram_hash_dim", 0)
-    return 2**22 + min(tables, MAX_TABLE_WEIGHTS) + 128 * size
+    return 2**22 + min(tables, MAX_TABLE_WEIGHTS) + 32 * size
 
 
 def read_header(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -9417,7 +9449,6 @@ def align(s: Session, state: TrainState, clock: Clock) -> None:
         state.calibrated = True
     if h.export_proxy_eval and state.step % h.export_proxy_eval == 0:
         s.weights.swap_average()
-        s.weights.materialize(1.0)
         proxy_loss(s, state, clock)
         s.weights.swap_average()
         s.weights.materialize(progress)
@@ -9426,7 +9457,10 @@ def align(s: Session, state: TrainState, clock: Clock) -> None:
 def proxy_loss(s: Session, state: TrainState, clock: Clock) -> float:
     """Loss of what would be exported now, by rank 0, and kept as the best if it is; a line and a metrics object."""
     proxy = functools.partial(Proxy, s.model, s.rt, scoring_variant(s.h), clock.seconds, math.inf)
-    loss: float = on_main(s.rt, lambda: proxy().loss())
+    with s.weights.settled():
+        s.weights.materialize(1.0)
+        loss: float = on_main(s.rt, lambda: proxy().loss())
+    s.weights.materialize(1.0)
     if math.isfinite(loss) and (state.best is None or loss < state.best.loss):
         forms = {key: Form(form.latent.clone(), form.tuning) for key, form in s.weights.forms().items()}
         state.best = Kept(loss, state.step, forms)
@@ -9509,7 +9543,7 @@ def calibration_batches(s: Session, seconds: Callable[[], float], limit: float) 
         yield from zip(s.model.no_history(written).split(rows), written.split(rows), strict=True)
         return
     holdout = read_holdout(h)
-    starts = range(0, len(holdout) - window, window)[: rows * h.gptq_batches]
+    starts = range(0, len(holdout) - window + 1, window)[: rows * h.gptq_batches]
     for at in range(0, len(starts), rows):
         history, tokens = windows(holdout, starts[at : at + rows], window, h.history, s.rt)
         yield history, tokens
@@ -9612,6 +9646,10 @@ def settle(s: Session, state: TrainState) -> tuple[bool, dict[str, float], dict[
     h, clock, calibration = s.h, Clock(state.seconds), dict[str, float]()
     clock.start()
     averaged = s.weights.swap_average()
+    s.weights.check_finite()
+    if h.export_mode == "mixed":  # what is chosen below is chosen in the codecs of the file
+        for bank in s.weights.banks.values():
+            bank.settle(h)
     s.weights.materialize(1.0)
     whole = refine(s, state, clock)
     quantize_trained(s, clock.seconds)
@@ -9659,6 +9697,29 @@ def report_validation(s: Session, state: TrainState, calibration: dict[str, floa
     return score
 
 
+REFERENCE = ".reference.npz"  # beside an artifact: what the network that it was written from says
+
+
+@torch.no_grad()
+def outputs_on(rt: Runtime, model: GPT, history: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """What tells networks apart at each position of rows (B, T): the argmax, the largest logit and logsumexp."""
+    rows, before = (torch.from_numpy(x).to(rt.device) for x in (tokens, history))
+    with rt.precision():
+        logits = model.logits(rows, scoring_variant(model.h), model.start_state(before))[0].float()
+    found = {"argmax": logits.argmax(-1), "top": logits.amax(-1), "logsumexp": logits.logsumexp(-1)}
+    return {"history": history, "tokens": tokens, **{name: x.cpu().numpy() for name, x in found.items()}}
+
+
+def write_reference(s: Session, path: Path) -> None:
+    """What the network says in memory at eight places of the validation split, for the audit of its artifact."""
+    length = min(s.h.eval_window, len(s.validation) // 2)
+    starts = np.linspace(0, len(s.validation) - length, 8).astype(int).tolist()
+    history, rows = windows(s.validation, starts, length, s.h.history, s.rt)
+    buffer = io.BytesIO()
+    np.savez(buffer, **outputs_on(s.rt, s.model, history.cpu().numpy(), rows.cpu().numpy()))  # type: ignore[arg-type]
+    write_atomically(path.with_name(path.name + REFERENCE), buffer.getvalue())
+
+
 def export(s: Session, calibration: dict[str, float]) -> Path:
     """Write the artifact of the averaged (if any) and quantized weights; rank 0 writes, all return its path."""
     path, began = s.folder / "model.pgz", time.monotonic()
@@ -9666,6 +9727,7 @@ def export(s: Session, calibration: dict[str, float]) -> Path:
     def write() -> None:
         artifact = write_artifact(s.h, coded_tensors(s.weights), s.prints, calibration)
         write_atomically(path, artifact.data)
+        write_reference(s, path)
         s.log.line(
             f"{'stream':<10}{'packing':<10}{'compressor':<12}{'values':>12}{'packed_bytes':>14}{'stored_bytes':>14}"
         )
@@ -10239,34 +10301,23 @@ def evaluate_command(path: str, environ: dict[str, str]) -> int:
     return 0
 
 
-def trained_weights(h: Hyperparameters, rt: Runtime, folder: Path, bos: int) -> GPT | None:
-    """The network as the latest checkpoint of a run's folder gives it, in its final form; None without one."""
-    latest = find_checkpoint(dataclasses.replace(h, resume="auto"), folder / "checkpoints")
-    if latest is None or not latest.is_file():
-        return None
-    model = build_model(h, rt, bos)
-    weights = Weights(model)
-    Optimizer(h, rt, weights)
-    load_checkpoint(h, rt, latest, model, weights)
-    weights.swap_average()
-    weights.materialize(1.0)
-    return model
-
-
-@torch.no_grad()
-def check_fidelity(scorer: Scorer, trained: GPT | None, tokens: np.ndarray) -> Finding:
-    """How near the reloaded network is to the trained one, on a window of each of eight places."""
-    if trained is None:
-        return Finding("fidelity", None, "not measured: no checkpoint beside the artifact")
-    h, rt = scorer.h, scorer.rt
-    length = min(h.eval_window, len(tokens) // 2)
-    starts = np.linspace(0, len(tokens) - length, 8).astype(int).tolist()
-    history, rows = windows(tokens, starts, length, h.history, rt)
-    with rt.precision():
-        one, two = (m.logits(rows, scoring_variant(h), m.start_state(history))[0] for m in (trained, scorer.model))
-    agree_share = float((one.argmax(-1) == two.argmax(-1)).double().mean())
-    apart = float((one - two).abs().max())
-    found = f"argmax agrees at {agree_share:.4%} of {rows.numel()} positions, logits differ by at most {apart:.2e}"
+def check_fidelity(scorer: Scorer, path: str) -> Finding:
+    """How near the reloaded network is to the one that wrote the artifact, on the windows of its reference."""
+    try:
+        with np.load(path + REFERENCE, allow_pickle=False) as stored:
+            there = {name: stored[name] for name in stored.files}
+        here = outputs_on(scorer.rt, scorer.model, there["history"], there["tokens"])
+        agree_share = float((here["argmax"] == there["argmax"]).mean())
+        apart = max(float(np.abs(here[name] - there[name]).max()) for name in ("top", "logsumexp"))
+    except FileNotFoundError:
+        return Finding("fidelity", None, f"not measured: no {path}{REFERENCE}, which the training run writes")
+    except MALFORMED as error:
+        raise UserError(
+            f"{path}{REFERENCE} cannot be read ({type(error).__name__}); train again, or remove it"
+        ) from None
+    found = (
+        f"argmax agrees at {agree_share:.4%} of {here['argmax'].size} positions, logits differ by at most {apart:.2e}"
+    )
     return Finding("fidelity", agree_share >= 0.999, found)
 
 
@@ -10283,9 +10334,8 @@ def audit_command(path: str, positions: int, environ: dict[str, str]) -> int:
     stream = audit_stream(short, validation)
     log.line(f"protocol:{h.protocol} audited on {len(stream) - 1} tokens in {short.eval_streams} streams")
     audit = Audit(lambda: Scorer(short, rt, model, table, calibration), stream, positions)
-    trained = trained_weights(h, rt, Path(path).parent, tokenizer.bos)
     findings = [*audit.findings(), check_bytes(tokenizer, table, validation)]
-    findings.append(check_fidelity(audit.make(), trained, validation))
+    findings.append(check_fidelity(audit.make(), path))
     for finding in findings:
         log.line(f"{AUDIT_MARKS[finding.ok]} {finding.check:<34}{finding.found}")
     ok, unknown = all(finding.ok is not False for finding in findings), [f.check for f in findings if f.ok is None]
@@ -10418,7 +10468,12 @@ def parse_command(argv: list[str]) -> Any:
     timer = commands.add_parser("bench")
     timer.add_argument("--steps", type=number(int, 1), default=20)
     timer.add_argument("--ratio", nargs="+", default=[], metavar="VARIABLE=VALUE")
-    return parser.parse_args(argv)
+    options, rest = parser.parse_known_args(argv)
+    if options.command == "fit" and all(with_assignments([word], {}) for word in rest):  # after options, too
+        options.variables, rest = [*options.variables, *rest], []
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
 
 
 def main(argv: list[str], environ: dict[str, str]) -> int:

@@ -615,6 +615,22 @@ def test_decompression_bombs_stay_small(tool: str, group: int, millions: int) ->
         assert refused == "" if millions == 3 else "more weights than its bytes can hold" in refused
 
 
+def test_few_bytes_of_noise_do_not_pay_for_many_empty_weights() -> None:
+    """1 MiB of floats that cannot be compressed, and 128 weights for each of its bytes that can."""
+    noise, rows = np.random.default_rng(0).bytes(2**20), 125
+    config = {**t.structure_config(t.load_config({**TINY, "NUM_LAYERS": "1"})), "group_size": 2**20}
+    trits = chunked("lzma", bytes([121]) * math.ceil(rows * 2**20 / 5))
+    scales, floats = chunked("lzma", bytes(2 * rows)), chunked("none", noise)
+    streams = [
+        ["trits", "base3", "lzma", rows * 2**20, math.ceil(rows * 2**20 / 5), len(trits)],
+        ["scales", "planes", "lzma", rows, 2 * rows, len(scales)],
+        ["floats", "planes", "none", 2**18, 2**20, len(floats)],
+    ]
+    header = {"version": 1, "config": config, "prints": {}, "calibration": {}, "streams": streams}
+    header["tensors"] = [["a", "ternary", rows, 2**20], ["b", "exact", 2**18]]
+    assert "more weights than its bytes can hold" in read_within_limits(forged(header, trits + scales + floats))
+
+
 def test_claim_of_large_tables_lifts_the_bound_only_so_far() -> None:
     """Tables may be empty, so a file may hold more weights than its bytes tell, but not what any header asks for."""
     trits, tensors = chunked("brotli", bytes(2 * 10**7)), [["a", "ternary", 10**8]]
@@ -765,6 +781,9 @@ GIANTS = [
     {"mlp_mult": 1e7},
     {"embed_dim": 2**30},
     {"vocab_size": 65535, "embed_dim": 2**16},
+    {"moe_experts": 10**9, "moe_layer_frac": 1.0},
+    {"recurrence_layers": "0-100000000000"},
+    {"induction_orders": "9" * 400},
 ]
 
 

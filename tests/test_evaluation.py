@@ -969,8 +969,8 @@ def test_audit_counts_the_bytes_of_the_text() -> None:
 
 def test_what_an_audit_could_not_measure_is_neither_right_nor_wrong() -> None:
     h = config()
-    finding = t.check_fidelity(scorer_of(h, scrambled(h)), None, np.zeros(9, np.int64))
-    assert finding.ok is None and "no checkpoint" in finding.found and t.AUDIT_MARKS[finding.ok] == "?   "
+    finding = t.check_fidelity(scorer_of(h, scrambled(h)), "nowhere.pgz")
+    assert finding.ok is None and "not measured" in finding.found and t.AUDIT_MARKS[finding.ok] == "?   "
 
 
 def test_commands_score_by_the_protocol_and_audit_it(
@@ -996,6 +996,16 @@ def test_commands_score_by_the_protocol_and_audit_it(
     checks = {check["check"]: check for check in report["checks"]}
     assert {"causality", "order", "determinism", "bytes", "fidelity", "normalization: all"} <= checks.keys()
     assert "argmax agrees at 100.0000%" in checks["fidelity"]["found"]
+    said = Path(f"{path}.reference.npz")
+    there = dict(np.load(said))
+    for name, value in (("argmax", there["argmax"][::-1]), ("top", there["top"])):
+        np.savez(said, **{**there, name: value + (name == "top")})
+        h, rt, model, tokenizer, _ = t.open_artifact(str(path), {**env, "DEVICE": "cpu"})
+        finding = t.check_fidelity(t.Scorer(h, rt, model, tokenizer.byte_table()), str(path))
+        assert finding.ok == (name == "top") and ("most 1.00e+00" in finding.found) == (name == "top")
+    said.write_bytes(b"zork")
+    damaged = run_job(env, ["audit", str(path), "--positions", "1"])
+    assert damaged.code == 2 and "reference.npz cannot be read" in damaged.err
 
 
 # ---- temperature

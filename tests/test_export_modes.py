@@ -229,6 +229,31 @@ def test_run_scores_alike_in_memory_and_read_back(
     assert ("gptq: " in done.out) == ("gptq" in kind)
 
 
+def test_codecs_of_the_file_are_what_is_calibrated_and_chosen_by(
+    run_job: Run, tiny_env: dict[str, str], read_metrics: Callable
+) -> None:
+    """Weights trained in float: the proxy is asked about those of the file, in training too, and their scales are
+    tuned."""
+    env = {**tiny_env, "EXPORT_MODE": "mixed", "CODEC_MAP": "matrix:int4,embed:int4", "CALIBRATE": "1"}
+    env |= {"EXPORT_PROXY_EVAL": "6", "ITERATIONS": "12", "MATRIX_CODEC": "bf16", "SAMPLE_TOKENS": "0"}
+    env |= {"CALIB_MAX_EVALS": "12", "CALIB_MAX_SECONDS": "60", "MAX_WALLCLOCK_SECONDS": "0"}
+    assert run_job(env).code == 0
+    (told,), proxies = read_metrics(folder_of(env), "calibration"), read_metrics(folder_of(env), "export_proxy")
+    assert told["evals"] > 2 and told["proxy_loss_nats"] <= told["proxy_loss_before_nats"]
+    assert min(x["proxy_loss_nats"] for x in proxies) == pytest.approx(told["proxy_loss_before_nats"], abs=1e-9)
+    assert {x["step"] for x in proxies} == {6, 12}
+    floats = {**env, "EXPORT_MODE": "ternary", "CODEC_MAP": "", "CALIBRATE": "0", "RUN_ID": "floats"}
+    assert run_job(floats).code == 0
+    plain = read_metrics(folder_of(floats), "export_proxy")
+    assert all(one["proxy_loss_nats"] != two["proxy_loss_nats"] for one, two in zip(proxies, plain, strict=True))
+
+
+def test_weights_that_are_not_finite_are_not_exported(run_job: Run, tiny_env: dict[str, str]) -> None:
+    done = run_job({**tiny_env, "MATRIX_LR": "1e30", "SCALAR_LR": "1e30", "TIED_EMBED_LR": "1e30"})
+    assert done.code == 2 and "not finite" in done.err and len(done.err.strip().splitlines()) == 1
+    assert not (folder_of(tiny_env) / "model.pgz").exists()
+
+
 def test_two_ranks_write_the_file_of_one(run_job: Run, run_ranks: Run, tiny_env: dict[str, str]) -> None:
     env = {**tiny_env, **RUNS["gptq"], "PRECISION": "fp64", "SAMPLE_TOKENS": "0", "ITERATIONS": "6"}
     assert run_job({**env, "RUN_ID": "one"}).code == 0

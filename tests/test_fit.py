@@ -102,6 +102,14 @@ def test_gpus_are_named_with_their_number() -> None:
 # ---- bytes
 
 
+def test_variables_may_stand_before_and_after_options() -> None:
+    found = t.parse_command(["fit", "PRESET=tiny", "--gpu", "H100x8", "SEED=1", "NUM_LAYERS=2"])
+    assert found.variables == ["PRESET=tiny", "SEED=1", "NUM_LAYERS=2"] and found.gpu == "H100x8"
+    for words in (["fit", "--gpu", "H100x8", "zork"], ["eval", "x", "SEED=1"], ["train", "--zork"]):
+        with pytest.raises(SystemExit):
+            t.parse_command(words)
+
+
 @pytest.mark.parametrize("codec", ["ternary", "int6"])
 def test_sample_foretells_the_whole(codec: str) -> None:
     h = config(MODEL_DIM=256, NUM_LAYERS=4, MATRIX_CODEC=codec, FP_STORAGE="int7", BIGRAM_HASH_BUCKETS=4096)
