@@ -9014,6 +9014,9 @@ def describe(s: Session) -> None:
     log.line(f"data_fingerprint:{s.prints['data']} tokenizer:{s.prints['tokenizer']}")
     for line in role_lines(s):
         log.line(line)
+    log.metric("start", data=s.prints["data"], tokenizer=s.prints["tokenizer"], protocol=h.protocol, seed=h.seed,
+        val_tokens=len(s.validation), parameters=sum(p.numel() for p in s.model.parameters()), device=name,
+        flops_per_token=flops_per_token(s.model))  # fmt: skip
     for variable in ineffective_variables(h):
         log.line(f"note: {variable} is set but has no effect under this configuration")
 
@@ -9329,6 +9332,7 @@ def report_training(s: Session, state: TrainState, window: LossWindow) -> None:
         "train",
         step=state.step,
         train_loss_nats=loss,
+        tokens=state.tokens,
         train_time_s=round(state.seconds, 4),
         step_time_s=round(passed / steps, 6),
         tokens_per_s=round(speed, 1),
@@ -9595,6 +9599,7 @@ def report_validation(s: Session, state: TrainState, calibration: dict[str, floa
         val_bpb=score.bpb,
         val_tokens=score.tokens,
         val_bytes=score.bytes,
+        tokens=state.tokens,
         train_time_s=round(state.seconds, 4),
         eval_time_s=round(time.monotonic() - began, 3),
     )
