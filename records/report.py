@@ -48,11 +48,10 @@ def count_text(value: float) -> str:
 
 
 def text_of(table: Table) -> str:
-    """Columns to the width of their widest cell, the first one to the left."""
+    """Columns to the width of their widest cell; the first one and those without a title stand to the left."""
     widths = [max(map(len, column)) for column in zip(*table)]
-    lines = [
-        [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))] for row in table
-    ]
+    left = [number == 0 or not title for number, title in enumerate(table[0])]
+    lines = [[c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(row, widths, left)] for row in table]
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
@@ -300,7 +299,7 @@ body { background: var(--back); color: var(--text); font: 15px/1.45 system-ui, s
 body { max-width: 1700px; padding: 0 1rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
+th:first-child, td:first-child, .ranked th:nth-child(-n+3), .ranked td:nth-child(-n+3) { text-align: left; }
 .wide { overflow-x: auto; margin-bottom: 1.5rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); gap: 1rem; }
 figure { margin: 0; } figure svg { width: 100%; height: auto; } figcaption { font-weight: 600; }
@@ -316,11 +315,10 @@ SVG_DASHES = {"-": "", "--": "7 4", "-.": "8 3 2 3", ":": "2 3"}
 
 
 def html_table(table: Table) -> str:
-    rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in table]
-    head = rows[0].replace("td>", "th>")
-    return (
-        f'<div class="wide"><table><tr>{head}</tr>' + "".join(f"<tr>{row}</tr>" for row in rows[1:]) + "</table></div>"
-    )
+    head, *rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in table)
+    lines = f"<tr>{head.replace('td>', 'th>')}</tr>" + "".join(f"<tr>{row}</tr>" for row in rows)
+    kind = "ranked" if table[0][0] == "#" else "plain"
+    return f'<div class="wide"><table class="{kind}">{lines}</table></div>'
 
 
 def legend(runs: Sequence[Run]) -> str:
