@@ -260,9 +260,9 @@ def final_scores(
 ) -> dict[str, Score]:
     """The final scores by name, each with its terms; a repeated one has more digits or is of a resumed run."""
     scores: dict[str, Score] = {}
-    strides = {final["name"]: final["stride"] for final in finals if "stride" in final}
+    strides = {final.get("name"): final["stride"] for final in finals if "stride" in final}
     for final in finals:
-        name = final["name"]
+        name = final.get("name", "final")
         own = facts.get("protocol") or (config_protocol(config) if "TRAIN_SEQ_LEN" in config else "unknown")
         protocol = own if ours else field_protocol(name, strides.get(name), facts)
         scores[name] = Score(final["val_loss_nats"], final["val_bpb"], data_name(facts), protocol)
