@@ -348,7 +348,7 @@ def page(runs: Sequence[Run]) -> str:
 INDEX_HEAD = """# Records
 
 What was measured, each with the command that made it; titles say what came out. Written by
-`python records/report.py --index`; the date of a row is that of its folder, or of the day it came into this list.
+`python records/report.py --index`; the date of a row is that of its folder, or of the day on which it was added.
 
 | date | record | made by |
 |---|---|---|

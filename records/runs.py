@@ -173,6 +173,8 @@ TEXTS = {
     "tokenizer": re.compile(r"data_fingerprint:\w+ tokenizer:(\w+)"),
     "protocol": re.compile(r"protocol:(\S+)"),
 }
+# What a final record says besides its score.
+FINAL_FACTS = {"step", "train_time_s", "peak_memory_mib", "model_bytes", "code_bytes", "total_bytes", "budget_bytes"}
 UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0}
 WHOLE_LINE = re.compile(r"(?:ms|bytes|\.\d{8}|eta:[\d:]+)$")  # ends of lines that cannot have lost digits
 
@@ -273,8 +275,9 @@ def build(name: str, path: Path, records: list[dict[str, Any]], config: dict[str
     """A run from its records. Raises UserError when they hold neither a step nor a score."""
     facts: dict[str, Any] = {}
     for record in records:
-        numbers = {k: v for k, v in record.items() if k not in ("kind", "name", "stride") and v is not None}
-        facts |= numbers if record.get("kind") in ("start", "final") else {}
+        if record.get("kind") in ("start", "final"):
+            told = record.keys() - {"kind"} if record["kind"] == "start" else record.keys() & FINAL_FACTS
+            facts |= {name: record[name] for name in told if record[name] is not None}
     batch = math.nan if config.get("BATCH_STAGES") else float(config.get("TRAIN_BATCH_TOKENS", "nan"))
     curves: dict[str, list[Point]] = {"train": [], "val": []}
     for record in records:

@@ -283,9 +283,21 @@ def test_the_null_experiment_is_run_and_stands_above_the_table(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("sampler", sweep.SAMPLERS)
-def test_a_search_finds_the_least_and_goes_on_where_it_was(
-    sampler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_samplers_propose_within_the_space(sampler: str) -> None:
+    space = {"MATRIX_LR": {"low": 0.001, "high": 1.0, "log": True}, "NUM_HEADS": [1, 2], "DEPTH": {"low": 2, "high": 4}}
+    study = sweep.optuna.create_study(sampler=sweep.SAMPLERS[sampler](1))
+    found: list[dict[str, str]] = []
+
+    def objective(trial: Any) -> float:
+        found.append(sweep.proposed(sweep.Search(4, sampler, space), trial))
+        return float(found[-1]["MATRIX_LR"])
+
+    study.optimize(objective, n_trials=4)
+    assert all(0.001 <= float(one["MATRIX_LR"]) <= 1 and one["NUM_HEADS"] in "12" for one in found)
+    assert all(one["DEPTH"] in "234" for one in found) and len({one["MATRIX_LR"] for one in found}) == 4
+
+
+def test_a_search_finds_the_least_and_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every proposal is run with all seeds; after an interruption there are as many in the end, none of them twice."""
     ran: list[tuple[str, str, str]] = []
 
@@ -299,7 +311,7 @@ def test_a_search_finds_the_least_and_goes_on_where_it_was(
     monkeypatch.setattr(sweep, "run_variables", run)
     monkeypatch.setattr(sweep, "BEST", 3)
     space = {"MATRIX_LR": {"low": 0.001, "high": 1.0, "log": True}, "NUM_HEADS": [1, 2]}
-    some = sweep.read_sweep(write_list(tmp_path, search={"trials": 5, "sampler": sampler, "space": space}))
+    some = sweep.read_sweep(write_list(tmp_path, search={"trials": 5, "space": space}))
     storage = storage_of(tmp_path)
     assert some.search is not None
     with pytest.raises(KeyboardInterrupt):
