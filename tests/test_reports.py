@@ -456,7 +456,7 @@ def test_a_row_keeps_its_date_and_shows_its_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quantity", t.MATCH_QUANTITIES)
-@pytest.mark.parametrize(("preset", "other"), [("local", "skc_small"), ("tiny", "skc_small"), ("local_float", "tiny")])
+@pytest.mark.parametrize(("preset", "other"), [("local", "skc_small"), ("local_float", "tiny")])
 def test_match_is_the_nearest_valid_width(quantity: str, preset: str, other: str) -> None:
     environ = {"PRESET": preset, "MATCH": f"{quantity}:{other}", "VOCAB_SIZE": "512"}
     h = t.load_config(environ)
