@@ -149,10 +149,13 @@ def style_of(number: int) -> dict[str, Any]:
     return {"color": COLORS[number % len(COLORS)], "linestyle": DASHES[number // len(COLORS) % len(DASHES)]}
 
 
-def smoothed(values: np.ndarray) -> np.ndarray:
-    """A running mean over SMOOTH values, fewer at the ends."""
-    ones = np.ones(min(SMOOTH, len(values)))
-    return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
+def smoothed(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """At each place the mean over SMOOTH lines about it, without those a quarter away: the first steps stay alone."""
+    means = np.empty(len(y))
+    for i in range(len(y)):
+        near = slice(max(0, i - SMOOTH // 2), i + SMOOTH // 2 + 1)
+        means[i] = y[near][(x[near] > x[i] / 1.25) & (x[near] < x[i] * 1.25)].mean()
+    return means
 
 
 def draw_curves(axes: Any, runs: Sequence[Run], axis: str, quantity: str) -> None:
@@ -169,9 +172,9 @@ def draw_curves(axes: Any, runs: Sequence[Run], axis: str, quantity: str) -> Non
             axes.plot(x, y, marker="o", markersize=3, **style_of(number))
         else:
             axes.plot(x, y, alpha=0.25, linewidth=0.6, color=style_of(number)["color"])
-            axes.plot(x, smoothed(y), **style_of(number))
+            axes.plot(x, smoothed(x, y), **style_of(number))
         ends.append(x[-1])
-        tops.append(y[x >= EARLY * x[-1]].max())
+        tops.append(y[x >= (EARLY * x[-1] if quantity == "loss" else 0)].max())
         lows.append(y.min())
     if ends:
         room = 0.06 * (max(tops) - min(lows)) or 0.1

@@ -279,6 +279,11 @@ def test_every_plot_draws_its_numbers(tmp_path: Path) -> None:
     plt.close("all")
 
 
+def test_a_smoothed_curve_is_of_near_lines_only() -> None:
+    x, y = np.array([1.0, 2, 100, 105, 110, 115, 120, 1000]), np.array([9.0, 7, 3, 4, 5, 4, 3, 1])
+    assert report.smoothed(x, y) == pytest.approx([9, 7, 3.8, 3.8, 3.8, 3.8, 3.8, 1])
+
+
 def test_styles_can_be_told_apart() -> None:
     styles = [tuple(report.style_of(number).values()) for number in range(24)]
     assert len(set(styles)) == 24
