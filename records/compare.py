@@ -171,9 +171,10 @@ def along(axis: str, unit: str, a: Sequence[Run], b: Sequence[Run]) -> View:
     end = report.common_end([run for run in (*a, *b) if run.val], axis)
     sides = [[(run.seed, report.value_at(run.val, axis, end, "loss")) for run in side] for side in (a, b)]
     cut = any(run.val and run.val[-1]._asdict()[axis] > 1.02 * end for run in (*a, *b))
-    name = f"at {report.count_text(end)} {unit}" + ", where some runs go on" * cut
+    known = f"at {report.count_text(end)} {unit}" + ", where some runs go on" * cut
+    name = f"at equal {unit}" if np.isnan(end) else known
     unknown = [run.name for run, (_, loss) in zip((*a, *b), (*sides[0], *sides[1])) if np.isnan(loss)]
-    return View(name, *sides, reason=f"no validation of {unknown[0]} there" if unknown else "")
+    return View(name, *sides, reason=f"{unknown[0]} does not say, or has no validation there" if unknown else "")
 
 
 def between(side: Sequence[Run], sizes: dict[str, float], scores: dict[str, Score], size: float) -> list[Loss]:

@@ -44,7 +44,7 @@ def shown(value: float | None, form: str) -> str:
 
 def count_text(value: float) -> str:
     """Seconds, steps or tokens in at most seven characters."""
-    return "-" if math.isnan(value) else f"{value / 1e6:.2f}M" if value >= 1e6 else f"{value:,.0f}"
+    return "-" if math.isnan(value) else f"{value / 1e6:.2f}M" if value >= 1e6 else f"{value:,.{1 * (value < 100)}f}"
 
 
 def text_of(table: Table) -> str:
@@ -94,9 +94,10 @@ def at_equal(runs: Sequence[Run], axis: str, unit: str) -> Table:
     if len(found) < 2:
         return []
     first, end = float(np.median([run.val[0]._asdict()[axis] for run in found])), common_end(found, axis)
-    places = np.linspace(min(first, end), end, PLACES)
-    table = [[f"val_bpb after {unit}", *map(count_text, places)]]
-    return table + [[run.name, *(shown(value_at(run.val, axis, x), ".4f") for x in places)] for run in found]
+    places = np.linspace(first, end, PLACES) if first < end else [end]
+    rows = [[run.name, *(shown(value_at(run.val, axis, x), ".4f") for x in places)] for run in found]
+    comparable = sum(set(row[1:]) != {"-"} for row in rows) > 1
+    return [[f"val_bpb after {unit}", *map(count_text, places)], *rows] if comparable else []
 
 
 def differences(runs: Sequence[Run]) -> Table:

@@ -125,15 +125,23 @@ def of_kind(records: Iterable[dict[str, Any]], kind: str) -> list[dict[str, Any]
     return [record for record in records if record.get("kind") == kind]
 
 
+def whole_run(path: Path) -> Path:
+    """The folder that a log belongs to: its own, or one of the same name, whose log a sweep has written twice. Else the
+    log itself. So that no run counts twice."""
+    twin = path.with_suffix("")
+    own = path.name in ("train.log", "metrics.jsonl")
+    return path.parent if own else twin if (twin / "metrics.jsonl").is_file() else path
+
+
 def is_log(path: Path) -> bool:
-    """Whether a file is a run's log, and no copy of the log in a folder of the same name."""
-    return not path.with_suffix("").is_dir() and any(STEP.match(line) for line in read_text(path).splitlines())
+    """Whether a file is the log of a run that has no folder."""
+    return whole_run(path) == path and any(STEP.match(line) for line in read_text(path).splitlines())
 
 
 def find_runs(path: Path) -> list[Path]:
     """The run folders and logs at a path or below. Raises UserError where there is none."""
     if path.is_file():
-        return [path]
+        return [whole_run(path)]
     if not path.is_dir():
         raise UserError(f"{path} does not exist; give the folder of a run, or a log")
     folders = sorted({file.parent for name in ("metrics.jsonl", "train.log") for file in path.rglob(name)})

@@ -483,7 +483,8 @@ def last_lines(sweep: Sweep, found: dict[str, dict[int, float]], unranked: Seque
     if unranked:
         yield f"not ranked, other data or protocol than {sweep.baseline}: {', '.join(sorted(unranked))}"
     if sweep.search and found.keys() - sweep.configs.keys() - {NULL}:
-        yield f"search: the best {BEST} of at most {sweep.search.trials}; the least of many is too low: try other seeds"
+        shown = min(BEST, sweep.search.trials)
+        yield f"search: the best {shown} of {sweep.search.trials}; the least of many is too low: try other seeds"
     missing = [f"{name} ({seed})" for name, seed in sweep.jobs() if seed not in found.get(name, {})]
     yield f"missing: {', '.join(missing) or 'none'}"
 

@@ -169,6 +169,20 @@ def test_what_is_no_run_is_one_line(what: str, tmp_path: Path, capsys: pytest.Ca
     assert told.count("\n") == 2 and "give the folder of a run" in told
 
 
+def test_no_run_counts_twice(tmp_path: Path) -> None:
+    """A shell's run* names the folder and the log that a sweep keeps beside it; files of a folder stand for it."""
+    folder = write_run(tmp_path / "run-1")
+    log = tmp_path / "run-1.log"
+    log.write_text(FIRST.read_text())
+    (folder / "train.log").write_text("protocol:other\n")
+    ways = [folder, log, folder / "train.log", folder / "metrics.jsonl", tmp_path]
+    assert [run.name for run in runs.read_runs(ways)] == ["run-1"]
+    assert all(runs.find_runs(path) == [folder] for path in ways)
+    alone = tmp_path / "run-2.log"
+    alone.write_text(FIRST.read_text())
+    assert runs.find_runs(tmp_path) == [folder, alone]
+
+
 def test_names_are_short_and_different() -> None:
     paths = [Path("/a/x/train.log"), Path("/b/x/train.log"), Path("/b/y/two.train.log"), Path("/b/y/train.log")]
     assert runs.path_names(paths) == ["a/x", "b/x", "y/two", "y"]
@@ -205,7 +219,7 @@ def test_curves_are_compared_where_they_overlap(tmp_path: Path) -> None:
         report.at_equal([fast, slow], "seconds", "s"),
         report.at_equal([fast, slow], "tokens", "tokens"),
     )
-    assert by_time[0][1:] == ["8", "22", "36", "50"]
+    assert by_time[0][1:] == ["7.5", "21.7", "35.8", "50.0"]
     assert [row[-1] for row in by_time[1:]] == ["1.0000", "1.2500"]  # bits a byte: half the nats
     assert [row[1:] for row in by_tokens[1:]] == [by_tokens[1][1:]] * 2
     assert report.at_equal([fast], "seconds", "s") == []
@@ -377,8 +391,8 @@ def test_equal_time_and_tokens(tmp_path: Path) -> None:
     """B is twice as fast: at the time it needs A has made half the steps, and is half a nat behind its end."""
     a, b = both(tmp_path, [2.0, 2.1], [2.0, 2.1], speed=2.0)
     found = {view.name.split(", where")[0]: view for view in compare.views(a, b, compare.common_score([*a, *b]))}
-    assert compare.values(found["at 50 seconds"].a) == pytest.approx([2.5, 2.6])
-    assert compare.values(found["at 50 seconds"].b) == pytest.approx([2.0, 2.1])
+    assert compare.values(found["at 50.0 seconds"].a) == pytest.approx([2.5, 2.6])
+    assert compare.values(found["at 50.0 seconds"].b) == pytest.approx([2.0, 2.1])
     assert compare.values(found["at 100,000 tokens"].a) == pytest.approx([2.0, 2.1])
     assert "where some runs go on" in " ".join(
         view.name for view in compare.views(a, b, compare.common_score([*a, *b]))
