@@ -19,6 +19,7 @@ Sections: 1 CONFIG, 2 RUNTIME, 3 DATA, 4 CODECS, 5 LAYERS, 6 MIXERS, 7 RESIDUAL,
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import difflib
 import functools
@@ -85,6 +86,7 @@ MIXER_LETTERS = {"A": "attn", "N": "nsa", "K": "koopman", "S": "skc", "P": "skc"
 # Where a backend of NSA other than gather was measured to be the fastest, by compute capability (records/gpu_todo.md).
 NSA_FASTEST: dict[tuple[int, int], str] = {}
 PATTERNS = {"attn": "A", "nsa": "N", "skc": "S", "hybrid": "KA", "skc_competition": "PPPA"}  # layer patterns, repeated
+MATCH_QUANTITIES = ("params", "bytes", "flops")
 INT_CODECS = ("int4", "int5", "int6", "int7", "int8")
 GROUPED_CODECS = ("ternary", "binary", *INT_CODECS, "fp4")
 FLOAT_CODECS = ("bf16", "fp16", "exact")
@@ -105,6 +107,8 @@ class Hyperparameters:
     # Run
     preset: str = var("", "run", "named set of the values below; explicit variables override it")
     env_file: str = var("", "run", "file of KEY=VALUE lines read before the environment (a run's config.env)")
+    match: str = var("", "run", "choose MODEL_DIM so that parameters, packed bytes or FLOPs of a token are nearest to "
+        "a preset's, with this vocabulary: params, bytes or flops, a colon, its name; empty: MODEL_DIM as it is")
     run_id: str = var("", "run", "name of the run folder; default: date and time")
     out_dir: str = var("runs", "run", "folder of run folders")
     seed: int = var(1337, "run", "seed of initial weights and noise", low=0, high=2**63 - 1)
@@ -1045,7 +1049,10 @@ def validate(h: Hyperparameters) -> None:
     windows = [length for _, length in h.lengths]
     shortest = min(windows)
     # fmt: off
+    quantity, _, preset = h.match.partition(":")
     problems = (
+        (h.match and (quantity not in MATCH_QUANTITIES or preset not in PRESETS),
+            f"MATCH={h.match} is not one of {', '.join(MATCH_QUANTITIES)}, a colon and a preset, like params:skc"),
         (h.model_dim % h.num_heads, f"MODEL_DIM={h.model_dim} must be a multiple of NUM_HEADS={h.num_heads}"),
         (h.num_heads % kv, f"NUM_HEADS={h.num_heads} must be a multiple of NUM_KV_HEADS={kv}"),
         (head % 2, f"MODEL_DIM/NUM_HEADS={head} must be even for rotary positions"),
@@ -1204,6 +1211,10 @@ def load_config(environ: dict[str, str], base: dict[str, Any] | None = None) -> 
         near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.0)[0]
         raise UserError(f"PRESET={preset} is unknown; nearest: {near}; known: {', '.join(PRESETS)}")
     fixed = protocol_values(values.get("eval_protocol", PRESETS.get(preset, {}).get("eval_protocol", "")))
+    if values.get("match") and "model_dim" in values:
+        raise UserError(
+            f"MODEL_DIM={values['model_dim']} contradicts MATCH={values['match']}, which chooses it; unset one"
+        )
     for name in sorted(fixed.keys() & values.keys()):
         if values[name] != fixed[name]:
             raise UserError(
@@ -1231,7 +1242,7 @@ def ineffective_variables(h: Hyperparameters) -> list[str]:
 
 def config_env(h: Hyperparameters) -> str:
     """The text of a config.env that reproduces this configuration with ENV_FILE=."""
-    skip = {"preset", "env_file", "run_id", "resume"}
+    skip = {"preset", "env_file", "match", "run_id", "resume"}  # MODEL_DIM is what MATCH has chosen
     lines = []
     for name, spec in FIELDS.items():
         value = dataclasses.asdict(h)[spec.name]
@@ -9091,6 +9102,53 @@ def run_folder(h: Hyperparameters, rt: Runtime) -> Path:
     return folder
 
 
+def amount_of(h: Hyperparameters, quantity: str) -> float:
+    """A network's parameters, bytes packed and not compressed, or FLOPs of a trained token, without its weights."""
+    with torch.device("meta"):
+        model = GPT(h, 1)
+        if quantity == "bytes":
+            return sum(Weights(model).packed_bytes().values())
+    return flops_per_token(model) if quantity == "flops" else float(sum(p.numel() for p in model.parameters()))
+
+
+def match_target(h: Hyperparameters) -> float:
+    """What MATCH asks for: that of the preset as it is, but with the vocabulary of this run's data."""
+    quantity, preset = h.match.split(":")
+    return amount_of(dataclasses.replace(Hyperparameters(**PRESETS[preset]), vocab_size=h.vocab_size), quantity)
+
+
+def is_valid(h: Hyperparameters) -> bool:
+    """Whether no values contradict one another."""
+    try:
+        validate(h)
+    except UserError:
+        return False
+    return True
+
+
+def matched(h: Hyperparameters) -> Hyperparameters:
+    """The configuration with the width that MATCH chooses, heads of a multiple of 8 channels as flash attention wants
+    them. Raises UserError where no width is valid."""
+    if not h.match:
+        return h
+    quantity, preset = h.match.split(":")
+    unit, most = 8 * h.num_heads, 16 * max(h.model_dim, Hyperparameters(**PRESETS[preset]).model_dim)
+    found = [dataclasses.replace(h, model_dim=width) for width in range(unit, most + unit, unit)]
+    found, target = [one for one in found if is_valid(one)], match_target(h)
+    if not found:
+        raise UserError(f"MATCH={h.match}: no multiple of 8 NUM_HEADS={unit} is a valid MODEL_DIM here")
+    above = bisect.bisect_left(found, target, key=lambda one: amount_of(one, quantity))
+    return min(found[max(0, above - 1) : above + 1], key=lambda one: abs(math.log(amount_of(one, quantity) / target)))
+
+
+def match_lines(h: Hyperparameters) -> Iterator[str]:
+    """What MATCH has chosen and how near it is; nothing without it."""
+    if h.match:
+        (quantity, preset), target = h.match.split(":"), match_target(h)
+        own = amount_of(h, quantity)
+        yield f"match:{quantity} MODEL_DIM:{h.model_dim} {own:.0f} of {preset}'s {target:.0f} ({own / target - 1:+.2%})"
+
+
 def describe(s: Session) -> None:
     """Log what is about to run: versions, device, roles, sizes, variables without effect."""
     h, log, rt = s.h, s.log, s.rt
@@ -9102,8 +9160,11 @@ def describe(s: Session) -> None:
     )
     log.line(f"train_tokens:{s.loader.usable} val_tokens:{len(s.validation)} data:{h.data_path}")
     log.line(f"data_fingerprint:{s.prints['data']} tokenizer:{s.prints['tokenizer']}")
-    for line in role_lines(s):
+    for line in (*role_lines(s), *match_lines(h)):
         log.line(line)
+    log.metric("start", data=s.prints["data"], tokenizer=s.prints["tokenizer"], protocol=h.protocol, seed=h.seed,
+        val_tokens=len(s.validation), parameters=sum(p.numel() for p in s.model.parameters()), device=name,
+        flops_per_token=flops_per_token(s.model))  # fmt: skip
     for variable in ineffective_variables(h):
         log.line(f"note: {variable} is set but has no effect under this configuration")
 
@@ -9419,6 +9480,7 @@ def report_training(s: Session, state: TrainState, window: LossWindow) -> None:
         "train",
         step=state.step,
         train_loss_nats=loss,
+        tokens=state.tokens,
         train_time_s=round(state.seconds, 4),
         step_time_s=round(passed / steps, 6),
         tokens_per_s=round(speed, 1),
@@ -9691,6 +9753,7 @@ def report_validation(s: Session, state: TrainState, calibration: dict[str, floa
         val_bpb=score.bpb,
         val_tokens=score.tokens,
         val_bytes=score.bytes,
+        tokens=state.tokens,
         train_time_s=round(state.seconds, 4),
         eval_time_s=round(time.monotonic() - began, 3),
     )
@@ -9898,6 +9961,8 @@ def disk_free(folder: Path) -> int:
 def plan(h: Hyperparameters, rt: Runtime) -> int:
     """Print the site list, the role table of every parameter and the FLOPs of a token, without data."""
     model, log = build_model(h, rt, 1), Log(None, rt.main)
+    for line in match_lines(h):
+        log.line(line)
     log.line(f"{'id':>4} {'kind':<10}{'layer':>6}{'loop':>6}{'pass':>6}")
     for site in model.sites:
         log.line(f"{site.id:>4} {site.kind:<10}{site.layer:>6}{site.loop:>6}{site.pass_:>6}")
@@ -10146,6 +10211,8 @@ class Fitter:
         self.environ, self.variable, self.h = environ, FIT_BY[options.by], load_config(environ)
         if options.by == "buckets" and not self.h.ngram_orders:
             raise UserError("fit --by buckets needs hashed n-grams: BIGRAM_HASH_BUCKETS of at least 1")
+        if self.h.match:
+            raise UserError(f"fit chooses sizes by itself; unset MATCH={self.h.match}")
         # Flash attention wants heads of a multiple of 8 channels.
         sizes = {"width": (8 * self.h.num_heads, self.h.model_dim), "layers": (1, self.h.num_layers)}
         unit, self.now = sizes.get(options.by, (1024, self.h.bigram_hash_buckets))
@@ -10405,7 +10472,7 @@ def bench(h: Hyperparameters, rt: Runtime, steps: int, other: dict[str, str] | N
     """
     watches = [Stopwatch(h, rt)]
     if other:
-        versus = load_config({**os.environ, **other})
+        versus = matched(load_config({**os.environ, **other}))
         watches.append(Stopwatch(versus, start_runtime(versus) if rt.world == 1 else rt))
     for _ in range(steps + 3):
         for watch in watches:
@@ -10490,7 +10557,7 @@ def main(argv: list[str], environ: dict[str, str]) -> int:
             return generate_command(options.artifact, options, environ)
         if options.command == "fit":
             return fit(options, environ)
-        h = load_config(environ)
+        h = matched(load_config(environ))
         rt = start_runtime(h)
         if options.command == "preflight":
             return preflight(h, rt)

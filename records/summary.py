@@ -13,7 +13,6 @@ import json
 import lzma
 import math
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +26,8 @@ sys.path.insert(0, str(ROOT))  # run as a script, Python looks for modules in re
 
 from benchmarks import kneser_ney  # noqa: E402 (after the path)
 from benchmarks.kneser_ney import UserError, Vocabulary  # noqa: E402
+from records.report import draw_png  # noqa: E402
+from records.runs import of_kind, read_config, read_metrics, read_run  # noqa: E402
 
 try:
     import brotli
@@ -64,36 +65,6 @@ class Split(NamedTuple):
 
 
 # ---- the run folder --------------------------------------------------------------------------------------------------
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of metrics.jsonl. A last line cut off by a kill is left out; any other damage is a UserError."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give the folder of a run") from None
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise UserError(f"{path}:{number} is not a JSON object; the file was damaged") from None
-    return records
-
-
-def read_config(path: Path) -> dict[str, str]:
-    """KEY=VALUE lines, quoted as a shell would."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give the folder of a run") from None
-    pairs = (line.partition("=") for line in lines if line.strip() and not line.lstrip().startswith("#"))
-    return {name.strip(): "".join(shlex.split(value)) for name, _, value in pairs}
-
-
-def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    return [record for record in records if record.get("kind") == kind]
 
 
 def run_results(records: list[dict[str, Any]]) -> list[Result]:
@@ -259,31 +230,10 @@ def budget_line(records: list[dict[str, Any]]) -> str | None:
     return " ".join(f"{name}:{counted[-1][name]}" for name in names if name in counted[-1])
 
 
-def draw_curve(records: list[dict[str, Any]], path: Path) -> None:
-    """Train loss and validation bits per byte against training seconds. Raises ImportError without matplotlib."""
-    import matplotlib
-
-    matplotlib.use("agg")  # a file needs no display
-    from matplotlib import pyplot
-
-    figure, left = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    right = left.twinx()
-    for axis, kind, quantity, label, color, marker in (
-        (left, "train", "train_loss_nats", "train loss (nats per token)", "tab:blue", ""),
-        (right, "val", "val_bpb", "validation bits per byte", "tab:red", "o"),
-    ):
-        rows = of_kind(records, kind)
-        axis.plot([row["train_time_s"] for row in rows], [row[quantity] for row in rows], color=color, marker=marker)
-        axis.set_ylabel(label, color=color)
-    left.set_xlabel("training seconds")
-    left.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def curve_line(records: list[dict[str, Any]], path: Path) -> str:
+def curve_line(folder: Path) -> str:
+    path = folder / "curve.png"
     try:
-        draw_curve(records, path)
+        draw_png([read_run(folder)], path)
     except ImportError:
         return "curve.png left out: matplotlib is not installed (pip install matplotlib)"
     return str(path)
@@ -300,7 +250,7 @@ def summarize(folder: Path) -> None:
         print(f"{len(split.val) - 1:,} validation tokens, {len(split.text):,} bytes of text in {config['DATA_PATH']}")
     finally:  # the run's own score is shown even when its data is gone
         print(table(rows))
-    print(*filter(None, [budget_line(records), curve_line(records, folder / "curve.png")]), sep="\n")
+    print(*filter(None, [budget_line(records), curve_line(folder)]), sep="\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

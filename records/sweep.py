@@ -1,18 +1,28 @@
-"""A list of configurations times seeds, run one after the other on pinned cores, and compared in pairs.
+"""Configurations times seeds, listed, in a grid or searched for, run on cores or GPUs, and compared in pairs.
 
-    python records/sweep.py run   records/sweeps/NAME.json [--cores 0,1] [--storage URL]
+    python records/sweep.py run   records/sweeps/NAME.json [--devices cpu:0,cpu:1 | cuda:0,cuda:1] [--storage URL]
+    python records/sweep.py watch records/sweeps/NAME.json [--storage URL]     the table, again after every run
     python records/sweep.py table records/sweeps/NAME.json [--storage URL]
     python records/sweep.py times records/sweeps/NAME.json [--cores 0] [--steps 12]
 
 The list is a JSON object: `base` and each entry of `configs` hold variables of train_gpt.py (these over those),
 `seeds` the seeds that every configuration is run with, `baseline` the configuration that the others are compared with.
-A variable SCRIPT names another script than train_gpt.py.
+A variable SCRIPT names another script than train_gpt.py. `grid`, {variable: [values]}, adds a configuration for every
+combination, called VARIABLE=value,... .
 Runs are bound by steps (ITERATIONS), so that all train on equal tokens; runs of one seed share data order and the
 initial values of the weights that they have in common.
 
+`search` adds, after the list is done, configurations that a sampler of Optuna proposes by the mean losses so far:
+{"trials": 30, "sampler": "tpe" | "random" | "gp" | "qmc", "space": {VARIABLE: {"low": 0.01, "high": 0.1, "log": true},
+VARIABLE: [values]}}. Each is run with all seeds. The best of many is better than it is: run it with other seeds.
+
+The null experiment: the baseline is also run with `null` other seeds (as many as `seeds` by default), and how far they
+are from it by chance alone stands above every table.
+
 The queue is an Optuna study (SQLite beside the list by default; any database URL): a killed sweep goes on where it was,
 a trial whose worker died is tried again and continues from its last checkpoint, and several hosts may share a database.
-Every worker runs one process with one thread, pinned to one core.
+Every worker runs one process: with one thread, pinned to one core, or on one GPU. Configurations with other data or
+another evaluation protocol than the baseline's are not ranked.
 
 The table gives the mean loss of each configuration, and the mean paired difference to the baseline with its 95%
 interval (Student's t over seeds) and the smallest true difference that the design finds with a power of 80%. A few
@@ -26,6 +36,7 @@ have trained on 1/r of the tokens, which costs `halving` * log2(r), the list's l
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -35,7 +46,7 @@ import time
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -49,13 +60,32 @@ from scipy import stats
 
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # heartbeats and retries
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # run as a script, Python looks for modules in records/ only
+
+from records import runs as reading  # noqa: E402 (after the path)
+
+NULL, NULL_SEED = "null", 1_000_000  # the baseline's other seeds are its seeds and this
+BEST = 10  # configurations of a search that the table shows
+SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
+    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True),
+    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
+    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
+    "qmc": lambda seed: optuna.samplers.QMCSampler(seed=seed),
+}
 RETRIES = 3
 DEAD_AFTER = 120  # seconds without a sign of life
 POLL = 5  # seconds between looks at a queue in which all jobs are taken
 
 
-class SweepError(Exception):
-    """A mistake the user can mend; printed as one line."""
+SweepError = reading.UserError  # a mistake the user can mend; printed as one line
+
+
+class Search(NamedTuple):
+    """What a list says of its search."""
+
+    trials: int
+    sampler: str
+    space: dict[str, Any]
 
 
 class Sweep(NamedTuple):
@@ -67,30 +97,66 @@ class Sweep(NamedTuple):
     seeds: list[int]
     baseline: str
     halving: float
+    null: int
+    search: Search | None
 
     def jobs(self) -> list[tuple[str, int]]:
-        """(configuration, seed), seed by seed, so that pairs complete early."""
-        return [(name, seed) for seed in self.seeds for name in self.configs]
+        """(configuration, seed), seed by seed, so that pairs complete early; the baseline's other seeds at the end."""
+        listed = [(name, seed) for seed in self.seeds for name in self.configs]
+        return listed + [(NULL, seed) for seed in self.null_seeds()]
+
+    def null_seeds(self) -> list[int]:
+        return [NULL_SEED + number for number in range(self.null)]
 
     def variables(self, name: str, seed: int) -> dict[str, str]:
         """The environment of one run."""
-        return {**self.base, **self.configs[name], "SEED": str(seed)}
+        return {**self.base, **self.configs[self.baseline if name == NULL else name], "SEED": str(seed)}
+
+
+def texts(variables: dict[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in variables.items()}
+
+
+def named(variables: dict[str, Any]) -> str:
+    """A configuration's name by what it sets."""
+    shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in variables.items()}
+    return ",".join(f"{name}={value}" for name, value in shown.items())
+
+
+def combinations(grid: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    """Every choice of one value for each variable."""
+    for values in itertools.product(*grid.values()) if grid else ():
+        yield dict(zip(grid, values))
+
+
+def read_search(raw: dict[str, Any]) -> Search:
+    """A list's search. Raises ValueError, KeyError or TypeError."""
+    search = Search(int(raw["trials"]), raw.get("sampler", "tpe"), dict(raw["space"]))
+    if search.sampler not in SAMPLERS:
+        raise ValueError(f"sampler {search.sampler} is not one of {', '.join(SAMPLERS)}")
+    for name, spec in search.space.items():
+        if not (isinstance(spec, list) and spec) and not (isinstance(spec, dict) and {"low", "high"} <= spec.keys()):
+            raise ValueError(f"{name} has neither a list of values nor low and high")
+    return search
 
 
 def read_sweep(path: Path) -> Sweep:
     """The list in a file. Raises SweepError."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        texts = {name: {k: str(v) for k, v in config.items()} for name, config in raw["configs"].items()}
-        base = {name: str(value) for name, value in raw["base"].items()}
+        configs = {name: texts(config) for name, config in raw.get("configs", {}).items()}
+        configs |= {named(choice): texts(choice) for choice in combinations(raw.get("grid", {}))}
         seeds, halving = [int(seed) for seed in raw["seeds"]], float(raw.get("halving", "nan"))
-        sweep = Sweep(path, base, texts, seeds, raw["baseline"], halving)
+        search = read_search(raw["search"]) if "search" in raw else None
+        null = int(raw.get("null", len(seeds)))
+        sweep = Sweep(path, texts(raw["base"]), configs, seeds, raw["baseline"], halving, null, search)
     except OSError as error:
         raise SweepError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SweepError(f"{path} is not a list of configurations: {type(error).__name__}: {error}") from None
-    if sweep.baseline not in sweep.configs:
-        raise SweepError(f"{path}: baseline {sweep.baseline!r} is not among its configs")
+    if sweep.baseline not in sweep.configs or NULL in sweep.configs:
+        told = f"{NULL!r} is the baseline with other seeds" if NULL in sweep.configs else f"known: {', '.join(configs)}"
+        raise SweepError(f"{path}: baseline {sweep.baseline!r} is not among its configs; {told}")
     return sweep
 
 
@@ -99,14 +165,18 @@ def job_number(sweep: Sweep, name: str, seed: int) -> int:
     return zlib.crc32(json.dumps(sweep.variables(name, seed), sort_keys=True).encode())
 
 
-def open_study(sweep: Sweep, storage: str) -> optuna.Study:
-    """The study of a list, with every job in the queue that is neither there, nor done, nor has failed too often."""
+def open_database(storage: str) -> optuna.storages.RDBStorage:
+    """Where trials whose worker is silent for DEAD_AFTER seconds are tried again."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     retry = optuna.storages.RetryFailedTrialCallback(max_retry=RETRIES)
-    database = optuna.storages.RDBStorage(
+    return optuna.storages.RDBStorage(
         storage, heartbeat_interval=DEAD_AFTER // 4, grace_period=DEAD_AFTER, failed_trial_callback=retry
     )
-    study = optuna.create_study(study_name=sweep.path.stem, storage=database, load_if_exists=True)
+
+
+def open_study(sweep: Sweep, storage: str) -> optuna.Study:
+    """The study of a list, with every job in the queue that is neither there, nor done, nor has failed too often."""
+    study = optuna.create_study(study_name=sweep.path.stem, storage=open_database(storage), load_if_exists=True)
     trials = study.get_trials(deepcopy=False)
     failed = Counter(trial.user_attrs.get("job") for trial in trials if trial.state == TrialState.FAIL)
     known = {trial.user_attrs.get("job") for trial in trials if trial.state not in (TrialState.FAIL, TrialState.PRUNED)}
@@ -117,29 +187,43 @@ def open_study(sweep: Sweep, storage: str) -> optuna.Study:
     return study
 
 
+def open_search(sweep: Sweep, search: Search, storage: str, device: str) -> optuna.Study:
+    """The study of a list's search; another space, base or set of seeds is another study."""
+    terms = json.dumps([sweep.base, sweep.seeds, search.space], sort_keys=True).encode()
+    name = f"{sweep.path.stem}-search-{zlib.crc32(terms):08x}"
+    seed = zlib.crc32(f"{name} {os.uname().nodename} {device}".encode())  # workers must not all propose the same
+    sampler = SAMPLERS[search.sampler](seed)
+    return optuna.create_study(study_name=name, storage=open_database(storage), sampler=sampler, load_if_exists=True)
+
+
 def read_result(folder: Path) -> dict[str, Any] | None:
     """The last object `final` of a run's metrics, or None if it has not ended."""
     path = folder / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    finals = [record for record in map(json.loads, lines) if record["kind"] == "final"]
+    finals = reading.of_kind(reading.read_metrics(path), "final") if path.is_file() else []
     return finals[-1] if finals else None
 
 
-def run_job(sweep: Sweep, trial: optuna.Trial, core: int, out: Path) -> float:
-    """One run on one core; its validation loss. Raises SweepError when it fails."""
-    name, seed = trial.user_attrs["config"], trial.user_attrs["seed"]
-    number = trial.suggest_int("job", 0, 2**32 - 1)
-    run_id = f"{name}-{seed}-{number:08x}"
+def place_of(device: int | str) -> tuple[list[str], dict[str, str]]:
+    """Words before the command and variables that keep a run on a core (a number, cpu:number) or GPU (cuda:number)."""
+    kind, _, number = str(device).rpartition(":")
+    if kind == "cuda":
+        return [], {"CUDA_VISIBLE_DEVICES": number}
+    pin = ["taskset", "-c", number] if sys.platform == "linux" else []
+    return pin, {"CPU_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+
+def run_variables(variables: dict[str, str], run_id: str, device: int | str, out: Path) -> dict[str, Any]:
+    """One run on one device, or what it left when it was done before. Raises SweepError when it fails."""
     own = {
-        "OUT_DIR": str(out), "RUN_ID": run_id, "RESUME": "auto", "SAVE_EVERY": "500", "CPU_THREADS": "1",
-        "OMP_NUM_THREADS": "1", "MAX_WALLCLOCK_SECONDS": "0", "SAMPLE_TOKENS": "0", "KEEP_CHECKPOINTS": "1",
+        "OUT_DIR": str(out), "RUN_ID": run_id, "RESUME": "auto", "SAVE_EVERY": "500", "MAX_WALLCLOCK_SECONDS": "0",
+        "SAMPLE_TOKENS": "0", "KEEP_CHECKPOINTS": "1",
     }  # fmt: skip
     result = read_result(out / run_id)
     if result is None:
         out.mkdir(parents=True, exist_ok=True)
-        pin = ["taskset", "-c", str(core)] if sys.platform == "linux" else []
+        pin, placed = place_of(device)
         with open(out / f"{run_id}.log", "a", encoding="utf-8") as log:
-            environment = {**os.environ, **own, **sweep.variables(name, seed)}
+            environment = {**os.environ, **own, **placed, **variables}
             command = [*pin, sys.executable, str(ROOT / environment.pop("SCRIPT", "train_gpt.py"))]
             code = subprocess.run(command, env=environment, stdout=log, stderr=log, check=False).returncode
         result = read_result(out / run_id)
@@ -147,9 +231,47 @@ def run_job(sweep: Sweep, trial: optuna.Trial, core: int, out: Path) -> float:
             raise SweepError(f"{run_id} ended with code {code}; see {out / (run_id + '.log')}")
         for path in (out / run_id / "checkpoints").glob("*"):
             path.unlink()  # hundreds of runs would fill the disk
+    return result
+
+
+def run_job(sweep: Sweep, trial: optuna.Trial, device: int | str, out: Path) -> float:
+    """One run of the list; its validation loss. Raises SweepError when it fails."""
+    name, seed = trial.user_attrs["config"], trial.user_attrs["seed"]
+    number = trial.suggest_int("job", 0, 2**32 - 1)
+    run_id = f"{name}-{seed}-{number:08x}"
+    result = run_variables(sweep.variables(name, seed), run_id, device, out)
     trial.set_user_attr("bpb", result["val_bpb"])
     trial.set_user_attr("bytes", result["model_bytes"])
+    trial.set_user_attr("terms", list(reading.read_run(out / run_id).best.terms))
     return float(result["val_loss_nats"])
+
+
+def proposed(search: Search, trial: optuna.Trial) -> dict[str, str]:
+    """The variables that the sampler proposes."""
+    values: dict[str, Any] = {}
+    for name, spec in search.space.items():
+        if isinstance(spec, list):
+            values[name] = trial.suggest_categorical(name, spec)
+        elif isinstance(spec["low"], int) and isinstance(spec["high"], int):
+            values[name] = trial.suggest_int(name, **spec)
+        else:
+            values[name] = trial.suggest_float(name, **spec)
+    return texts(values)
+
+
+def run_proposal(
+    sweep: Sweep, search: Search, trial: optuna.Trial, device: int | str, out: Path, asked: Callable[[], None]
+) -> float:
+    """A proposed configuration with all seeds; its mean loss. `asked` is called when the sampler has answered."""
+    variables = {**sweep.base, **proposed(search, trial)}
+    asked()
+    losses: dict[int, float] = {}
+    for seed in sweep.seeds:
+        own = {**variables, "SEED": str(seed)}
+        run_id = f"search-{seed}-{zlib.crc32(json.dumps(own, sort_keys=True).encode()):08x}"
+        losses[seed] = float(run_variables(own, run_id, device, out)["val_loss_nats"])
+    trial.set_user_attr("losses", losses)
+    return float(np.mean(list(losses.values())))
 
 
 # SQLite does not lock a row for the worker that takes it: two at once get the same job. Between hosts that is left to
@@ -157,41 +279,97 @@ def run_job(sweep: Sweep, trial: optuna.Trial, core: int, out: Path) -> float:
 TAKING = threading.Lock()
 
 
-def work(sweep: Sweep, storage: str, core: int, out: Path) -> None:
-    """Take jobs from the queue until all are done, those of workers that died in between included."""
-    study, taking = open_study(sweep, storage), ExitStack()
-    wanted = {job_number(sweep, name, seed) for name, seed in sweep.jobs()}
-
-    def objective(trial: optuna.Trial) -> float:
-        taking.close()  # the job is this worker's: another one may take the next
-        if trial.user_attrs.get("job") not in wanted:
-            raise optuna.TrialPruned  # another worker took the last job just before, or the list is no longer that
-        loss = run_job(sweep, trial, core, out)
-        print(f"core {core}: {trial.user_attrs['config']} seed {trial.user_attrs['seed']}: {loss:.4f}", flush=True)
-        return loss
-
+def take_all(study: optuna.Study, objective: Callable[[optuna.Trial, ExitStack], float], trials: int = 0) -> None:
+    """Do what waits in the queue, and new trials up to a number of them, until all are done, those of workers that died
+    in between included. The objective closes the stack when it has what it needs of the database."""
+    taking = ExitStack()
     while True:
         optuna.storages.fail_stale_trials(study)  # of workers that died: they are put into the queue again
-        states = {trial.state for trial in study.get_trials(deepcopy=False)}
-        if TrialState.WAITING in states:
+        known = study.get_trials(deepcopy=False)
+        retried = sum(RETRIED(trial) is not None for trial in known)
+        states = {trial.state for trial in known}
+        if TrialState.WAITING in states or len(known) - retried < trials:
             with taking:  # also where the database fails before there is a job
                 taking.enter_context(TAKING)
-                study.optimize(objective, n_trials=1, catch=(SweepError, UpdateFinishedTrialError))
+                study.optimize(lambda t: objective(t, taking), n_trials=1, catch=(SweepError, UpdateFinishedTrialError))
         elif TrialState.RUNNING in states:
             time.sleep(POLL)  # another worker's job: done soon, or that worker is dead
         else:
             return
 
 
+RETRIED = optuna.storages.RetryFailedTrialCallback.retried_trial_number
+
+
+def work(sweep: Sweep, storage: str, device: int | str, out: Path) -> None:
+    """Take jobs of the list until all are done."""
+    wanted = {job_number(sweep, name, seed) for name, seed in sweep.jobs()}
+
+    def objective(trial: optuna.Trial, taking: ExitStack) -> float:
+        taking.close()  # the job is this worker's: another one may take the next
+        if trial.user_attrs.get("job") not in wanted:
+            raise optuna.TrialPruned  # another worker took the last job just before, or the list is no longer that
+        loss = run_job(sweep, trial, device, out)
+        told = f"{trial.user_attrs['config']} seed {trial.user_attrs['seed']}"
+        print(f"{device}: {told}: {loss:.4f}", flush=True)
+        return loss
+
+    take_all(open_study(sweep, storage), objective)
+
+
+def seek(sweep: Sweep, search: Search, storage: str, device: int | str, out: Path) -> None:
+    """Run proposed configurations until there are enough."""
+
+    def objective(trial: optuna.Trial, taking: ExitStack) -> float:
+        loss = run_proposal(sweep, search, trial, device, out, taking.close)
+        print(f"{device}: search {named(trial.params)}: {loss:.4f}", flush=True)
+        return loss
+
+    take_all(open_search(sweep, search, storage, str(device)), objective, search.trials)
+
+
+def serve(sweep: Sweep, storage: str, device: int | str, out: Path) -> None:
+    """One worker: the list first, since the search is compared with it."""
+    work(sweep, storage, device, out)
+    if sweep.search:
+        seek(sweep, sweep.search, storage, device, out)
+
+
 def losses(sweep: Sweep, storage: str) -> dict[str, dict[int, float]]:
-    """Loss by configuration and seed, of the jobs of the list that are done."""
+    """Loss by configuration and seed, of the jobs of the list that are done, and of the best of the search."""
+    found: dict[str, dict[int, float]] = {name: {} for name in (*sweep.configs, *[NULL] * (sweep.null > 0))}
+    for name, seed, trial in done_jobs(sweep, storage):
+        found[name][seed] = float(trial.value)
+    return found | found_by_search(sweep, storage)
+
+
+def done_jobs(sweep: Sweep, storage: str) -> Iterator[tuple[str, int, Any]]:
+    """(configuration, seed, trial) of what is done."""
     wanted = {job_number(sweep, name, seed): (name, seed) for name, seed in sweep.jobs()}
-    found: dict[str, dict[int, float]] = {name: {} for name in sweep.configs}
     for trial in open_study(sweep, storage).get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         if trial.params.get("job") in wanted and trial.value is not None:
-            name, seed = wanted[trial.params["job"]]
-            found[name][seed] = trial.value
-    return found
+            yield (*wanted[trial.params["job"]], trial)
+
+
+def found_by_search(sweep: Sweep, storage: str) -> dict[str, dict[int, float]]:
+    """Losses of the best configurations of a search."""
+    if not sweep.search:
+        return {}
+    trials = open_search(sweep, sweep.search, storage, "").get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    best = sorted(trials, key=lambda trial: trial.value)[:BEST]
+    return {
+        f"search {named(trial.params)}": {int(seed): loss for seed, loss in trial.user_attrs["losses"].items()}
+        for trial in best
+    }
+
+
+def unlike(sweep: Sweep, storage: str) -> set[str]:
+    """Configurations that were scored on other data or by another protocol than the baseline."""
+    terms: dict[str, set[tuple[str, ...]]] = {}
+    for name, _, trial in done_jobs(sweep, storage):
+        terms.setdefault(name, set()).add(tuple(trial.user_attrs.get("terms", ())))
+    known = terms.get(sweep.baseline, set())
+    return {name for name, own in terms.items() if known and own != known}
 
 
 def paired(own: dict[int, float], base: dict[int, float]) -> tuple[int, float, float, float]:
@@ -251,14 +429,32 @@ def measure_times(sweep: Sweep, core: int, steps: int) -> None:
             times_path(sweep).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def table(sweep: Sweep, found: dict[str, dict[int, float]]) -> str:
+def null_lines(sweep: Sweep, found: dict[str, dict[int, float]]) -> list[str]:
+    """What the same configuration with other seeds differs by."""
+    if not sweep.null:
+        return ["null experiment: none, null is 0 in the list", ""]
+    own, other = (np.array(list(found.get(name, {}).values())) for name in (sweep.baseline, NULL))
+    if min(len(own), len(other)) < 2:
+        return [f"null experiment ({sweep.baseline} with {sweep.null} other seeds): {len(other)} runs are done", ""]
+    spread = float(np.sqrt((own.var(ddof=1) * (len(own) - 1) + other.var(ddof=1) * (len(other) - 1))
+                           / (len(own) + len(other) - 2)))  # fmt: skip
+    half = stats.t.ppf(0.975, len(own) + len(other) - 2) * spread * np.sqrt(1 / len(own) + 1 / len(other))
+    told = f"null experiment ({sweep.baseline}, {len(own)} and {len(other)} other seeds): difference "
+    return [
+        f"{told}{other.mean() - own.mean():+.4f}, chance gives +-{half:.4f} (95%), spread of a loss {spread:.4f}",
+        "",
+    ]
+
+
+def table(sweep: Sweep, found: dict[str, dict[int, float]], unranked: Sequence[str] = ()) -> str:
     """Markdown, best first; all losses in nats a token."""
     times = read_times(sweep)
     more = " step time | at equal time |" if times else ""
     titles = f"| configuration | runs | nats per token | difference | 95% interval | finds |{more}"
-    rows = [titles, "|---" * (titles.count("|") - 1) + "|"]
-    base, (spread, freedom) = found[sweep.baseline], common_spread(found, sweep.seeds)
-    means = {name: float(np.mean(list(runs.values()))) for name, runs in found.items() if runs}
+    rows = [*null_lines(sweep, found), titles, "|---" * (titles.count("|") - 1) + "|"]
+    ranked = {name: runs for name, runs in found.items() if runs and name != NULL and name not in unranked}
+    base, (spread, freedom) = found[sweep.baseline], common_spread(ranked, sweep.seeds)
+    means = {name: float(np.mean(list(runs.values()))) for name, runs in ranked.items()}
     for name in sorted(means, key=lambda name: means[name]):
         count, mean, half, least = paired(found[name], base)
         difference = "" if name == sweep.baseline or not count else f"{mean:+.4f}"
@@ -269,20 +465,59 @@ def table(sweep: Sweep, found: dict[str, dict[int, float]]) -> str:
             ratio = times[name][1]
             row += f" {ratio:.2f} | {mean + sweep.halving * np.log2(ratio):+.4f} |"
         rows.append(row + ("  |  |" if times and name not in times else ""))
-    if freedom:
-        error = spread * np.sqrt(2 / len(sweep.seeds))
-        half, power = stats.t.ppf(0.975, freedom) * error, stats.t.ppf(0.8, freedom) * error
-        told = f"common spread {spread:.4f} ({freedom} degrees of freedom): intervals of any difference over all seeds"
-        rows += ["", f"{told} +-{half:.4f}, finds {half + power:.4f}"]
-    missing = [f"{name} ({seed})" for name, seed in sweep.jobs() if seed not in found[name]]
-    return "\n".join([*rows, "", f"missing: {', '.join(missing) or 'none'}"])
+    return "\n".join([*rows, *spread_lines(sweep, spread, freedom), "", *last_lines(sweep, found, unranked)])
+
+
+def spread_lines(sweep: Sweep, spread: float, freedom: int) -> list[str]:
+    """Intervals by the spread that all configurations have in common."""
+    if not freedom:
+        return []
+    error = spread * np.sqrt(2 / len(sweep.seeds))
+    half, power = stats.t.ppf(0.975, freedom) * error, stats.t.ppf(0.8, freedom) * error
+    told = f"common spread {spread:.4f} ({freedom} degrees of freedom): intervals of any difference over all seeds"
+    return ["", f"{told} +-{half:.4f}, finds {half + power:.4f}"]
+
+
+def last_lines(sweep: Sweep, found: dict[str, dict[int, float]], unranked: Sequence[str]) -> Iterator[str]:
+    """What the table does not show."""
+    if unranked:
+        yield f"not ranked, other data or protocol than {sweep.baseline}: {', '.join(sorted(unranked))}"
+    if sweep.search and found.keys() - sweep.configs.keys() - {NULL}:
+        shown = min(BEST, sweep.search.trials)
+        yield f"search: the best {shown} of {sweep.search.trials}; the least of many is too low: try other seeds"
+    missing = [f"{name} ({seed})" for name, seed in sweep.jobs() if seed not in found.get(name, {})]
+    yield f"missing: {', '.join(missing) or 'none'}"
+
+
+def whole_table(sweep: Sweep, storage: str) -> str:
+    """The table of what is in the database."""
+    return table(sweep, losses(sweep, storage), sorted(unlike(sweep, storage)))
+
+
+def watch(sweep: Sweep, storage: str) -> None:
+    """Print the table whenever it has changed, in place on a terminal, until nothing is left to do."""
+    shown = ""
+    while True:
+        studies = [open_study(sweep, storage)]
+        if sweep.search:
+            studies.append(open_search(sweep, sweep.search, storage, "watch"))
+        trials = [trial for study in studies for trial in study.get_trials(deepcopy=False)]
+        states = Counter(trial.state.name.lower() for trial in trials)
+        text = "\n".join([whole_table(sweep, storage), ", ".join(f"{n} {name}" for name, n in sorted(states.items()))])
+        if text != shown:
+            print(("\x1b[2J\x1b[H" if sys.stdout.isatty() else "") + text, flush=True)
+        if not states["waiting"] and not states["running"]:
+            return
+        shown = text
+        time.sleep(POLL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Run and compare a list of configurations.")
-    parser.add_argument("command", choices=("run", "table", "times"))
+    parser.add_argument("command", choices=("run", "watch", "table", "times"))
     parser.add_argument("list", type=Path)
     parser.add_argument("--cores", default="0", help="cores, comma-separated, one worker each")
+    parser.add_argument("--devices", default="", help="instead of cores: cpu:0,cpu:1 or cuda:0,cuda:1, one worker each")
     parser.add_argument("--storage", default="", help="database URL of the queue; default: SQLite beside the list")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "sweeps", help="folder of run folders")
     parser.add_argument("--steps", type=int, default=12, help="steps of each of the two configurations that are timed")
@@ -292,12 +527,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         storage = options.storage or f"sqlite:///{options.list.with_suffix('.db').resolve()}"
         if options.command == "run":
             open_study(sweep, storage)
-            cores = [int(core) for core in options.cores.split(",")]
-            with ThreadPoolExecutor(len(cores)) as pool:
-                list(pool.map(lambda core: work(sweep, storage, core, options.out / sweep.path.stem), cores))
+            devices = (options.devices or options.cores).split(",")
+            with ThreadPoolExecutor(len(devices)) as pool:
+                list(pool.map(lambda device: serve(sweep, storage, device, options.out / sweep.path.stem), devices))
         if options.command == "times":
             measure_times(sweep, int(options.cores.split(",")[0]), options.steps)
-        print(table(sweep, losses(sweep, storage)))
+        if options.command == "watch":
+            watch(sweep, storage)
+        else:
+            print(whole_table(sweep, storage))
     except SweepError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

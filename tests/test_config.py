@@ -253,7 +253,7 @@ def test_preset_is_valid_alone_and_names_only_what_differs(preset: str) -> None:
 
 def same_but_for_identity(a: t.Hyperparameters, b: t.Hyperparameters) -> bool:
     """Equal in all that config.env carries."""
-    blank: dict[str, Any] = {"preset": "", "env_file": "", "run_id": "", "resume": ""}
+    blank: dict[str, Any] = {"preset": "", "env_file": "", "match": "", "run_id": "", "resume": ""}
     return dataclasses.replace(a, **blank) == dataclasses.replace(b, **blank)
 
 
@@ -264,7 +264,7 @@ def test_config_env_reproduces_a_preset_without_naming_it(preset: str, tmp_path:
     assert same_but_for_identity(h, again) and again.preset == "" and again.run_id == ""
 
 
-@pytest.mark.parametrize("name", [n for n in t.FIELDS if n not in ("PRESET", "ENV_FILE", "RUN_ID", "RESUME")])
+@pytest.mark.parametrize("name", [n for n in t.FIELDS if n not in ("PRESET", "ENV_FILE", "MATCH", "RUN_ID", "RESUME")])
 def test_config_env_carries_every_field(name: str, tmp_path: Path) -> None:
     h = dataclasses.replace(t.load_config({}), **{name.lower(): sample(name)})
     pairs = t.read_env_file(env_file(tmp_path, t.config_env(h)))

@@ -22,6 +22,7 @@ import sweep
 
 LIST: dict[str, Any] = {
     "baseline": "plain",
+    "null": 0,
     "seeds": [1, 2, 3],
     "base": {"PRESET": "tiny", "ITERATIONS": 4},
     "configs": {"plain": {}, "wide": {"MODEL_DIM": 64}},
@@ -243,6 +244,141 @@ def test_a_job_whose_worker_died_is_waited_for(tmp_path: Path, monkeypatch: pyte
     sweep.open_study(some, storage).ask()  # taken, and its worker killed
     sweep.work(some, storage, 0, tmp_path)
     assert len(looks) > 3 and sweep.losses(some, storage) == {"plain": {1: 3.0}}
+
+
+def test_a_grid_is_every_combination(tmp_path: Path) -> None:
+    grid = {"MODEL_DIM": [32, 64], "NUM_HEADS": [1, 2, 4]}
+    some = sweep.read_sweep(write_list(tmp_path, grid=grid))
+    assert len(some.configs) == 2 + 6 and some.variables("MODEL_DIM=64,NUM_HEADS=4", 3) == {
+        **{name: str(value) for name, value in LIST["base"].items()},
+        "MODEL_DIM": "64",
+        "NUM_HEADS": "4",
+        "SEED": "3",
+    }
+    assert len(some.jobs()) == 8 * 3
+
+
+def test_the_null_experiment_is_run_and_stands_above_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[dict[str, str]] = []
+
+    def run(s: sweep.Sweep, trial: Any, core: int, out: Path) -> float:
+        trial.suggest_int("job", 0, 2**32 - 1)
+        variables = s.variables(trial.user_attrs["config"], trial.user_attrs["seed"])
+        ran.append(variables)
+        return 3.0 + 0.01 * (int(variables["SEED"]) % 7)
+
+    monkeypatch.setattr(sweep, "run_job", run)
+    path = tmp_path / "some.json"
+    path.write_text(json.dumps({name: value for name, value in LIST.items() if name != "null"}))
+    some, storage = sweep.read_sweep(path), storage_of(tmp_path)
+    assert "0 runs are done" in sweep.whole_table(some, storage)
+    sweep.work(some, storage, 0, tmp_path)
+    others = [v for v in ran if int(v["SEED"]) not in LIST["seeds"]]
+    assert len(others) == 3 == len({v["SEED"] for v in others}) and all("MODEL_DIM" not in v for v in others)
+    first = sweep.whole_table(some, storage).splitlines()[0]
+    own, null = ([3.0 + 0.01 * (seed % 7) for seed in seeds] for seeds in (some.seeds, some.null_seeds()))
+    interval = stats.ttest_ind(null, own).confidence_interval(0.95)
+    assert f"difference {np.mean(null) - np.mean(own):+.4f}" in first
+    assert f"+-{(interval.high - interval.low) / 2:.4f} (95%)" in first
+
+
+@pytest.mark.parametrize("sampler", sweep.SAMPLERS)
+def test_samplers_propose_within_the_space(sampler: str) -> None:
+    space = {"MATRIX_LR": {"low": 0.001, "high": 1.0, "log": True}, "NUM_HEADS": [1, 2], "DEPTH": {"low": 2, "high": 4}}
+    study = sweep.optuna.create_study(sampler=sweep.SAMPLERS[sampler](1))
+    found: list[dict[str, str]] = []
+
+    def objective(trial: Any) -> float:
+        found.append(sweep.proposed(sweep.Search(4, sampler, space), trial))
+        return float(found[-1]["MATRIX_LR"])
+
+    study.optimize(objective, n_trials=4)
+    assert all(0.001 <= float(one["MATRIX_LR"]) <= 1 and one["NUM_HEADS"] in "12" for one in found)
+    assert all(one["DEPTH"] in "234" for one in found) and len({one["MATRIX_LR"] for one in found}) == 4
+
+
+def test_a_search_finds_the_least_and_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every proposal is run with all seeds; after an interruption there are as many in the end, none of them twice."""
+    ran: list[tuple[str, str, str]] = []
+
+    def run(variables: dict[str, str], run_id: str, device: str, out: Path) -> dict[str, Any]:
+        ran.append((variables["MATRIX_LR"], variables["NUM_HEADS"], variables["SEED"]))
+        if len(ran) == 5:
+            raise KeyboardInterrupt
+        loss = abs(np.log(float(variables["MATRIX_LR"]) / 0.03)) + (variables["NUM_HEADS"] != "2")
+        return {"val_loss_nats": 3 + loss + 0.001 * int(variables["SEED"])}
+
+    monkeypatch.setattr(sweep, "run_variables", run)
+    monkeypatch.setattr(sweep, "BEST", 3)
+    space = {"MATRIX_LR": {"low": 0.001, "high": 1.0, "log": True}, "NUM_HEADS": [1, 2]}
+    some = sweep.read_sweep(write_list(tmp_path, search={"trials": 5, "space": space}))
+    storage = storage_of(tmp_path)
+    assert some.search is not None
+    with pytest.raises(KeyboardInterrupt):
+        sweep.seek(some, some.search, storage, "cuda:0", tmp_path)
+    sweep.seek(some, some.search, storage, "cuda:1", tmp_path)
+    done = [t for t in sweep.open_search(some, some.search, storage, "").get_trials() if t.state.name == "COMPLETE"]
+    assert len(done) == 4, "the interrupted one counts"
+    assert all(sorted(ran.count((lr, heads, str(seed))) for seed in (1, 2, 3)) == [1, 1, 1] for lr, heads, _ in ran[5:])
+    best = min(done, key=lambda t: t.value)
+    found = sweep.losses(some, storage)
+    name = next(name for name in found if name.startswith("search"))
+    assert len([name for name in found if name.startswith("search")]) == sweep.BEST and found[name][1] == min(
+        runs[1] for runs in found.values() if runs
+    )
+    assert found[name] == {int(seed): loss for seed, loss in best.user_attrs["losses"].items()}
+    assert "the least of many is too low" in sweep.table(some, {**found, "plain": {1: 4.0}})
+
+
+@pytest.mark.parametrize(
+    "search", [{"trials": 3}, {"trials": 3, "space": {"A": 5}}, {"trials": 3, "sampler": "x", "space": {"A": [1]}}]
+)
+def test_bad_search_is_one_line(search: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(sweep.SweepError, match="not a list of configurations"):
+        sweep.read_sweep(write_list(tmp_path, search=search))
+
+
+def test_a_worker_keeps_to_its_core_or_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[list[str], dict[str, str]]] = []
+
+    def run(command: list[str], env: dict[str, str], **_: Any) -> Any:
+        ran.append((command, env))
+        folder = tmp_path / env["RUN_ID"]
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text('{"kind": "final", "val_loss_nats": 2.5}\n{"kind": "fin')
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(sweep.subprocess, "run", run)
+    for device in ("cpu:1", "cuda:3"):
+        assert sweep.run_variables({"SEED": "1"}, device[:3], device, tmp_path)["val_loss_nats"] == 2.5
+    (pinned, own), (free, gpu) = ran
+    assert (pinned[:3] == ["taskset", "-c", "1"] or sys.platform != "linux") and own["OMP_NUM_THREADS"] == "1"
+    assert gpu["CUDA_VISIBLE_DEVICES"] == "3" and free[0] == sys.executable
+    assert sweep.run_variables({"SEED": "1"}, "cpu", "cpu:0", tmp_path)["val_loss_nats"] == 2.5 and len(ran) == 2
+
+
+def test_what_was_scored_otherwise_is_not_ranked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(s: sweep.Sweep, trial: Any, core: int, out: Path) -> float:
+        trial.suggest_int("job", 0, 2**32 - 1)
+        trial.set_user_attr("terms", ["data", f"window={32 if trial.user_attrs['config'] == 'wide' else 16}"])
+        return 3.0
+
+    monkeypatch.setattr(sweep, "run_job", run)
+    some, storage = sweep.read_sweep(write_list(tmp_path)), storage_of(tmp_path)
+    sweep.work(some, storage, 0, tmp_path)
+    shown = sweep.whole_table(some, storage)
+    assert "| plain | 3 |" in shown and "| wide |" not in shown and "protocol than plain: wide" in shown
+
+
+def test_watch_shows_what_changes_until_all_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sweep, "run_job", lambda s, trial, core, out: trial.suggest_int("job", 0, 2**32 - 1) and 3.0)
+    some, storage = sweep.read_sweep(write_list(tmp_path, seeds=[1])), storage_of(tmp_path)
+    monkeypatch.setattr(sweep.time, "sleep", lambda seconds: sweep.work(some, storage, 0, tmp_path))
+    sweep.watch(some, storage)
+    out = capsys.readouterr().out
+    assert out.index("2 waiting") < out.index("missing: none") < out.index("2 complete")
 
 
 @pytest.mark.slow  # four real runs: that the command line, the pinning and the metrics fit together
