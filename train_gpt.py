@@ -7133,7 +7133,7 @@ def brotli_expand(data: bytes, size: int) -> bytes:
     return b"".join(parts)
 
 
-def zstd_compress(data: bytes, kind: str) -> bytes:
+def zstd_compress(data: bytes) -> bytes:
     import zstandard
 
     return zstandard.ZstdCompressor(22, write_content_size=False).compress(data)
@@ -7161,7 +7161,7 @@ COMPRESSORS: dict[str, tuple[Callable[[bytes, str], bytes], Callable[[bytes, int
     "none": (lambda data, kind: data, lambda data, size: data),
     "lzma": (lambda data, kind: lzma_compress(data), lzma_expand),
     "brotli": (brotli_compress, brotli_expand),
-    "zstd": (zstd_compress, zstd_expand),
+    "zstd": (lambda data, kind: zstd_compress(data), zstd_expand),
 }
 COMPRESSOR_PACKAGES = {"brotli": "brotli", "zstd": "zstandard"}
 # stream kinds -> names of packings; a packing is (pack, unpack to `count` values of `dtype`)
