@@ -45,6 +45,7 @@ from fnmatch import fnmatchcase
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import FunctionType
 from typing import Any, ClassVar, NamedTuple, TextIO
 
 # ==== 1. CONFIG ==============================================================
@@ -8416,6 +8417,7 @@ class Scorer:
         began, kept = time.monotonic(), fingerprint(self.model) if self.checked else b""
         self.variant, self.ledger = scoring_variant(self.h, variant), [] if ledger is None else ledger
         self.versions = Counter[int]()  # chunks that each span's adapters have learned from
+        self.changed = set[str]()  # parameters that adapters have changed for a prediction
         self.tokens, self.spans = tokens, self.cut(len(tokens) - 1)
         count, rt = len(self.spans), self.rt
         mine = range(rt.rank * count // rt.world, (rt.rank + 1) * count // rt.world)
@@ -8537,6 +8539,7 @@ class Scorer:
         columns = [[state[i] for state in states] for i in range(len(self.adapters))]
         pairs = merge_changes([a.lora(column, chunk) for a, column in zip(self.adapters, columns, strict=True)])
         weights = merge_changes([a.weights(column, chunk) for a, column in zip(self.adapters, columns, strict=True)])
+        self.changed |= pairs.keys() | weights.keys()
         call = (chunk.tokens, self.variant, chunk.carry, chunk.scored, pairs or None)
         with self.rt.precision():
             logits, carry = (
@@ -8590,20 +8593,25 @@ class Seen(NamedTuple):
     vectors: dict[int, Tensor]  # log-probabilities of the whole vocabulary, on the CPU
     states: dict[int, bytes]  # digest of the span's adapters and carry before the chunk
     gap: float  # largest difference between the log-probabilities that were scored and the vectors
+    off: float  # largest |logsumexp| of all vectors, wanted or not
     ledger: list[Entry]
     score: Score | None  # None where the run was cut short
     kept: bool  # no adapter changed anything of itself but its spans' states
+    changed: set[str]  # parameters that adapters changed for some prediction
 
 
 class Audit:
     """Whole evaluations of a short stream, with all adapters on, that show whether an evaluation is legal.
 
     `make` gives a new scorer; tokens (N,) int64 of its stream. Positions are all edges of chunks, spans, documents and
-    segments (or as many as fit), and others by chance.
+    segments (or as many as fit), and others by chance. Some more lie at the end of `far`, a longer stream that is
+    walked as one span; what an evaluation would do beyond it, or where no position was chosen, is not seen.
     """
 
-    def __init__(self, make: Callable[[], Scorer], tokens: np.ndarray, positions: int = 200) -> None:
-        self.make, self.tokens, self.choose = make, tokens, np.random.default_rng(0)
+    def __init__(
+        self, make: Callable[[], Scorer], tokens: np.ndarray, positions: int = 200, far: np.ndarray | None = None
+    ) -> None:
+        self.make, self.tokens, self.choose, self.far = make, tokens, np.random.default_rng(0), far
         self.before = fingerprint(make().model)
         self.whole = self.run(tokens, set(range(1, len(tokens))))
         self.positions = self.some_positions(positions)
@@ -8627,29 +8635,33 @@ class Audit:
     def run(self, tokens: np.ndarray, wanted: set[int], until: int = 0, adapters: list[Adapter] | None = None) -> Seen:
         """Evaluate and look; ends after the chunk of `until`, if that is given."""
         scorer = self.make()
+        if len(tokens) > len(self.tokens):  # the longer stream
+            scorer.h = dataclasses.replace(scorer.h, eval_streams=1)
         if adapters is not None:
             scorer.adapters = adapters
         return self.look(scorer, tokens, wanted, until)
 
     def look(self, scorer: Scorer, tokens: np.ndarray, wanted: set[int], until: int = 0) -> Seen:
         """Run a scorer and keep what it shows."""
-        rows_seen, states, ledger, gaps = dict[int, Tensor](), dict[int, bytes](), list[Entry](), [0.0]
-        own: list[bytes] = []
+        rows_seen, states, ledger, own = dict[int, Tensor](), dict[int, bytes](), list[Entry](), list[bytes]()
+        gaps, offs = [0.0], [0.0]
 
         def watch(kind: str, chunk: Chunk, columns: list[list], given: Distribution) -> None:
             if kind != "score":
                 return
             own.append(own[0] if own else own_state(scorer))
-            targets = chunk.targets[:, -chunk.scored :] if chunk.targets is not None else chunk.tokens
+            full = given.full()
+            if not until:
+                targets = chunk.targets[:, -chunk.scored :] if chunk.targets is not None else chunk.tokens
+                exact = full.gather(-1, targets[..., None])[..., 0]
+                gaps.append(float((given.log_prob(targets) - exact).abs().max()))
+                offs.append(float(full.double().logsumexp(-1).abs().max()))
             for row, start in enumerate(chunk.starts):
                 inside = wanted.intersection(range(start + 1, start + 1 + chunk.scored))
                 if not inside:
                     continue
-                full = given.full()[row]
-                exact = full.gather(-1, targets[row, :, None])[:, 0]
-                gaps.append(float((given.log_prob(targets)[row] - exact).abs().max()))
                 digest = fingerprint([columns[row], flatten_state(take_rows(chunk.carry, slice(row, row + 1)))])
-                rows_seen.update({index: full[index - start - 1].cpu().clone() for index in inside})
+                rows_seen.update({index: full[row, index - start - 1].cpu().clone() for index in inside})
                 states.update(dict.fromkeys(inside, digest))
             if until in rows_seen:
                 raise Reached
@@ -8657,33 +8669,46 @@ class Audit:
         scorer.watch, score = watch, None
         with suppress(Reached):
             score = scorer.score(tokens, ledger=ledger)
-        kept = not own or own[0] == own_state(scorer)
-        return Seen(rows_seen, states, max(gaps), ledger, score, kept)
+        kept, worst = not own or own[0] == own_state(scorer), (float(np.max(gaps)), float(np.max(offs)))
+        return Seen(rows_seen, states, *worst, ledger, score, kept, scorer.changed)
 
     def findings(self) -> list[Finding]:
         """All checks that need no more than a scorer and a stream."""
-        return [self.causality(), self.order(), *self.normalization(), *self.state(), self.determinism()]
+        far = [] if self.far is None else [self.far_causality(self.far)]
+        found = [self.causality(), *far, self.order(), *self.normalization(), *self.scores(), *self.state()]
+        return [*found, self.determinism()]
 
     def causality(self) -> Finding:
         """A token and all after it replaced: its whole vector, and what its chunk was scored with, are the same bits.
 
         Where adapters meet between phases, what was scored in time before the token is not after it.
         """
-        turn = {at: i for i, e in enumerate(self.whole.ledger) if e.kind == "score" for at in range(e.first, e.stop)}
-        order = np.array([-1, *(turn.get(at, 0) * len(self.tokens) + at for at in range(1, len(self.tokens)))])
-        meets, wrong, size = any(a.phases > 1 for a in self.make().adapters), list[int](), self.make().h.vocab_size
-        for at in self.positions:
-            later = np.arange(len(self.tokens)) >= at
-            later &= (order >= order[at]) | (not meets)
-            shift = self.choose.integers(1, size, len(self.tokens))
-            changed = np.where(later, (self.tokens + shift) % size, self.tokens)
-            seen = self.run(changed, {at}, at)
-            same = seen.states.get(at) == self.whole.states[at] and torch.equal(
-                seen.vectors[at], self.whole.vectors[at]
-            )
-            wrong += [] if same else [at]
+        wrong = self.differing(self.tokens, self.whole, self.positions)
         found = f"{len(self.positions)} positions, {len(wrong)} differ" + (f", first {wrong[0]}" if wrong else "")
         return Finding("causality", not wrong, found)
+
+    def far_causality(self, tokens: np.ndarray) -> Finding:
+        """The same in the last window of a longer stream, at fewer positions: each costs a walk over all of it."""
+        last, count = len(tokens), max(2, len(self.positions) // 25)
+        window = np.arange(max(1, last - self.make().h.eval_window), last)
+        places = sorted(self.choose.permutation(window)[:count].tolist())
+        wrong = self.differing(tokens, self.run(tokens, set(places)), places)
+        found = f"{len(places)} positions of the last {len(window)} tokens of {last - 1}, {len(wrong)} differ"
+        return Finding("causality: far", not wrong, found)
+
+    def differing(self, tokens: np.ndarray, whole: Seen, positions: list[int]) -> list[int]:
+        """Positions where a run with the token and all after it replaced shows something else than the whole one."""
+        turn = {at: i for i, e in enumerate(whole.ledger) if e.kind == "score" for at in range(e.first, e.stop)}
+        order = np.array([-1, *(turn.get(at, 0) * len(tokens) + at for at in range(1, len(tokens)))])
+        meets, wrong, size = any(a.phases > 1 for a in self.make().adapters), list[int](), self.make().h.vocab_size
+        for at in positions:
+            later = np.arange(len(tokens)) >= at
+            later &= (order >= order[at]) | (not meets)
+            shift = self.choose.integers(1, size, len(tokens))
+            seen = self.run(np.where(later, (tokens + shift) % size, tokens), {at}, at)
+            same = seen.states.get(at) == whole.states[at] and torch.equal(seen.vectors[at], whole.vectors[at])
+            wrong += [] if same else [at]
+        return wrong
 
     def order(self) -> Finding:
         """Every token is scored once, in order, and before anything learns from it."""
@@ -8703,25 +8728,40 @@ class Audit:
         return Finding("order", not problem, problem or f"{len(scored)} tokens scored once, in order, before updates")
 
     def normalization(self) -> list[Finding]:
-        """Every distribution sums to 1: the model's, each adapter's alone, and that of their stack."""
+        """Every distribution, of all tokens, sums to 1: the model's, each adapter's alone, and that of their stack."""
         stacks = {"model": [], **{type(a).__name__: [a] for a in self.make().adapters}}
-        runs = {name: self.run(self.tokens, set(self.positions), 0, stack) for name, stack in stacks.items()}
-        found = []
-        for name, seen in (*runs.items(), ("all", self.whole)):
-            rows = torch.stack([seen.vectors[at] for at in self.positions]).double()
-            off = float(rows.logsumexp(-1).abs().max())
-            ok = off <= 1e-5 and seen.gap <= 1e-5
-            found.append(Finding(f"normalization: {name}", ok, f"|logsumexp| {off:.1e}, scored differs {seen.gap:.1e}"))
-        return found
+        runs = {name: self.run(self.tokens, set(), 0, stack) for name, stack in stacks.items()}
+        return [
+            Finding(
+                f"normalization: {name}",
+                seen.off <= 1e-5 and seen.gap <= 1e-5,
+                f"|logsumexp| {seen.off:.1e}, scored differs {seen.gap:.1e}",
+            )
+            for name, seen in (*runs.items(), ("all", self.whole))
+        ]
+
+    def scores(self) -> list[Finding]:
+        """The score is what the vectors say, and the same to the last bit when nobody looks at them."""
+        blind, seen = self.make().score(self.tokens), self.whole.score
+        assert seen is not None, "a whole run ends with a score"
+        nats = -sum(float(vector[self.tokens[at]]) for at, vector in self.whole.vectors.items())
+        summed = math.isclose(nats, seen.nats, rel_tol=1e-9)
+        return [
+            Finding("score: sum", summed, f"{seen.nats:.6f} nats, {nats:.6f} by the vectors"),
+            Finding("score: unwatched", blind == seen, f"nats differ by {abs(blind.nats - seen.nats):g}"),
+        ]
 
     def state(self) -> list[Finding]:
         """Evaluations change nothing but their spans' states, and leave none behind."""
         scorer = self.make()
         first, second = (self.look(scorer, self.tokens, set(self.positions)) for _ in range(2))
         clean = self.before == fingerprint(scorer.model)
-        alike = digest_of(first) == digest_of(second)
+        alike, h = digest_of(first) == digest_of(second), scorer.h
+        beyond = sorted(self.whole.changed - set(ttt_names(h, scorer.model) if h.ttt_scope != "off" else ()))
+        changed = f"{len(self.whole.changed)} parameters adapted"
         return [
             Finding("state: weights", clean, "unchanged" if clean else "changed by the evaluation"),
+            Finding("state: scope", not beyond, f"{beyond[0]} is not in TTT_SCOPE" if beyond else changed),
             Finding("state: adapters", self.whole.kept, "declared" if self.whole.kept else "an adapter keeps its own"),
             Finding("state: survival", alike, "none survives" if alike else "the next evaluation differs"),
         ]
@@ -8730,13 +8770,18 @@ class Audit:
         """The same again with a new scorer."""
         again = self.run(self.tokens, set(self.whole.vectors))
         same = digest_of(again) == digest_of(self.whole)
-        nats = abs((again.score.nats if again.score else math.nan) - (self.whole.score.nats if self.whole.score else 0))
-        return Finding("determinism", same, f"nats differ by {nats:g}")
+        return Finding("determinism", same, "twice the same" if same else "another run shows something else")
 
 
 def own_state(scorer: Scorer) -> bytes:
-    """A digest of what adapters hold beside the states of their spans."""
-    return fingerprint([dict(adapter.__dict__) for adapter in scorer.adapters])
+    """A digest of what adapters hold beside the states of their spans: in themselves, their classes, the scorer."""
+    code = FunctionType | property | classmethod | staticmethod | type
+    held = [{name: part for name, part in a.__dict__.items() if part is not scorer} for a in scorer.adapters]
+    for kind in [kind for adapter in scorer.adapters for kind in type(adapter).__mro__]:
+        held.append(
+            {n: part for n, part in kind.__dict__.items() if not (n.startswith("__") or isinstance(part, code))}
+        )
+    return fingerprint([held, scorer.calibration, sorted(scorer.__dict__)])
 
 
 def digest_of(seen: Seen) -> bytes:
@@ -8784,10 +8829,12 @@ def take_rows(state: Any, rows: Any) -> Any:
 def fingerprint(state: Any) -> bytes:
     """A digest of a state or a model: numbers, text, arrays, tensors, and dicts, lists and tuples of them.
 
-    What is none of these is told apart by its identity alone.
+    Raises UserError for anything else, whose content cannot be told.
     """
     if isinstance(state, nn.Module):
         state = dict(state.state_dict())
+    if isinstance(state, Hyperparameters):
+        state = dataclasses.asdict(state)
     if isinstance(state, Tensor):
         state = (
             str(state.dtype),
@@ -8800,8 +8847,12 @@ def fingerprint(state: Any) -> bytes:
         state = list(state.items())
     if isinstance(state, list | tuple):
         return hashlib.sha256(b"(" + b"".join(fingerprint(part) for part in state)).digest()
-    plain = state is None or isinstance(state, int | float | str | bytes)
-    return hashlib.sha256((repr(state) if plain else f"{type(state)}{id(state)}").encode()).digest()
+    if not (state is None or isinstance(state, int | float | str | bytes | np.generic)):
+        raise UserError(
+            f"an adapter keeps a {type(state).__name__}, whose content no audit can compare; keep numbers, text, "
+            "arrays, tensors, and dicts, lists and tuples of them"
+        )
+    return hashlib.sha256(repr(state).encode()).digest()
 
 
 def map_state(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -10281,8 +10332,12 @@ def audit_command(path: str, positions: int, environ: dict[str, str]) -> int:
     log, table, validation = Log(None, rt.main), tokenizer.byte_table(), read_validation(h)
     short = dataclasses.replace(h, eval_streams=min(3, h.eval_streams), freeze_check_strict=False)
     stream = audit_stream(short, validation)
-    log.line(f"protocol:{h.protocol} audited on {len(stream) - 1} tokens in {short.eval_streams} streams")
-    audit = Audit(lambda: Scorer(short, rt, model, table, calibration), stream, positions)
+    far = validation[: 4 * len(stream)]
+    log.line(
+        f"protocol:{h.protocol} audited on the first {len(stream) - 1} of {len(validation) - 1} tokens in "
+        f"{short.eval_streams} streams, and at the end of the first {len(far) - 1} in one"
+    )
+    audit = Audit(lambda: Scorer(short, rt, model, table, calibration), stream, positions, far)
     trained = trained_weights(h, rt, Path(path).parent, tokenizer.bos)
     findings = [*audit.findings(), check_bytes(tokenizer, table, validation)]
     findings.append(check_fidelity(audit.make(), trained, validation))
@@ -10290,7 +10345,7 @@ def audit_command(path: str, positions: int, environ: dict[str, str]) -> int:
         log.line(f"{AUDIT_MARKS[finding.ok]} {finding.check:<34}{finding.found}")
     ok, unknown = all(finding.ok is not False for finding in findings), [f.check for f in findings if f.ok is None]
     report = {"artifact_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "protocol": h.protocol, "ok": ok,
-        "tokens": len(stream) - 1, "positions": audit.positions, "checks": [f._asdict() for f in findings]}  # fmt: skip
+        "tokens": len(stream) - 1, "far_tokens": len(far) - 1, "of": len(validation) - 1, "positions": audit.positions, "checks": [f._asdict() for f in findings]}  # fmt: skip
     write_atomically(Path(path + ".audit.json"), (json.dumps(report, indent=1) + "\n").encode())
     missing = f" but for what was not measured: {', '.join(unknown)};" if unknown else ","
     log.line(f"audit: {'passed' if ok else 'FAILED'}{missing} written to {path}.audit.json")

@@ -797,11 +797,16 @@ def test_protocol_mistakes_are_one_line(environ: dict[str, str], named: str) -> 
 def audited(h: t.Hyperparameters, make: Callable[[], t.Scorer] | None = None, positions: int = 24) -> t.Audit:
     model = scrambled(h)
     tokens = t.audit_stream(h, stream(3000))
-    return t.Audit(make or (lambda: scorer_of(h, model)), tokens, positions)
+    return t.Audit(make or (lambda: scorer_of(h, model)), tokens, positions, stream(2 * len(tokens)))
 
 
 def failed(audit: t.Audit) -> set[str]:
-    return {finding.check.split(":")[0] for finding in audit.findings() if not finding.ok}
+    return {finding.check for finding in audit.findings() if not finding.ok}
+
+
+CHECKS = {"causality", "causality: far", "order", "normalization: model", "normalization: all", "score: sum",
+    "score: unwatched", "state: weights", "state: scope", "state: adapters", "state: survival",
+    "determinism"}  # fmt: skip
 
 
 @pytest.mark.parametrize("stack", ["plain", *OWN])
@@ -814,7 +819,8 @@ def test_honest_evaluations_pass_the_audit(stack: str, mode: str) -> None:
     audit = audited(h, positions=8)
     findings = audit.findings()
     assert not [finding for finding in findings if not finding.ok]
-    assert {f.check.split(":")[0] for f in findings} == {"causality", "order", "normalization", "state", "determinism"}
+    alone = {f"normalization: {type(adapter).__name__}" for adapter in audit.make().adapters}
+    assert {finding.check for finding in findings} == CHECKS | alone
     assert len(audit.positions) == 8
 
 
@@ -927,21 +933,117 @@ class Twice(t.Scorer):
         return super().score_group(group, turns, run, sums, pace)
 
 
+class Sly(Oracle):
+    """Looks at the targets only where nobody looks at it."""
+
+    def begin(self, scorer: t.Scorer) -> Tensor:
+        return super().begin(scorer) if scorer.watch is None else torch.zeros(len(scorer.tokens), dtype=torch.int64)
+
+
+class Lying(Peeking):
+    """Better for the target each second time that it is asked."""
+
+    asked: ClassVar[list[int]] = []
+
+    def log_prob(self, targets: Tensor) -> Tensor:
+        self.asked.append(1)
+        return super().log_prob(targets) - 0.1 * (len(self.asked) % 2)
+
+
+class Liar(t.Adapter):
+    def wrap(self, states: list[None], chunk: t.Chunk, given: t.Distribution) -> Any:
+        return Lying(given.full())
+
+
+class Late(Oracle):
+    """Looks at the targets beyond the first 150 tokens of a span, further than an audit's short spans go."""
+
+    def begin(self, scorer: t.Scorer) -> None:
+        self.tokens, self.begins = super().begin(scorer), [first for first, _ in scorer.spans]
+
+    def wrap(self, states: list[None], chunk: t.Chunk, given: t.Distribution) -> t.Distribution:
+        late = any(at - self.begins[span] > 150 for at, span in zip(chunk.starts, chunk.spans, strict=True))
+        return super().wrap([self.tokens] * len(states), chunk, given) if late else given
+
+
+class RarelyUnnormalized(t.Adapter):
+    """Adds up to more than 1 behind one pair of tokens in five hundred."""
+
+    def wrap(self, states: list[None], chunk: t.Chunk, given: t.Distribution) -> t.Distribution:
+        tokens = F.pad(chunk.tokens, (1, 0))[:, -chunk.scored - 1 :]
+        rare = (tokens[:, 1:] % 16 == 7) & (tokens[:, :-1] % 16 == 3)
+        return t.Distribution(given.full() + 1.0 * rare[..., None])
+
+
+class Outside(t.Adapter):
+    """Changes a weight that is not in TTT_SCOPE, by the way that is meant for what is."""
+
+    def begin(self, scorer: t.Scorer) -> Tensor:
+        return dict(scorer.model.named_parameters())["embed.weight"].detach() * 1.001
+
+    def weights(self, states: list[Tensor], chunk: t.Chunk) -> dict[str, Tensor]:
+        return {"embed.weight": states[0]}
+
+
+class Survivor(Sharpen):
+    """Counts evaluations, and predicts by their number."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+
+    def begin(self, scorer: t.Scorer) -> None:
+        self.runs += 1
+
+    def wrap(self, states: list[None], chunk: t.Chunk, given: t.Distribution) -> t.Distribution:
+        return t.Distribution((given.full() * (1 + self.runs / 100)).log_softmax(-1))
+
+
+class ClassHoarder(Hoarder):
+    """Keeps what it saw in its class."""
+
+    kept: ClassVar[dict[str, Tensor]] = {}
+
+    def begin(self, scorer: t.Scorer) -> None:
+        self.kept["seen"] = torch.ones(VOCAB, dtype=torch.float64)
+
+    def learn(self, states: list[None], chunk: t.Chunk, given: t.Distribution) -> list[None]:
+        assert chunk.targets is not None
+        self.kept["seen"] = self.kept["seen"] + torch.bincount(chunk.targets.flatten(), minlength=VOCAB)
+        return states
+
+
+class Random(t.Adapter):
+    """Shakes the distribution with random numbers that nobody seeds."""
+
+    def wrap(self, states: list[None], chunk: t.Chunk, given: t.Distribution) -> t.Distribution:
+        return t.Distribution((given.full() + torch.rand(VOCAB) / 100).log_softmax(-1))
+
+
+PEEKING = {"causality", "causality: far"}
 PLANTED: dict[str, tuple[type[t.Scorer], Callable[[], list[t.Adapter]], set[str]]] = {
-    "target peeking": (t.Scorer, lambda: [Oracle()], {"causality"}),
-    "target peeking when scored": (t.Scorer, lambda: [Partial()], {"normalization"}),
-    "future leak": (t.Scorer, lambda: [Future()], {"causality"}),
-    "update before scoring": (Eager, lambda: [Unigram()], {"causality", "order"}),
-    "second pass": (Twice, lambda: [Unigram()], {"causality", "order"}),
-    "unnormalized cache": (t.Scorer, lambda: [Unnormalized()], {"normalization"}),
-    "undeclared state": (t.Scorer, lambda: [Hoarder()], {"state"}),
-    "written weights": (t.Scorer, lambda: [Writer()], {"state"}),
-}
+    "target peeking": (t.Scorer, lambda: [Oracle()], PEEKING),
+    "target peeking when unwatched": (t.Scorer, lambda: [Sly()], {"score: unwatched"}),
+    "target peeking far on": (t.Scorer, lambda: [Late()], {"causality: far"}),
+    "target peeking when scored": (
+        t.Scorer, lambda: [Partial()], {"normalization: Partial", "normalization: all", "score: sum"}),
+    "target peeking each second time": (t.Scorer, lambda: [Liar()], {"score: sum", "score: unwatched"}),
+    "future leak": (t.Scorer, lambda: [Future()], PEEKING),
+    "update before scoring": (
+        Eager, lambda: [Unigram()], {*PEEKING, "order"}),
+    "second pass": (Twice, lambda: [Unigram()], {*PEEKING, "order"}),
+    "unnormalized cache": (t.Scorer, lambda: [Unnormalized()], {"normalization: Unnormalized", "normalization: all"}),
+    "rarely unnormalized": (
+        t.Scorer, lambda: [RarelyUnnormalized()], {"normalization: RarelyUnnormalized", "normalization: all"}),
+    "undeclared state": (t.Scorer, lambda: [Hoarder()], {"state: adapters"}),
+    "undeclared state of a class": (t.Scorer, lambda: [ClassHoarder()], {"state: adapters"}),
+    "surviving state": (t.Scorer, lambda: [Survivor()], {"state: survival"}),
+    "written weights": (t.Scorer, lambda: [Writer()], {"state: weights"}),
+    "outside its scope": (t.Scorer, lambda: [Outside()], {"state: scope"}),
+    "chance": (t.Scorer, lambda: [Random()], {*PEEKING, "score: unwatched", "state: survival", "determinism"}),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("defect", PLANTED)
-def test_audit_catches(defect: str) -> None:
-    kind, adapters, expected = PLANTED[defect]
+def planted_audit(kind: type[t.Scorer], adapters: Callable[[], list[t.Adapter]]) -> t.Audit:
     h = config(EVAL_STREAMS=2)
     model, rt, table = scrambled(h), t.start_runtime(h), t.ByteTokenizer().byte_table()
 
@@ -950,10 +1052,37 @@ def test_audit_catches(defect: str) -> None:
         scorer.adapters = adapters()
         return scorer
 
-    found = failed(audited(h, make))
+    return audited(h, make)
+
+
+@pytest.mark.parametrize("defect", PLANTED)
+def test_audit_catches(defect: str) -> None:
+    """By name what is wrong, and nothing else, where a defect does not spoil other checks as well."""
+    kind, adapters, expected = PLANTED[defect]
+    found = failed(planted_audit(kind, adapters))
     assert expected <= found, found
     if defect not in ("written weights", "undeclared state", "second pass", "update before scoring"):
         assert found == expected, "and nothing else is blamed"
+
+
+def test_audit_refuses_state_that_it_cannot_compare() -> None:
+    class Box:
+        seen = torch.ones(VOCAB, dtype=torch.float64)
+
+    class Boxed(Hoarder):
+        def __init__(self) -> None:
+            self.box, self.seen = Box(), Box.seen
+
+    class BoxedState(Unigram):
+        def begin(self, scorer: t.Scorer) -> Any:
+            return {"a": Box()}
+
+        def wrap(self, states: list[Any], chunk: t.Chunk, given: t.Distribution) -> t.Distribution:
+            return given
+
+    for adapter in (Boxed, BoxedState):
+        with pytest.raises(t.UserError, match="keeps a Box"):
+            planted_audit(t.Scorer, lambda kind=adapter: [kind()])
 
 
 def test_audit_counts_the_bytes_of_the_text() -> None:
