@@ -132,8 +132,8 @@ need_number MIN_FREE_GB 0
 
 # Competition settings, then what long runs taught: an allocator that does not fragment, peer-to-peer copies left on.
 vocabulary=${VOCAB_SIZE:-8192}
-SETTINGS="PRESET=ternary MAX_WALLCLOCK_SECONDS=600 TRAIN_BATCH_TOKENS=524288 TRAIN_SEQ_LEN=1024 VOCAB_SIZE=$vocabulary
-DATA_PATH=./data/datasets/fineweb10B_sp$vocabulary TOKENIZER_PATH=./data/tokenizers/fineweb_${vocabulary}_bpe.model
+SETTINGS="PRESET=ternary MAX_WALLCLOCK_SECONDS=600 MAX_EVAL_SECONDS=600 TRAIN_BATCH_TOKENS=524288 TRAIN_SEQ_LEN=1024
+VOCAB_SIZE=$vocabulary DATA_PATH=./data/datasets/fineweb10B_sp$vocabulary TOKENIZER_PATH=./data/tokenizers/fineweb_${vocabulary}_bpe.model
 PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:256,expandable_segments:True NCCL_P2P_DISABLE=0"
 if [ "$vocabulary" = 256 ] || [ "$vocabulary" = 260 ]; then
     # The byte tokenizers need no file.

@@ -14,7 +14,7 @@ variables alone (`--help` lists them), and reads from top to bottom: each sectio
     python train_gpt.py --help                      every variable with type, default, unit and meaning
 
 Sections: 1 CONFIG, 2 RUNTIME, 3 DATA, 4 CODECS, 5 LAYERS, 6 MIXERS, 7 RESIDUAL, 8 MEMORY, 9 MODEL,
-10 OPTIMIZERS, 11 ARTIFACT, 12 EVALUATION, 13 CHECKPOINT, 14 TRAINING, 15 MAIN. At most 10,600 lines.
+10 OPTIMIZERS, 11 ARTIFACT, 12 EVALUATION, 13 CHECKPOINT, 14 TRAINING, 15 MAIN. At most 10,650 lines.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from fnmatch import fnmatchcase
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import FunctionType
 from typing import Any, ClassVar, NamedTuple, TextIO
 
 # ==== 1. CONFIG ==============================================================
@@ -636,7 +637,27 @@ class Hyperparameters:
         stride = f",stride={self.sliding_eval_stride}" if self.sliding_eval else ""
         carry = ",carry=1" if self.carry_eval else ""
         adapters = f",adapters={'+'.join(names)}" if names else ""
-        return f"window={self.eval_window}{stride}{carry},streams={self.eval_streams}{adapters}"
+        settings = f",settings={self.settings}" if self.settings else ""
+        return f"window={self.eval_window}{stride}{carry},streams={self.eval_streams}{adapters}{settings}"
+
+    @property
+    def settings(self) -> str:
+        """A short digest of all else that a score depends on and that is not the default; empty where all is."""
+        values, named = dataclasses.asdict(self), (*PROTOCOL_PARTS.values(), *PROTOCOL_SWITCHES, *NOT_OF_THE_SCORE)
+        found = [
+            f"{name}={values[spec.name]}"
+            for name, spec in FIELDS.items()
+            if (spec.metadata["group"] == "evaluation" or name.startswith("YARN")) and spec.name not in named
+            and values[spec.name] != spec.default and not h_ineffective(self, name)
+        ]  # fmt: skip
+        return hashlib.sha256("\n".join(found).encode()).hexdigest()[:8] if found else ""
+
+    @property
+    def named(self) -> bool:
+        """Whether EVAL_PROTOCOL, in whatever order, says all that this score depends on."""
+        own, said = (protocol_parts(text).get("settings") for text in (self.protocol, self.eval_protocol))
+        same = protocol_values(self.protocol) == protocol_values(self.eval_protocol)
+        return bool(self.eval_protocol) and same and own == said
 
     @property
     def letters(self) -> str:
@@ -793,18 +814,32 @@ PROTOCOL_ADAPTERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Fields that the other parts set, what they switch off where they do not name it, and what changes no score.
+PROTOCOL_PARTS = {"window": "eval_seq_len", "stride": "sliding_eval_stride", "streams": "eval_streams",
+    "carry": "carry_eval"}  # fmt: skip
+PROTOCOL_SWITCHES: dict[str, Any] = {"temp_scaling": False, "eval_engram": False, "ngram_cache": False,
+    "ttt_scope": "off", "sliding_eval": False}  # fmt: skip
+NOT_OF_THE_SCORE = ("eval_protocol", "max_eval_seconds", "val_batch_size", "val_loss_every", "train_log_every",
+    "diag_every", "mhc_log_every", "freeze_check_strict", "calib_max_seconds")  # fmt: skip
+
+
+def protocol_parts(text: str) -> dict[str, str]:
+    """The parts of an EVAL_PROTOCOL by name. Raises UserError when one is there twice."""
+    pairs = [part.partition("=")[::2] for part in text.split(",")] if text else []
+    adapters = [name.split("_")[0] for part, names in pairs if part == "adapters" for name in names.split("+")]
+    for listed in ([name for name, _ in pairs], adapters):
+        if twice := [name for name, count in Counter(listed).items() if count > 1]:
+            raise UserError(f"EVAL_PROTOCOL={text} says {twice[0]} twice; name each part and adapter once")
+    return dict(pairs)
+
+
 def protocol_values(text: str) -> dict[str, Any]:
     """The fields that an EVAL_PROTOCOL fixes; what it does not name is off. Raises UserError."""
     if not text:
         return {}
-    parts = dict(part.partition("=")[::2] for part in text.split(","))
+    parts, known = protocol_parts(text), PROTOCOL_PARTS
+    parts.pop("settings", None)
     names = parts.pop("adapters").split("+") if "adapters" in parts else []
-    known = {
-        "window": "eval_seq_len",
-        "stride": "sliding_eval_stride",
-        "streams": "eval_streams",
-        "carry": "carry_eval",
-    }
     wrong = [name for name in parts if name not in known] + [name for name in names if name not in PROTOCOL_ADAPTERS]
     if wrong or not {"window", "streams"} <= parts.keys():
         raise UserError(
@@ -812,8 +847,7 @@ def protocol_values(text: str) -> dict[str, Any]:
             f"known: {', '.join(known)}, adapters of {', '.join(PROTOCOL_ADAPTERS)}; "
             "e.g. window=1024,stride=64,streams=8,adapters=ngram"
         )
-    values: dict[str, Any] = {"temp_scaling": False, "eval_engram": False, "ngram_cache": False, "ttt_scope": "off"}
-    values |= {"sliding_eval": "stride" in parts, "carry_eval": False}
+    values = PROTOCOL_SWITCHES | {"sliding_eval": "stride" in parts, "carry_eval": False}
     values |= {known[name]: parse_value(known[name].upper(), number) for name, number in parts.items()}
     return functools.reduce(lambda found, name: found | PROTOCOL_ADAPTERS[name], names, values)
 
@@ -1222,6 +1256,12 @@ def load_config(environ: dict[str, str], base: dict[str, Any] | None = None) -> 
             )
     h = Hyperparameters(**{**(base or {}), **PRESETS.get(preset, {}), **values, **fixed})
     validate(h)
+    said = protocol_parts(h.eval_protocol).get("settings") if fixed else None
+    if said not in (None, h.settings):
+        raise UserError(
+            f"EVAL_PROTOCOL={h.eval_protocol} was named for other evaluation variables (TTT_*, NGRAM_CACHE_*, …); "
+            f"these make {h.protocol}"
+        )
     ineffective = [n for n in texts if h_ineffective(h, n)]
     if ineffective and h.strict_config:
         raise UserError(f"{', '.join(ineffective)} has no effect under this configuration (STRICT_CONFIG=1)")
@@ -7923,8 +7963,9 @@ class Adapter:
     parameters; `wrap` turns the distribution of a chunk into another normalized one; `learn` is called after the chunk
     has been scored, with what `wrap` returned, unless it was its span's last. All that an adapter remembers is in these
     states, of numbers, arrays, tensors, and dicts and tuples of them, which the audit compares. An adapter that learns
-    across spans sets `phases` > 1: the spans are then walked in that many parts, and between two parts `merge` sees the
-    states of all spans of all ranks. One that gives every span weights of its own sets `together` to 1.
+    across spans sets `phases` > 1: the spans are then walked in that many parts, and between two parts `merge` sees
+    what all spans of all ranks `offer` of their states, on the CPU. One that gives every span weights of its own sets
+    `together` to 1.
     """
 
     phases: int = 1
@@ -7932,6 +7973,10 @@ class Adapter:
 
     def memory(self, scorer: Scorer) -> int:
         """Bytes that a span's state will take, where they matter."""
+        return 0
+
+    def work(self, scorer: Scorer, rows: int) -> int:
+        """Bytes that it takes to predict a chunk of so many spans, where they matter."""
         return 0
 
     def begin(self, scorer: Scorer) -> Any:
@@ -7949,7 +7994,11 @@ class Adapter:
     def learn(self, states: list[Any], chunk: Chunk, given: Distribution) -> list[Any]:
         return states
 
-    def merge(self, states: dict[int, Any]) -> dict[int, Any]:
+    def offer(self, state: Any) -> Any:
+        return map_state(state, lambda tensor: tensor.cpu())
+
+    def merge(self, states: dict[int, Any], offers: dict[int, Any]) -> dict[int, Any]:
+        """The states of this rank's spans after all spans have met, by what each offered."""
         return states
 
 
@@ -7966,13 +8015,20 @@ class Deadline:
 
     def __init__(self, began: float, limit: float, tokens: int, say: Callable[[str], None]) -> None:
         self.began, self.limit, self.tokens, self.say = began, limit, tokens, say
-        self.done, self.foretold = 0, 0.0
+        self.done, self.foretold, self.first = 0, 0.0, (0, 0.0)
 
     def add(self, tokens: int) -> None:
-        """So many tokens were scored; after the first 2% it is foretold how long all will take."""
+        """So many tokens were scored; after the first 2% it is foretold how long all will take.
+
+        What the first chunk took says nothing about the others: kernels are chosen and memory is taken in it.
+        """
+        now, before = time.monotonic(), self.done
         self.done += tokens
-        if self.limit and not self.foretold and self.done >= 0.02 * self.tokens:
-            self.foretold = (time.monotonic() - self.began) * self.tokens / self.done
+        if not before:
+            self.first = (self.done, now)
+        elif self.limit and not self.foretold and self.done >= 0.02 * self.tokens:
+            pace = (now - self.first[1]) / (self.done - self.first[0])
+            self.foretold = now - self.began + pace * (self.tokens - self.done)
             self.say(f"evaluation will take about {self.foretold:.0f} s, MAX_EVAL_SECONDS={self.limit:g}")
 
     def late(self) -> bool:
@@ -8063,6 +8119,7 @@ class NgramAdapter(Adapter):
     ENTROPIES: ClassVar[tuple[float, ...]] = (0.5, 1.5, 3.0)  # nats between kinds of places
     PRIOR: ClassVar[tuple[float, float]] = (1.0, 20.0)  # evidence and tokens that a bin starts with
     LIMIT: ClassVar[float] = 5.0  # of trust's log odds, so that it can change its mind
+    BLOCK: ClassVar[int] = 64  # positions whose counts of the whole vocabulary are held in float64 at a time
 
     def __init__(self, kind: NgramKind) -> None:
         self.kind = kind
@@ -8070,6 +8127,12 @@ class NgramAdapter(Adapter):
     def memory(self, scorer: Scorer) -> int:
         positions = self.positions(scorer)
         return len(self.kind.orders) * (4 * self.rows(scorer) + 12 * positions) + 4 * positions
+
+    def work(self, scorer: Scorer, rows: int) -> int:
+        """Four arrays of the size of a chunk's logits, one row's look-up, and counts of two blocks of its positions."""
+        size = rows * scorer.step * scorer.h.vocab_size * scorer.rt.dtype.itemsize
+        found = 24 * len(self.kind.orders) * scorer.step * self.kind.depth
+        return 4 * size + found + 16 * min(self.BLOCK, scorer.step) * scorer.h.vocab_size
 
     def positions(self, scorer: Scorer) -> int:
         return min(self.kind.tokens, max(stop - start for start, stop in scorer.spans))
@@ -8114,10 +8177,8 @@ class NgramAdapter(Adapter):
             at = np.where(there, state.before[order, slot], -1)
         return found, order
 
-    def counts(
-        self, state: NgramState, inputs: np.ndarray, vocabulary: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Sparse part of p_ngram (n, V) and what is left to the model (n,), float64; the kind of place (n,) or -1."""
+    def counts(self, state: NgramState, inputs: np.ndarray, out: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """p_ngram's own part goes into out (n, V); what is left to the model (n,), and the kind of place (n,) or -1."""
         found, order = self.look_up(state, inputs)
         there, ordered = found >= 0, np.sort(found, -1)
         total = there.sum(-1)  # (orders, n)
@@ -8126,28 +8187,33 @@ class NgramAdapter(Adapter):
         escape = lower / (total + lower)
         left = np.cumprod(escape[::-1], 0)[::-1]  # what this order and those above leave
         weight = left / np.where(total > 0, escape * (total + lower), 1.0)
-        places = np.arange(len(inputs))[None, :, None] * vocabulary + found
-        flat = np.bincount(
-            places[there], np.broadcast_to(weight[..., None], found.shape)[there], len(inputs) * vocabulary
-        )
+        weights, vocabulary = np.broadcast_to(weight[..., None], found.shape), out.shape[1]
+        for at in range(0, len(inputs), self.BLOCK):
+            part = slice(at, min(at + self.BLOCK, len(inputs)))
+            places = np.arange(part.stop - at)[None, :, None] * vocabulary + found[:, part]
+            seen, size = there[:, part], (part.stop - at) * vocabulary
+            flat = np.bincount(places[seen], weights[:, part][seen], size)
+            out[part] = torch.from_numpy(flat.reshape(-1, vocabulary))
         longest = np.where(total > 0, order, -1).max(0)
         sure = np.take_along_axis(distinct, np.maximum(longest, 0)[None], 0)[0] == 1
-        return flat.reshape(len(inputs), vocabulary), left[0], np.where(longest >= 0, 2 * longest + sure, -1)
+        return left[0], np.where(longest >= 0, 2 * longest + sure, -1)
 
     def wrap(self, states: list[NgramState], chunk: Chunk, given: Distribution) -> Distribution:
         logs, inputs = given.full(), chunk.tokens[:, -chunk.scored :].cpu().numpy()
         entropy = -(logs.exp() * logs).sum(-1).cpu().numpy()
         level = np.searchsorted(self.ENTROPIES, entropy)  # (B, n)
-        rows = [self.counts(state, row, logs.shape[-1]) for state, row in zip(states, inputs, strict=True)]
-        place = np.stack([row[2] for row in rows])
+        seen = torch.empty_like(logs)
+        rows = [self.counts(*row) for row in zip(states, inputs, seen, strict=True)]
+        place = np.stack([row[1] for row in rows])
         place = np.where(place >= 0, place * (len(self.ENTROPIES) + 1) + level, -1)
         share = np.stack([state.gate[row, 0] / state.gate[row, 1] for state, row in zip(states, place, strict=True)])
         share = np.where(place >= 0, share, 0.0)
         trust = np.array([[1 / (1 + math.exp(-state.trust))] for state in states])
-        arrays = (np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows]), share, share * trust)
-        seen, left, alone, mixed = (torch.from_numpy(array).to(logs) for array in arrays)
-        kept, added = torch.log1p(-mixed * (1 - left))[..., None], (mixed[..., None] * seen).log()
-        return Distribution(torch.logaddexp(logs + kept, added), (logs, seen, left, alone, torch.from_numpy(place)))
+        arrays = (np.stack([row[0] for row in rows]), share, share * trust)
+        left, alone, mixed = (torch.from_numpy(array).to(logs) for array in arrays)
+        kept, added = torch.log1p(-mixed * (1 - left))[..., None], (mixed[..., None] * seen).log_()
+        both = torch.logaddexp(logs + kept, added, out=added)
+        return Distribution(both, (logs, seen, left, alone, torch.from_numpy(place)))
 
     def learn(self, states: list[NgramState], chunk: Chunk, given: Distribution) -> list[NgramState]:
         assert chunk.targets is not None
@@ -8268,12 +8334,13 @@ class TestTimeTraining(Adapter):
         values = {name: own[name].detach() for name in ttt_names(self.h, self.scorer.model)}
         if self.pairs:
             values = {n: part for name, weight in values.items() for n, part in self.first_pair(name, weight).items()}
-        zeros = {name: torch.zeros_like(value) for name, value in values.items()}
+        zeros = {name: value.new_zeros(()).expand_as(value) for name, value in values.items()}  # which take no memory
         return Adapted(values, zeros, zeros, 0, ())
 
     def first_pair(self, name: str, weight: Tensor) -> dict[str, Tensor]:
         """Random numbers into the rank, the same on every machine, and zeros out of it (Hu et al. 2021)."""
-        generator = torch.Generator().manual_seed(parameter_seed(self.h.seed, name))
+        seed = parameter_seed(0, name)  # not SEED, by which a score could be chosen
+        generator = torch.Generator().manual_seed(seed)
         down = torch.randn(weight.shape[1], self.h.ttt_rank, generator=generator) / math.sqrt(weight.shape[1])
         return {name + ":in": down.to(weight), name + ":out": weight.new_zeros(self.h.ttt_rank, weight.shape[0])}
 
@@ -8329,14 +8396,21 @@ class TestTimeTraining(Adapter):
                 states = self.step(states, samples)
         return [state._replace(kept=()) for state in states]
 
-    def merge(self, states: dict[int, Adapted]) -> dict[int, Adapted]:
+    def offer(self, state: Adapted) -> tuple[Sample, ...]:
+        """The samples alone: values and averages are the same on all ranks, which take the same steps."""
+        return map_state(state.kept, lambda tensor: tensor.cpu())
+
+    def merge(self, states: dict[int, Adapted], offers: dict[int, tuple[Sample, ...]]) -> dict[int, Adapted]:
         """One set of values for all spans, after steps on eight of the new samples at a time."""
-        samples = [sample for _, state in sorted(states.items()) for sample in state.kept]
+        if not states:  # a rank may have no span
+            return {}
+        device = self.scorer.rt.device
+        samples = [map_state(s, lambda tensor: tensor.to(device)) for _, kept in sorted(offers.items()) for s in kept]
         by_length: dict[tuple[int, ...], list[Sample]] = {}
         for sample in samples:
             by_length.setdefault(tuple(sample.tokens.shape), []).append(sample)
         groups = [part[at : at + 8] for part in by_length.values() for at in range(0, len(part), 8)]
-        shared = [min(states.items())[1]]
+        shared = [*states.values()][:1]
         for group in groups * self.h.ttt_epochs:
             shared = self.step(shared, group)
         return dict.fromkeys(states, shared[0]._replace(kept=()))
@@ -8441,6 +8515,7 @@ class Scorer:
         self.adapters = [ADAPTERS[name](h) for name in h.used()["ADAPTERS"]]
         self.say: Callable[[str], None] = lambda text: None  # told before memory is taken, and how long it will take
         self.limit = 0.0  # seconds; 0: unbounded
+        self.began: float | None = None  # time.monotonic() from which they count; None: when scoring begins
         self.watch: Callable[[str, Chunk, list[list], Distribution], None] | None = None  # sees scores and updates
 
     def score(
@@ -8456,24 +8531,24 @@ class Scorer:
         ranks return the same sums. Raises AgreedError when it takes longer than `limit`, or would by the pace of its
         first 2%.
         """
-        began, kept = time.monotonic(), fingerprint(self.model) if self.checked else b""
+        kept = fingerprint(self.model) if self.checked else b""
         self.variant, self.ledger = scoring_variant(self.h, variant), [] if ledger is None else ledger
         self.versions = Counter[int]()  # chunks that each span's adapters have learned from
+        self.changed = set[str]()  # parameters that adapters have changed for a prediction
         self.tokens, self.spans = tokens, self.cut(len(tokens) - 1)
         count, rt = len(self.spans), self.rt
         mine = range(rt.rank * count // rt.world, (rt.rank + 1) * count // rt.world)
         rows = max(1, min(self.h.val_batch_size, MAX_LOGITS[rt.device.type] // self.h.vocab_size) // self.h.eval_window)
         rows = min([rows, *(adapter.together for adapter in self.adapters)])
         groups = [list(mine[at : at + rows]) for at in range(0, len(mine), rows)]
-        for adapter in self.adapters:
-            if taken := adapter.memory(self) * len(mine):
-                self.say(f"{type(adapter).__name__}: {taken / MIB:.1f} MiB for {len(mine)} streams")
+        self.foresee_memory(-(-count // rt.world), rows)
         states = {span: [adapter.begin(self) for adapter in self.adapters] for span in mine}
+        began = time.monotonic() if self.began is None else self.began
         pace = Deadline(began, self.limit, sum(self.spans[span][1] - self.spans[span][0] for span in mine), self.say)
         carries = [Carry(g, self.model.init_state(len(g)) if self.h.carry_eval else None) for g in groups]
         phases = max([adapter.phases for adapter in self.adapters], default=1)
         turns = max(-(-(stop - start) // self.step) for start, stop in self.spans)
-        sums = np.zeros(4)
+        sums = np.zeros(5)
         for phase in range(phases):
             part = range(phase * turns // phases, (phase + 1) * turns // phases)
             for g, group in enumerate(groups):
@@ -8481,7 +8556,7 @@ class Scorer:
                 if report:
                     report((phase + (g + 1) / len(groups)) / phases)
             states = self.merge(states) if phase + 1 < phases else states
-        sums[3] = pace.late()
+        sums[3:] = pace.late(), self.checked and kept != fingerprint(self.model)
         if rt.world > 1:
             dist.all_reduce(torch.from_numpy(sums), group=rt.control)
         if sums[3]:
@@ -8489,9 +8564,26 @@ class Scorer:
                 f"evaluation takes longer than MAX_EVAL_SECONDS={self.limit:g}; use a longer stride, fewer TTT_EPOCHS, "
                 "fewer adapters or more ranks"
             )
-        if self.checked and kept != fingerprint(self.model):
+        if sums[4]:
             raise AgreedError("the evaluation changed the model's own weights (FREEZE_CHECK_STRICT=1)")
         return Score(float(sums[0]), int(sums[1]), int(sums[2]))
+
+    def foresee_memory(self, spans: int, rows: int) -> None:
+        """Say what the adapters will take for so many spans. Raises UserError when this machine has less."""
+        have, whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 0
+        for adapter in self.adapters:
+            kept, work = adapter.memory(self) * spans, adapter.work(self, min(rows, spans))
+            if kept:
+                self.say(
+                    f"{type(adapter).__name__}: {kept / MIB:.1f} MiB for {spans} streams, {work / MIB:.1f} MiB more "
+                    f"while {min(rows, spans)} of them are scored"
+                )
+            whole += kept + work
+        if whole > have:
+            raise UserError(
+                f"the adapters need {whole / MIB:.0f} MiB for {spans} streams on each rank, and this machine has "
+                f"{have / MIB:.0f}; lower EVAL_STREAMS, EVAL_ENGRAM_BUCKETS, EVAL_ENGRAM_TOKENS or NGRAM_CACHE_TOKENS"
+            )
 
     @property
     def checked(self) -> bool:
@@ -8504,14 +8596,16 @@ class Scorer:
         return self.h.sliding_eval_stride if self.h.sliding_eval else self.h.eval_window
 
     def merge(self, states: dict[int, list]) -> dict[int, list]:
-        """The barrier between two phases: adapters see all spans' states."""
-        parts: list[Any] = [states]
-        if self.rt.world > 1:
-            parts = [None] * self.rt.world
-            dist.all_gather_object(parts, states, group=self.rt.control)
-        whole = {span: state for part in parts for span, state in part.items()}
+        """The barrier between two phases: adapters that learn across spans see what all of them offer."""
         for i, adapter in enumerate(self.adapters):
-            merged = adapter.merge({span: state[i] for span, state in whole.items()})
+            if adapter.phases == 1:
+                continue
+            mine = {span: adapter.offer(state[i]) for span, state in states.items()}
+            parts: list[Any] = [mine] * self.rt.world
+            if self.rt.world > 1:
+                dist.all_gather_object(parts, mine, group=self.rt.control)
+            offers = {span: offer for part in parts for span, offer in part.items()}
+            merged = adapter.merge({span: state[i] for span, state in states.items()}, offers)
             for span in states:
                 states[span][i] = merged[span]
         return states
@@ -8580,6 +8674,7 @@ class Scorer:
         columns = [[state[i] for state in states] for i in range(len(self.adapters))]
         pairs = merge_changes([a.lora(column, chunk) for a, column in zip(self.adapters, columns, strict=True)])
         weights = merge_changes([a.weights(column, chunk) for a, column in zip(self.adapters, columns, strict=True)])
+        self.changed |= pairs.keys() | weights.keys()
         call = (chunk.tokens, self.variant, chunk.carry, chunk.scored, pairs or None)
         with self.rt.precision():
             logits, carry = (
@@ -8598,7 +8693,7 @@ class Scorer:
             first = self.spans[span][0] + turn * self.step
             last = min(first + self.step, self.spans[span][1])
             if first < last:
-                begin = max(0, last - window) if self.h.sliding_eval else first
+                begin = max(0, first + self.step - window)  # a shorter last chunk sees no further back than others
                 shapes.setdefault((last - begin, last - first), []).append((span, last))
         for (length, count), rows in shapes.items():
             begins = [last - length for _, last in rows]
@@ -8633,20 +8728,25 @@ class Seen(NamedTuple):
     vectors: dict[int, Tensor]  # log-probabilities of the whole vocabulary, on the CPU
     states: dict[int, bytes]  # digest of the span's adapters and carry before the chunk
     gap: float  # largest difference between the log-probabilities that were scored and the vectors
+    off: float  # largest |logsumexp| of all vectors, wanted or not
     ledger: list[Entry]
     score: Score | None  # None where the run was cut short
     kept: bool  # no adapter changed anything of itself but its spans' states
+    changed: set[str]  # parameters that adapters changed for some prediction
 
 
 class Audit:
     """Whole evaluations of a short stream, with all adapters on, that show whether an evaluation is legal.
 
     `make` gives a new scorer; tokens (N,) int64 of its stream. Positions are all edges of chunks, spans, documents and
-    segments (or as many as fit), and others by chance.
+    segments (or as many as fit), and others by chance. Some more lie at the end of `far`, a longer stream that is
+    walked as one span; what an evaluation would do beyond it, or where no position was chosen, is not seen.
     """
 
-    def __init__(self, make: Callable[[], Scorer], tokens: np.ndarray, positions: int = 200) -> None:
-        self.make, self.tokens, self.choose = make, tokens, np.random.default_rng(0)
+    def __init__(
+        self, make: Callable[[], Scorer], tokens: np.ndarray, positions: int = 200, far: np.ndarray | None = None
+    ) -> None:
+        self.make, self.tokens, self.choose, self.far = make, tokens, np.random.default_rng(0), far
         self.before = fingerprint(make().model)
         self.whole = self.run(tokens, set(range(1, len(tokens))))
         self.positions = self.some_positions(positions)
@@ -8670,29 +8770,33 @@ class Audit:
     def run(self, tokens: np.ndarray, wanted: set[int], until: int = 0, adapters: list[Adapter] | None = None) -> Seen:
         """Evaluate and look; ends after the chunk of `until`, if that is given."""
         scorer = self.make()
+        if len(tokens) > len(self.tokens):  # the longer stream
+            scorer.h = dataclasses.replace(scorer.h, eval_streams=1)
         if adapters is not None:
             scorer.adapters = adapters
         return self.look(scorer, tokens, wanted, until)
 
     def look(self, scorer: Scorer, tokens: np.ndarray, wanted: set[int], until: int = 0) -> Seen:
         """Run a scorer and keep what it shows."""
-        rows_seen, states, ledger, gaps = dict[int, Tensor](), dict[int, bytes](), list[Entry](), [0.0]
-        own: list[bytes] = []
+        rows_seen, states, ledger, own = dict[int, Tensor](), dict[int, bytes](), list[Entry](), list[bytes]()
+        gaps, offs = [0.0], [0.0]
 
         def watch(kind: str, chunk: Chunk, columns: list[list], given: Distribution) -> None:
             if kind != "score":
                 return
             own.append(own[0] if own else own_state(scorer))
-            targets = chunk.targets[:, -chunk.scored :] if chunk.targets is not None else chunk.tokens
+            full = given.full()
+            if not until:
+                targets = chunk.targets[:, -chunk.scored :] if chunk.targets is not None else chunk.tokens
+                exact = full.gather(-1, targets[..., None])[..., 0]
+                gaps.append(float((given.log_prob(targets) - exact).abs().max()))
+                offs.append(float(full.double().logsumexp(-1).abs().max()))
             for row, start in enumerate(chunk.starts):
                 inside = wanted.intersection(range(start + 1, start + 1 + chunk.scored))
                 if not inside:
                     continue
-                full = given.full()[row]
-                exact = full.gather(-1, targets[row, :, None])[:, 0]
-                gaps.append(float((given.log_prob(targets)[row] - exact).abs().max()))
                 digest = fingerprint([columns[row], flatten_state(take_rows(chunk.carry, slice(row, row + 1)))])
-                rows_seen.update({index: full[index - start - 1].cpu().clone() for index in inside})
+                rows_seen.update({index: full[row, index - start - 1].cpu().clone() for index in inside})
                 states.update(dict.fromkeys(inside, digest))
             if until in rows_seen:
                 raise Reached
@@ -8700,33 +8804,46 @@ class Audit:
         scorer.watch, score = watch, None
         with suppress(Reached):
             score = scorer.score(tokens, ledger=ledger)
-        kept = not own or own[0] == own_state(scorer)
-        return Seen(rows_seen, states, max(gaps), ledger, score, kept)
+        kept, worst = not own or own[0] == own_state(scorer), (float(np.max(gaps)), float(np.max(offs)))
+        return Seen(rows_seen, states, *worst, ledger, score, kept, scorer.changed)
 
     def findings(self) -> list[Finding]:
         """All checks that need no more than a scorer and a stream."""
-        return [self.causality(), self.order(), *self.normalization(), *self.state(), self.determinism()]
+        far = [] if self.far is None else [self.far_causality(self.far)]
+        found = [self.causality(), *far, self.order(), *self.normalization(), *self.scores(), *self.state()]
+        return [*found, self.determinism()]
 
     def causality(self) -> Finding:
         """A token and all after it replaced: its whole vector, and what its chunk was scored with, are the same bits.
 
         Where adapters meet between phases, what was scored in time before the token is not after it.
         """
-        turn = {at: i for i, e in enumerate(self.whole.ledger) if e.kind == "score" for at in range(e.first, e.stop)}
-        order = np.array([-1, *(turn.get(at, 0) * len(self.tokens) + at for at in range(1, len(self.tokens)))])
-        meets, wrong, size = any(a.phases > 1 for a in self.make().adapters), list[int](), self.make().h.vocab_size
-        for at in self.positions:
-            later = np.arange(len(self.tokens)) >= at
-            later &= (order >= order[at]) | (not meets)
-            shift = self.choose.integers(1, size, len(self.tokens))
-            changed = np.where(later, (self.tokens + shift) % size, self.tokens)
-            seen = self.run(changed, {at}, at)
-            same = seen.states.get(at) == self.whole.states[at] and torch.equal(
-                seen.vectors[at], self.whole.vectors[at]
-            )
-            wrong += [] if same else [at]
+        wrong = self.differing(self.tokens, self.whole, self.positions)
         found = f"{len(self.positions)} positions, {len(wrong)} differ" + (f", first {wrong[0]}" if wrong else "")
         return Finding("causality", not wrong, found)
+
+    def far_causality(self, tokens: np.ndarray) -> Finding:
+        """The same in the last window of a longer stream, at fewer positions: each costs a walk over all of it."""
+        last, count = len(tokens), max(2, len(self.positions) // 25)
+        window = np.arange(max(1, last - self.make().h.eval_window), last)
+        places = sorted(self.choose.permutation(window)[:count].tolist())
+        wrong = self.differing(tokens, self.run(tokens, set(places)), places)
+        found = f"{len(places)} positions of the last {len(window)} tokens of {last - 1}, {len(wrong)} differ"
+        return Finding("causality: far", not wrong, found)
+
+    def differing(self, tokens: np.ndarray, whole: Seen, positions: list[int]) -> list[int]:
+        """Positions where a run with the token and all after it replaced shows something else than the whole one."""
+        turn = {at: i for i, e in enumerate(whole.ledger) if e.kind == "score" for at in range(e.first, e.stop)}
+        order = np.array([-1, *(turn.get(at, 0) * len(tokens) + at for at in range(1, len(tokens)))])
+        meets, wrong, size = any(a.phases > 1 for a in self.make().adapters), list[int](), self.make().h.vocab_size
+        for at in positions:
+            later = np.arange(len(tokens)) >= at
+            later &= (order >= order[at]) | (not meets)
+            shift = self.choose.integers(1, size, len(tokens))
+            seen = self.run(np.where(later, (tokens + shift) % size, tokens), {at}, at)
+            same = seen.states.get(at) == whole.states[at] and torch.equal(seen.vectors[at], whole.vectors[at])
+            wrong += [] if same else [at]
+        return wrong
 
     def order(self) -> Finding:
         """Every token is scored once, in order, and before anything learns from it."""
@@ -8746,25 +8863,40 @@ class Audit:
         return Finding("order", not problem, problem or f"{len(scored)} tokens scored once, in order, before updates")
 
     def normalization(self) -> list[Finding]:
-        """Every distribution sums to 1: the model's, each adapter's alone, and that of their stack."""
+        """Every distribution, of all tokens, sums to 1: the model's, each adapter's alone, and that of their stack."""
         stacks = {"model": [], **{type(a).__name__: [a] for a in self.make().adapters}}
-        runs = {name: self.run(self.tokens, set(self.positions), 0, stack) for name, stack in stacks.items()}
-        found = []
-        for name, seen in (*runs.items(), ("all", self.whole)):
-            rows = torch.stack([seen.vectors[at] for at in self.positions]).double()
-            off = float(rows.logsumexp(-1).abs().max())
-            ok = off <= 1e-5 and seen.gap <= 1e-5
-            found.append(Finding(f"normalization: {name}", ok, f"|logsumexp| {off:.1e}, scored differs {seen.gap:.1e}"))
-        return found
+        runs = {name: self.run(self.tokens, set(), 0, stack) for name, stack in stacks.items()}
+        return [
+            Finding(
+                f"normalization: {name}",
+                seen.off <= 1e-5 and seen.gap <= 1e-5,
+                f"|logsumexp| {seen.off:.1e}, scored differs {seen.gap:.1e}",
+            )
+            for name, seen in (*runs.items(), ("all", self.whole))
+        ]
+
+    def scores(self) -> list[Finding]:
+        """The score is what the vectors say, and the same to the last bit when nobody looks at them."""
+        blind, seen = self.make().score(self.tokens), self.whole.score
+        assert seen is not None, "a whole run ends with a score"
+        nats = -sum(float(vector[self.tokens[at]]) for at, vector in self.whole.vectors.items())
+        summed = math.isclose(nats, seen.nats, rel_tol=1e-9)
+        return [
+            Finding("score: sum", summed, f"{seen.nats:.6f} nats, {nats:.6f} by the vectors"),
+            Finding("score: unwatched", blind == seen, f"nats differ by {abs(blind.nats - seen.nats):g}"),
+        ]
 
     def state(self) -> list[Finding]:
         """Evaluations change nothing but their spans' states, and leave none behind."""
         scorer = self.make()
         first, second = (self.look(scorer, self.tokens, set(self.positions)) for _ in range(2))
         clean = self.before == fingerprint(scorer.model)
-        alike = digest_of(first) == digest_of(second)
+        alike, h = digest_of(first) == digest_of(second), scorer.h
+        beyond = sorted(self.whole.changed - set(ttt_names(h, scorer.model) if h.ttt_scope != "off" else ()))
+        changed = f"{len(self.whole.changed)} parameters adapted"
         return [
             Finding("state: weights", clean, "unchanged" if clean else "changed by the evaluation"),
+            Finding("state: scope", not beyond, f"{beyond[0]} is not in TTT_SCOPE" if beyond else changed),
             Finding("state: adapters", self.whole.kept, "declared" if self.whole.kept else "an adapter keeps its own"),
             Finding("state: survival", alike, "none survives" if alike else "the next evaluation differs"),
         ]
@@ -8773,13 +8905,18 @@ class Audit:
         """The same again with a new scorer."""
         again = self.run(self.tokens, set(self.whole.vectors))
         same = digest_of(again) == digest_of(self.whole)
-        nats = abs((again.score.nats if again.score else math.nan) - (self.whole.score.nats if self.whole.score else 0))
-        return Finding("determinism", same, f"nats differ by {nats:g}")
+        return Finding("determinism", same, "twice the same" if same else "another run shows something else")
 
 
 def own_state(scorer: Scorer) -> bytes:
-    """A digest of what adapters hold beside the states of their spans."""
-    return fingerprint([dict(adapter.__dict__) for adapter in scorer.adapters])
+    """A digest of what adapters hold beside the states of their spans: in themselves, their classes, the scorer."""
+    code = FunctionType | property | classmethod | staticmethod | type
+    held = [{name: part for name, part in a.__dict__.items() if part is not scorer} for a in scorer.adapters]
+    for kind in [kind for adapter in scorer.adapters for kind in type(adapter).__mro__]:
+        held.append(
+            {n: part for n, part in kind.__dict__.items() if not (n.startswith("__") or isinstance(part, code))}
+        )
+    return fingerprint([held, scorer.calibration, sorted(scorer.__dict__)])
 
 
 def digest_of(seen: Seen) -> bytes:
@@ -8794,15 +8931,20 @@ def audit_stream(h: Hyperparameters, tokens: np.ndarray) -> np.ndarray:
     return tokens[: max(h.eval_streams * chunks * step - step // 3, 300) + 1]
 
 
-def check_bytes(tokenizer: Tokenizer, table: ByteTable, tokens: np.ndarray) -> Finding:
-    """The denominator of bits per byte is the bytes of the text, decoded between tokens that have no surface form."""
+def check_bytes(tokenizer: Tokenizer, table: ByteTable, tokens: np.ndarray, part: np.ndarray, used: int) -> Finding:
+    """The denominator of bits per byte is the bytes of the text, decoded between tokens that have no surface form.
+
+    `used` is the denominator of a score of the stream `part`; it must be what the same table counts there.
+    """
     cuts = np.flatnonzero(table.boundary[tokens])
     if len(cuts) < 2:
         return Finding("bytes", False, "no whole document among the tokens")
     parts = [tokens[a + 1 : b].tolist() for a, b in itertools.pairwise(cuts)]
     decoded = sum(len(tokenizer.decode(part).encode()) for part in parts)
     total = int(table.count(tokens[cuts[0] : cuts[-1]], tokens[cuts[0] + 1 : cuts[-1] + 1]).sum())
-    return Finding("bytes", decoded == total, f"{total} counted, {decoded} decoded, {len(parts)} stretches of text")
+    due = int(table.count(part[:-1], part[1:]).sum())
+    found = f"{total} counted, {decoded} decoded, {len(parts)} stretches of text; {used} of {due} in the audited score"
+    return Finding("bytes", decoded == total and used == due, found)
 
 
 def flatten_state(state: Any) -> list[Tensor]:
@@ -8827,10 +8969,12 @@ def take_rows(state: Any, rows: Any) -> Any:
 def fingerprint(state: Any) -> bytes:
     """A digest of a state or a model: numbers, text, arrays, tensors, and dicts, lists and tuples of them.
 
-    What is none of these is told apart by its identity alone.
+    Raises UserError for anything else, whose content cannot be told.
     """
     if isinstance(state, nn.Module):
         state = dict(state.state_dict())
+    if isinstance(state, Hyperparameters):
+        state = dataclasses.asdict(state)
     if isinstance(state, Tensor):
         state = (
             str(state.dtype),
@@ -8843,8 +8987,12 @@ def fingerprint(state: Any) -> bytes:
         state = list(state.items())
     if isinstance(state, list | tuple):
         return hashlib.sha256(b"(" + b"".join(fingerprint(part) for part in state)).digest()
-    plain = state is None or isinstance(state, int | float | str | bytes)
-    return hashlib.sha256((repr(state) if plain else f"{type(state)}{id(state)}").encode()).digest()
+    if not (state is None or isinstance(state, int | float | str | bytes | np.generic)):
+        raise UserError(
+            f"an adapter keeps a {type(state).__name__}, whose content no audit can compare; keep numbers, text, "
+            "arrays, tensors, and dicts, lists and tuples of them"
+        )
+    return hashlib.sha256(repr(state).encode()).digest()
 
 
 def map_state(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -9839,18 +9987,18 @@ def finish(s: Session, state: TrainState) -> int:
     model = build_model(s.h, s.rt, s.tokenizer.bos, fill=False)
     load_weights(model, arrays)
     scorer = Scorer(s.h, s.rt, model, s.table, header["calibration"])
-    scorer.say, scorer.limit = log.line, h.max_eval_seconds
-    log.line(f"protocol:{h.protocol}")
-    score = scorer.score(s.validation)
+    scorer.say, scorer.limit, scorer.began = log.line, h.max_eval_seconds, began
+    log.line(f"protocol:{h.protocol}{' (named in advance)' * h.named}")
     budget = account(h, len(data))
-    log.line(f"final_roundtrip val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f}")
-    log.line(f"final_roundtrip_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} in_memory:{in_memory.loss:.8f}")
-    over = budget.total_bytes > budget.budget_bytes
     counted = "this script" if budget.packaged else "CODE_BYTES_RESERVE"
     log.line(
         f"model_bytes:{budget.model_bytes} code_bytes:{budget.code_bytes} ({counted}) total_bytes:{budget.total_bytes} "
         f"budget_bytes:{budget.budget_bytes}"
     )
+    score = scorer.score(s.validation)
+    log.line(f"final_roundtrip val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f}")
+    log.line(f"final_roundtrip_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} in_memory:{in_memory.loss:.8f}")
+    over = budget.total_bytes > budget.budget_bytes
     log.metric(
         "final",
         name="final_roundtrip",
@@ -10350,6 +10498,7 @@ def open_artifact(
 
 def evaluate_command(path: str, environ: dict[str, str]) -> int:
     """Score an artifact on the validation split of DATA_PATH."""
+    called = time.monotonic()
     h, rt, model, tokenizer, calibration = open_artifact(path, environ)
     if h.temp_scaling and "temperature" not in calibration:
         raise UserError(f"TEMP_SCALING=1: {path} holds no temperature; it was trained without TEMP_SCALING=1")
@@ -10357,8 +10506,8 @@ def evaluate_command(path: str, environ: dict[str, str]) -> int:
     validation = read_validation(h)
     began = time.monotonic()
     scorer = Scorer(h, rt, model, tokenizer.byte_table(), calibration)
-    scorer.say, scorer.limit = log.line, h.max_eval_seconds
-    log.line(f"protocol:{h.protocol}" + (" (named in advance)" if h.protocol == h.eval_protocol else ""))
+    scorer.say, scorer.limit, scorer.began = log.line, h.max_eval_seconds, called
+    log.line(f"protocol:{h.protocol}{' (named in advance)' * h.named}")
     score = scorer.score(validation, report=lambda share: log.progress(share, "scoring"))
     seconds = time.monotonic() - began
     log.line(f"final_eval val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
@@ -10399,15 +10548,21 @@ def audit_command(path: str, positions: int, environ: dict[str, str]) -> int:
     log, table, validation = Log(None, rt.main), tokenizer.byte_table(), read_validation(h)
     short = dataclasses.replace(h, eval_streams=min(3, h.eval_streams), freeze_check_strict=False)
     stream = audit_stream(short, validation)
-    log.line(f"protocol:{h.protocol} audited on {len(stream) - 1} tokens in {short.eval_streams} streams")
-    audit = Audit(lambda: Scorer(short, rt, model, table, calibration), stream, positions)
-    findings = [*audit.findings(), check_bytes(tokenizer, table, validation)]
+    far = validation[: 4 * len(stream)]
+    log.line(
+        f"protocol:{h.protocol} audited on the first {len(stream) - 1} of {len(validation) - 1} tokens in "
+        f"{short.eval_streams} streams, and at the end of the first {len(far) - 1} in one"
+    )
+    audit = Audit(lambda: Scorer(short, rt, model, table, calibration), stream, positions, far)
+    used = audit.whole.score.bytes if audit.whole.score else 0
+    findings = [*audit.findings(), check_bytes(tokenizer, table, validation, stream, used)]
     findings.append(check_fidelity(audit.make(), path))
     for finding in findings:
         log.line(f"{AUDIT_MARKS[finding.ok]} {finding.check:<34}{finding.found}")
     ok, unknown = all(finding.ok is not False for finding in findings), [f.check for f in findings if f.ok is None]
     report = {"artifact_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "protocol": h.protocol, "ok": ok,
-        "tokens": len(stream) - 1, "positions": audit.positions, "checks": [f._asdict() for f in findings]}  # fmt: skip
+        "tokens": len(stream) - 1, "far_tokens": len(far) - 1, "of": len(validation) - 1, "positions": audit.positions,
+        "checks": [f._asdict() for f in findings]}  # fmt: skip
     write_atomically(Path(path + ".audit.json"), (json.dumps(report, indent=1) + "\n").encode())
     missing = f" but for what was not measured: {', '.join(unknown)};" if unknown else ","
     log.line(f"audit: {'passed' if ok else 'FAILED'}{missing} written to {path}.audit.json")

@@ -384,7 +384,8 @@ def test_help_shows_the_header(machine: Machine, script: str) -> None:
 # ---- run_8xh100.sh ----
 
 DEFAULTS = (
-    "PRESET=ternary MAX_WALLCLOCK_SECONDS=600 TRAIN_BATCH_TOKENS=524288 TRAIN_SEQ_LEN=1024 VOCAB_SIZE=8192 "
+    "PRESET=ternary MAX_WALLCLOCK_SECONDS=600 MAX_EVAL_SECONDS=600 TRAIN_BATCH_TOKENS=524288 TRAIN_SEQ_LEN=1024 "
+    "VOCAB_SIZE=8192 "
     "DATA_PATH=./data/datasets/fineweb10B_sp8192 TOKENIZER_PATH=./data/tokenizers/fineweb_8192_bpe.model "
     "PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:256,expandable_segments:True NCCL_P2P_DISABLE=0 "
 )
