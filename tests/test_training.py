@@ -110,7 +110,7 @@ def test_run_prints_and_leaves_everything(run_cli: Run, tiny_env: dict[str, str]
     assert (folder / "train_gpt.py").read_bytes() == (ROOT / "train_gpt.py").read_bytes()
     assert (folder / "checkpoints" / "latest").read_text() == "step_0000020.pt"
     left = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    files = {"train.log", "metrics.jsonl", "config.env", "train_gpt.py", "model.pgz", "lock"}
+    files = {"train.log", "metrics.jsonl", "config.env", "train_gpt.py", "model.pgz", "lock", "heartbeat_rank0.json"}
     assert left == files | {"checkpoints/latest", "checkpoints/step_0000020.pt"}
     (final,) = read_metrics(folder, "final")
     assert final["model_bytes"] == int(model) and final["total_bytes"] == int(total)
