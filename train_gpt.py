@@ -40,6 +40,7 @@ import sys
 import threading
 import time
 import weakref
+import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -1833,7 +1834,7 @@ class TokenStream:
         parts, index = [np.zeros(0, np.uint16)], int(np.searchsorted(self.ends, start, side="right"))
         while count > 0:
             offset = start - (int(self.ends[index - 1]) if index else 0)
-            part = self.shards[index][offset : offset + count]
+            part = self.piece(index, offset, min(count, len(self.shards[index]) - offset))
             parts.append(part)
             start, count, index = start + len(part), count - len(part), index + 1
         tokens = np.concatenate(parts).astype(np.int64)
@@ -1842,6 +1843,17 @@ class TokenStream:
                 f"{self.paths[0].parent}: token {int(tokens.max())} is outside VOCAB_SIZE={self.vocab_size}; "
                 "do the shards belong to this tokenizer?"
             )
+        return tokens
+
+    def piece(self, index: int, offset: int, count: int) -> np.ndarray:
+        """Tokens of one shard, read and not mapped: one that was cut short would end the process by SIGBUS."""
+        path = self.paths[index]
+        try:
+            tokens = np.fromfile(path, "<u2", count, offset=SHARD_HEADER_BYTES + 2 * offset)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read any more: {error.strerror}; put it back and resume") from None
+        if len(tokens) < count:
+            raise UserError(f"{path} was cut short while it was in use; put it back and resume")
         return tokens
 
     def fingerprint(self) -> str:
@@ -9100,9 +9112,25 @@ def find_checkpoint(h: Hyperparameters, folder: Path) -> Path | None:
     return Path(h.resume) if h.resume else None
 
 
+def check_container(path: Path) -> None:
+    """Raise ValueError or BadZipFile for a checkpoint with a damaged part, or with parts larger than the file itself.
+
+    torch looks at no checksum; and what it will allocate is bounded here, before it does.
+    """
+    with zipfile.ZipFile(path) as container:
+        parts = container.infolist()
+        if any(part.compress_type != zipfile.ZIP_STORED or part.file_size != part.compress_size for part in parts):
+            raise ValueError("parts are compressed")
+        if sum(part.file_size for part in parts) > path.stat().st_size:
+            raise ValueError("parts overlap")
+        if container.testzip():
+            raise ValueError("a part is damaged")
+
+
 def load_checkpoint(h: Hyperparameters, rt: Runtime, path: Path, model: GPT, weights: Weights) -> TrainState:
     """Restore weights, averages, optimizer, random state; returns the run state. Raises UserError for a misfit."""
     try:
+        check_container(path)
         tree = torch.load(path, map_location=rt.device, weights_only=True)
         structure, banks, rng = json.loads(tree["structure"]), tree["banks"], tree["rng"].cpu()
         position, variant = Position(*tree["position"]), Variant(*tree["variant"])
@@ -9122,7 +9150,7 @@ def load_checkpoint(h: Hyperparameters, rt: Runtime, path: Path, model: GPT, wei
         kinds = {key: (bank["latent"].shape, bank["latent"].dtype) for key, bank in banks.items()}
         if type(state.step) is not int or type(state.tokens) is not int:
             raise TypeError("counts are no integers")
-    except (OSError, pickle.UnpicklingError, *MALFORMED) as error:
+    except (OSError, pickle.UnpicklingError, zipfile.BadZipFile, *MALFORMED) as error:
         raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}); choose an older one") from None
     if form != 1:
         raise UserError(f"{path} has checkpoint format {form}, not 1; resume it with the program that wrote it")

@@ -312,6 +312,7 @@ def test_every_argument_is_used() -> None:
         "forward": "layers and autograd functions",
         "backward": "autograd functions",
         "setup_context": "autograd functions",
+        "__torch_dispatch__": "modes of dispatch",
         **dict.fromkeys(
             ("build", "open", "prepare", "read", "gather", "write", "spread", "close", "measured"),
             "residual topologies",
