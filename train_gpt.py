@@ -1733,8 +1733,11 @@ class Guard:
         told |= {"allocated_mib": round(used / MIB, 1), "reserved_mib": round(reserved / MIB, 1)}
         path = self.folder / f"heartbeat_rank{self.rt.rank}.json"
         with suppress(OSError):  # no run folder on this rank's machine, or a full disk
-            path.with_suffix(".tmp").write_text(json.dumps(told) + "\n")
-            path.with_suffix(".tmp").replace(path)
+            try:
+                path.with_suffix(".tmp").write_text(json.dumps(told) + "\n")
+                path.with_suffix(".tmp").replace(path)
+            except OSError:
+                path.with_suffix(".tmp").unlink()
 
 
 def lock_folder(folder: Path) -> int:

@@ -4,8 +4,8 @@
 
 Every so many seconds (half to one and a half times as many, drawn by --seed) a random rank gets SIGKILL, once the run
 has gone on since its last start. Meanwhile each rank's resident memory and open descriptors are noted every second. At
-the end SIGTERM saves and stops the run. Prints one JSON object: starts, kills, steps, and for the longest-lived process how
-far memory and descriptors have grown from its tenth second on; exit code 1 if a start was missed, steps were lost
+the end SIGTERM saves and stops the run. Prints one JSON object: starts, kills, steps, and for the longest-lived process
+how far memory and descriptors have grown from its tenth second on; exit code 1 if a start was missed, steps were lost
 that a checkpoint held, or a process was left over. Linux only.
 """
 

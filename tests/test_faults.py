@@ -491,7 +491,7 @@ def test_speed_that_leaves_its_band_is_told_once_and_when_it_is_back() -> None:
     speeds = [50.0] * 3 + [100.0, 103.0, 98.0] * 4 + [85.0] * 4 + [100.0] * 4
     for i, speed in enumerate(speeds):
         looked.look(10 * (i + 1), "kind", speed, 5.0 - i / 100)
-    assert [line.split(" ")[0:2] for line in lines] == [["health", "step:180"], ["health", "step:220"]], lines
+    assert [line.split(" ")[0:2] for line in lines] == [["health", "step:170"], ["health", "step:210"]], lines
     assert "tok/s:85 is not within 10% of the usual 100" in lines[0] and lines[1].endswith("well again")
 
 
