@@ -64,7 +64,7 @@ VAL_LINE = re.compile(rf"^step:(\d+)/20 val_loss:\d+\.\d{{4}} val_bpb:\d+\.\d{{4
 FINAL_LINE = re.compile(r"^final_roundtrip val_loss:(\d+\.\d{4}) val_bpb:(\d+\.\d{4})$", re.MULTILINE)
 SIZE_LINE = re.compile(r"^model_bytes:(\d+) code_bytes:(\d+) .*total_bytes:(\d+) budget_bytes:(\d+)$", re.MULTILINE)
 EVAL_LINE = re.compile(r"^final_eval val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+)$", re.MULTILINE)
-UNITS = ("_nats", "_bpb", "_s", "_per_s", "_mib", "_bytes", "_tokens", "seconds")
+UNITS = ("_nats", "_bpb", "_s", "_per_s", "_mib", "_bytes", "_tokens", "_steps", "seconds")
 WITHOUT_UNIT = {"kind", "name", "step", "rate_scale", "streams"}
 
 
