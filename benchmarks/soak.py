@@ -3,7 +3,7 @@
     python benchmarks/soak.py [--minutes 30] [--ranks 2] [--every 40] [--out FOLDER] [VARIABLE=value ...]
 
 Every so many seconds (half to one and a half times as many, drawn by --seed) a random rank gets SIGKILL, once the run
-has gone on since its last start. Meanwhile each rank's resident memory and open descriptors are noted every second. At
+has saved a checkpoint since its last start. Each rank's resident memory and open descriptors are noted every second. At
 the end SIGTERM saves and stops the run. Prints one JSON object: starts, kills, steps, and for the longest-lived process
 how far memory and descriptors have grown from its tenth second on; exit code 1 if a start was missed, steps were lost
 that a checkpoint held, or a process was left over. Linux only.
@@ -89,31 +89,38 @@ class Soak:
 
     def run(self) -> None:
         """Kill and watch until the time is over."""
-        end, after = time.monotonic() + 60 * self.options.minutes, -1
+        end, after = time.monotonic() + 60 * self.options.minutes, ""
         due = time.monotonic() + self.wait()
         while time.monotonic() < end and self.process.poll() is None:
             time.sleep(1)
-            alive, step = self.look(), heartbeat(self.folder)["step"]
-            if time.monotonic() > due and len(alive) == self.options.ranks and step != after:
+            alive, latest = self.look(), self.latest()
+            if time.monotonic() > due and len(alive) == self.options.ranks and latest != after:
                 os.kill(self.choose.choice(alive), signal.SIGKILL)
-                self.kills, after, due = self.kills + 1, step, time.monotonic() + self.wait()
+                self.kills, after, due = self.kills + 1, latest, time.monotonic() + self.wait()
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(120)
+
+    def latest(self) -> str:
+        """The newest checkpoint's name, empty before the first."""
+        path = self.folder / "checkpoints" / "latest"
+        return path.read_text() if path.is_file() else ""
 
     def wait(self) -> float:
         return self.options.every * self.choose.uniform(0.5, 1.5)
 
     def result(self) -> dict[str, Any]:
         """The figures, and what went wrong."""
+        if not self.lives:
+            raise SystemExit("no rank has begun to train; the log says why, or more --minutes are needed")
         log = (self.folder / "train.log").read_text()
-        restarts, saved = log.count("\nrestart "), (self.folder / "checkpoints" / "latest").read_text()
+        restarts = log.count("\nrestart ")
         lives = [[s for s in life if s.age > 10] for life in self.lives.values()]
         longest = max((life for life in lives if life), key=len, default=[Sample(0, 0, 0)])
         left = [pid for pid in self.lives if sample(pid, 0)]
         steps = [int(line.split("step:")[1].split()[0]) for line in log.splitlines() if line.startswith("resumed ")]
         figures = {
             "minutes": self.options.minutes, "ranks": self.options.ranks, "kills": self.kills, "restarts": restarts,
-            "furthest_step": self.furthest, "last_checkpoint": saved, "exit_code": self.process.returncode,
+            "furthest_step": self.furthest, "last_checkpoint": self.latest(), "exit_code": self.process.returncode,
             "processes": len(self.lives), "longest_life_s": round(longest[-1].age),
             "resident_mib_from_to": [round(longest[0].resident_mib, 1), round(longest[-1].resident_mib, 1)],
             "most_resident_mib": round(max(s.resident_mib for life in self.lives.values() for s in life), 1),

@@ -37,8 +37,9 @@ def run(environ: dict[str, str]) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     environ = dict(word.split("=", 1) for word in sys.argv[1:])
-    small = {"NUM_LAYERS": "2", "MICRO_BATCH_TOKENS": environ["TRAIN_SEQ_LEN"]}
-    run({**environ, **small, "TRAIN_BATCH_TOKENS": environ["TRAIN_SEQ_LEN"], "BATCH_STAGES": ""})
+    window = environ["TRAIN_SEQ_LEN"]
+    small = {"NUM_LAYERS": "2", "MICRO_BATCH_TOKENS": window, "TRAIN_BATCH_TOKENS": window}
+    run({**environ, **small, **({"BATCH_STAGES": f"0:{window}"} if "BATCH_STAGES" in environ else {})})
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = resident("VmRSS")
