@@ -55,7 +55,8 @@ def sample(pid: int, began: float) -> Sample | None:
     """A process's memory and descriptors, None if it has ended."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-        return Sample(time.monotonic() - began, pages * 4096 / 2**20, len(os.listdir(f"/proc/{pid}/fd")))
+        found = Sample(time.monotonic() - began, pages * 4096 / 2**20, len(os.listdir(f"/proc/{pid}/fd")))
+        return found if pages else None  # a dead process that nobody has asked for yet holds nothing
     except (OSError, IndexError):
         return None
 

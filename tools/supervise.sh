@@ -80,7 +80,10 @@ supervise() {
             0 | 2 | 3 | 4) break ;; # complete, a mistake of the user's, over the budget, a failed audit
             130 | 143) stopping=1 ;;
         esac
-        if [ -n "$stopping" ]; then break; fi
+        if [ -n "$stopping" ]; then
+            if [ "$CODE" = 1 ]; then CODE=143; fi # torchrun's, whose workers had not begun to train
+            break
+        fi
         place="exit code $CODE at step $step"
         if [ "$step" = "$before" ]; then
             mark "$folder" "giving up: $place, as the time before"
