@@ -608,6 +608,7 @@ def test_rented_run_is_ended_before_it_has_cost_too_much(machine: Machine) -> No
     code, starts, log = end_of(machine, "5:wait 6:0", **money)
     assert code == 143 and len(starts) == 1 and time.monotonic() - began < 9
     assert log[-2] == "saved" and log[-1].startswith("ended by MAX_COST_USD=0.0025 after ")
+    shutil.rmtree(machine.repo / "runs")
     assert end_of(machine, "5:0", MAX_COST_USD="9", PRICE_PER_HOUR="9")[0] == 0  # and no clock goes on after the run
 
 
