@@ -9,10 +9,13 @@
 #   NNODES=1           machines; with more, NODE_RANK, RDZV_ENDPOINT and one RUN_ID for all are needed
 #   MIN_FREE_GB=20     disk space to ask for
 #   DRY_RUN=1          print the command and what is missing; run nothing
+#   MAX_RESTARTS=3     restarts of a run that dies or hangs, from its latest checkpoint: set SAVE_EVERY for long ones
+#   MAX_COST_USD, PRICE_PER_HOUR=...     what this machine costs an hour in USD: the run saves and ends in time
 #   TORCH_INDEX_URL, PYTHON, SKIP_SETUP=1     as in run_local.sh
 set -eu
 CDPATH='' cd -P -- "$(dirname -- "$0")"
 . tools/setup.sh
+. tools/supervise.sh
 
 problems=0
 problem() { # all of them are named before the script stops
@@ -97,7 +100,8 @@ build_command() {
 # show_command VAR=VALUE...: the launch with its settings in front, so that the line can be logged and pasted.
 show_command() {
     local setting name line=""
-    local own="NPROC= NNODES= NODE_RANK= RDZV_ENDPOINT= DRY_RUN= MIN_FREE_GB= TORCH_INDEX_URL= PYTHON= SKIP_SETUP="
+    local own="NPROC= NNODES= NODE_RANK= RDZV_ENDPOINT= DRY_RUN= MIN_FREE_GB= TORCH_INDEX_URL= PYTHON= SKIP_SETUP= \
+MAX_RESTARTS= MAX_COST_USD= PRICE_PER_HOUR= COST_RESERVE_SECONDS="
     for setting in $SETTINGS RUN_ID= "$@"; do
         name=${setting%%=*}
         case "$line $own" in
@@ -129,6 +133,7 @@ NPROC=${NPROC:-8} NNODES=${NNODES:-1} MIN_FREE_GB=${MIN_FREE_GB:-20}
 need_number NPROC 1
 need_number NNODES 1
 need_number MIN_FREE_GB 0
+check_supervision
 
 # Competition settings, then what long runs taught: an allocator that does not fragment, peer-to-peer copies left on.
 vocabulary=${VOCAB_SIZE:-8192}
@@ -161,4 +166,6 @@ show_command "$@"
 if [ "${DRY_RUN:-0}" = 1 ]; then exit 0; fi
 ensure_env requirements.txt
 hint_flash_attention
-exec "${launch[@]}"
+code=0
+supervise "${OUT_DIR:-runs}/$RUN_ID" "${launch[@]}" || code=$?
+exit "$code"

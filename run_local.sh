@@ -11,18 +11,21 @@
 #                      https://download.pytorch.org/whl/cpu
 #   PRESET=skc, …      presets for eight GPUs keep their 524,288 tokens a step: on less, lower TRAIN_BATCH_TOKENS
 #   PYTHON             the interpreter to make .venv with (default: python3); its torch is kept if it is >= 2.9
+#   MAX_RESTARTS=3     restarts of a run that dies or hangs, from its latest checkpoint (tools/supervise.sh)
 #   SKIP_SETUP=1       make no .venv: use that interpreter and its packages as they are
 set -eu
 CDPATH='' cd -P -- "$(dirname -- "$0")"
 . tools/setup.sh
+. tools/supervise.sh
 
 export_settings "$@"
+check_supervision
 ensure_env requirements.txt
 use_builtin_data
 [ -n "${ENV_FILE:-}" ] || set_default PRESET local
 export RUN_ID="${RUN_ID:-local_$(date +%Y%m%d_%H%M%S)}"
 code=0
-"$PY" train_gpt.py || code=$?
+supervise "${OUT_DIR:-runs}/$RUN_ID" "$PY" train_gpt.py || code=$?
 if [ "$code" = 0 ] || [ "$code" = 3 ]; then # 3: the run is complete, but over its byte budget
     "$PY" records/summary.py "${OUT_DIR:-runs}/$RUN_ID"
 fi

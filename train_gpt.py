@@ -4,7 +4,7 @@ One file holds the whole path from token shards to a scored, packaged artifact. 
 variables alone (`--help` lists them), and reads from top to bottom: each section uses only those above it.
 
     python train_gpt.py                             train, export, reload, score (also under torchrun)
-    python train_gpt.py preflight                   check configuration, data, disk and device; train nothing
+    python train_gpt.py preflight [--full] [--json] check data, disk, device, memory and time; --full: artifact, too
     python train_gpt.py plan                        print the site list, the role table and the packed size
     python train_gpt.py fit [VARIABLE=VALUE ...]    the largest model that fits the bytes, and its steps in the time
     python train_gpt.py eval ARTIFACT               score an artifact on the validation split
@@ -14,7 +14,7 @@ variables alone (`--help` lists them), and reads from top to bottom: each sectio
     python train_gpt.py --help                      every variable with type, default, unit and meaning
 
 Sections: 1 CONFIG, 2 RUNTIME, 3 DATA, 4 CODECS, 5 LAYERS, 6 MIXERS, 7 RESIDUAL, 8 MEMORY, 9 MODEL,
-10 OPTIMIZERS, 11 ARTIFACT, 12 EVALUATION, 13 CHECKPOINT, 14 TRAINING, 15 MAIN. At most 10,650 lines.
+10 OPTIMIZERS, 11 ARTIFACT, 12 EVALUATION, 13 CHECKPOINT, 14 TRAINING, 15 MAIN. At most 11,500 lines.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import difflib
+import faulthandler
 import functools
 import hashlib
 import io
@@ -34,20 +35,26 @@ import os
 import pickle
 import re
 import shlex
+import signal
+import subprocess
 import sys
+import threading
 import time
+import weakref
+import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from fnmatch import fnmatchcase
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import FunctionType
-from typing import Any, ClassVar, NamedTuple, TextIO
+from typing import Any, ClassVar, NamedTuple, TextIO, cast
 
 # ==== 1. CONFIG ==============================================================
 # Gives: `Hyperparameters`, one frozen dataclass read from environment variables, presets, validation, `--help`.
@@ -60,6 +67,10 @@ class UserError(Exception):
 
 class AgreedError(UserError):
     """A UserError that all ranks raise alike; rank 0 prints it."""
+
+
+class Interrupted(AgreedError):
+    """An evaluation was cut short because a signal asks the run to end."""
 
 
 def var(
@@ -124,6 +135,19 @@ class Hyperparameters:
         choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"))
     cpu_threads: int = var(0, "run", "threads of one process on a CPU; 0: torch's choice", low=0, high=1024)
     strict_config: bool = var(False, "run", "fail when a variable is set that has no effect")
+    deterministic: bool = var(False, "run", "the same bits in every run on one kind of device, slower there")
+    watchdog_seconds: float = var(600.0, "run", "no step for so long is a hang: all stacks are written, the process "
+        "ends; 0: never", "s", low=0)
+    watchdog_grace_seconds: float = var(1800.0, "run", "more time for what is no step: compilation, saving, export",
+        "s", low=0, when=lambda h: h.watchdog_seconds > 0)
+    max_nonfinite_steps: int = var(10, "run", "steps in a row without a finite loss and gradient, all left out, that "
+        "end the run", "steps", low=1)
+    long_run_steps: int = var(5000, "run", "a run of more steps, or of more than an hour, is long: it must have "
+        "checkpoints and make use of its GPU", "steps", low=1)
+    allow_toy_run: bool = var(False, "run", "let a long run begin that has no checkpoints or wastes its GPU")
+    require_free_gpu: bool = var(False, "run", "fail when other processes use the GPU")
+    tensorboard: bool = var(False, "run", "metrics also for TensorBoard, in the run folder; needs its package")
+    wandb: bool = var(False, "run", "metrics also for Weights & Biases, offline in the run folder; needs its package")
     sample_tokens: int = var(160, "run", "tokens of sample text in the closing summary; 0: none", "tokens", low=0)
 
     # Data
@@ -1347,7 +1371,11 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from torch._subclasses import FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 from torch.utils.checkpoint import checkpoint as recompute  # noqa: E402
+from torch.utils.weak import WeakIdKeyDictionary  # noqa: E402
 
 # ==== 2. RUNTIME =============================================================
 # Gives: device and precision policy, ranks, the agreed clock, logger and metrics sink, the lock of a run folder.
@@ -1413,6 +1441,8 @@ def start_runtime(h: Hyperparameters) -> Runtime:
     device = choose_device(h.device, int(os.environ.get("LOCAL_RANK", "0")))
     if h.cpu_threads:
         torch.set_num_threads(h.cpu_threads)
+    if h.deterministic:
+        be_deterministic()
     bf16 = h.precision == "bf16" or (h.precision == "auto" and has_bf16(device))
     if bf16 and device.type != "cpu" and not has_bf16(device):
         raise UserError("PRECISION=bf16 needs a CPU or a CUDA device of capability 8 or more; try PRECISION=fp32")
@@ -1421,12 +1451,22 @@ def start_runtime(h: Hyperparameters) -> Runtime:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = has_bf16(device)
     control = None
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        control = dist.new_group(backend="gloo")
+        # The watchdog comes first, since it tells more; 0 leaves it to torch's own limit.
+        patience = timedelta(seconds=h.watchdog_seconds + h.watchdog_grace_seconds + 60 if h.watchdog_seconds else 1800)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+        control = dist.new_group(backend="gloo", timeout=patience)
         dist.barrier(group=control)  # a rank with nothing to do must not leave before all are connected
     dtype = torch.float64 if h.precision == "fp64" else torch.float32
     compiled = h.compile == "1" or (h.compile == "auto" and device.type == "cuda")
     return Runtime(device, rank, world, dtype, bf16, compiled, control)
+
+
+def be_deterministic() -> None:
+    """DETERMINISTIC=1: operations without a deterministic form raise, others take it, slower or not."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
+    torch.backends.cudnn.benchmark = False
 
 
 def agree(rt: Runtime, *values: float) -> tuple[float, ...]:
@@ -1436,6 +1476,15 @@ def agree(rt: Runtime, *values: float) -> tuple[float, ...]:
     shared = torch.tensor(values, dtype=torch.float64)
     dist.broadcast(shared, 0, group=rt.control)
     return tuple(shared.tolist())
+
+
+def largest_of(rt: Runtime, number: int) -> int:
+    """The largest of the ranks' numbers, on every rank: a signal that reached one of them is meant for all."""
+    if rt.world == 1:
+        return number
+    shared = torch.tensor([number])
+    dist.all_reduce(shared, dist.ReduceOp.MAX, group=rt.control)
+    return int(shared)
 
 
 def on_main(rt: Runtime, action: Callable[[], Any]) -> Any:
@@ -1487,6 +1536,40 @@ def peak_memory_bytes(rt: Runtime) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def held_memory_bytes(rt: Runtime) -> tuple[int, int]:
+    """Memory in use and memory reserved for it: of the GPU's allocator, or twice this process's resident memory."""
+    if rt.device.type == "cuda":
+        return torch.cuda.memory_allocated(rt.device), torch.cuda.memory_reserved(rt.device)
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # not Linux: the most so far is the next best
+        return (peak_memory_bytes(rt),) * 2
+    return (pages * os.sysconf("SC_PAGE_SIZE"),) * 2
+
+
+def ask_gpu(*query: str) -> list[list[str]]:
+    """Rows of nvidia-smi's answer to a query, cells stripped; none where it is missing or does not answer."""
+    try:
+        command = ["nvidia-smi", *query, "--format=csv,noheader,nounits"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
+
+
+def peer_to_peer_is_off() -> bool:
+    """Whether NCCL must not copy from GPU to GPU directly."""
+    return os.environ.get("NCCL_P2P_DISABLE", "0") not in ("", "0")
+
+
+def throttled() -> str:
+    """What holds the clock of a GPU down, of heat and power; empty where nothing does or there is none."""
+    reasons = ("hw_thermal_slowdown", "sw_thermal_slowdown", "hw_power_brake_slowdown")
+    rows = ask_gpu("--query-gpu=" + ",".join(f"clocks_throttle_reasons.{reason}" for reason in reasons))
+    active = {reason for row in rows for reason, state in zip(reasons, row, strict=False) if state == "Active"}
+    return ", ".join(sorted(active))
+
+
 class Clock:
     """Training seconds: runs only between `start` and `stop`.
 
@@ -1525,9 +1608,15 @@ class Log:
         self.bar_width, self.bar_time = 0, 0.0
         self.file: TextIO | None = None
         self.metrics: TextIO | None = None
+        self.sinks: list[Callable[[str, dict[str, Any]], None]] = []  # of other programs' formats
         if active and folder is not None:
-            self.file = open(folder / "train.log", "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-            self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+            try:
+                self.file = open(folder / "train.log", "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+                self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+            except OSError as error:
+                raise UserError(
+                    f"{error.filename} cannot be written: {error.strerror}; choose another OUT_DIR"
+                ) from None
 
     def line(self, text: str) -> None:
         if not self.active:
@@ -1541,6 +1630,8 @@ class Log:
         """Append one JSON object; units are part of the names."""
         finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
         self.append(self.metrics, json.dumps({"kind": kind, **finite}, allow_nan=False) + "\n")
+        for sink in self.sinks:
+            sink(kind, {n: v for n, v in values.items() if isinstance(v, int | float)})
 
     def append(self, sink: TextIO | None, text: str) -> None:
         """Write to a file at once; a full disk costs lines of it and not the run."""
@@ -1574,6 +1665,134 @@ class Log:
             if sink:
                 with suppress(OSError):
                     sink.close()
+
+
+def open_sinks(h: Hyperparameters, folder: Path) -> list[Callable[[str, dict[str, Any]], None]]:
+    """Where metrics also go: called with a kind and its numbers. Raises UserError where a package is missing."""
+    sinks: list[Callable[[str, dict[str, Any]], None]] = []
+    for variable, wanted, package in (("TENSORBOARD", h.tensorboard, "tensorboard"), ("WANDB", h.wandb, "wandb")):
+        if wanted and find_spec(package) is None:
+            raise UserError(f"{variable}=1 needs the package {package}: pip install {package}, or unset it")
+    if h.tensorboard:
+        writer = import_module("torch.utils.tensorboard").SummaryWriter(str(folder / "tensorboard"))
+
+        def to_tensorboard(kind: str, numbers: dict[str, Any]) -> None:
+            for name, value in numbers.items():
+                writer.add_scalar(f"{kind}/{name}", value, numbers.get("step", 0))
+
+        sinks.append(to_tensorboard)
+    if h.wandb:
+        place = {"mode": "offline", "dir": str(folder), "id": folder.name, "resume": "allow"}
+        run = import_module("wandb").init(project="train_gpt", config=dataclasses.asdict(h), **place)
+        sinks.append(lambda kind, numbers: run.log({f"{kind}/{name}": value for name, value in numbers.items()}))
+    return sinks
+
+
+class Guard:
+    """Watches over one process of a run: signals that ask it to end, its heartbeat file, a watchdog against hangs.
+
+    While training is at work the first SIGTERM or SIGINT is kept in `signal`, for the loop to save and end; before and
+    after that nothing would be lost, and it ends the process. A second one always does. The watchdog counts seconds
+    of its own, so a suspended or stopped process is not taken for a hang.
+    """
+
+    HANG = 5  # exit code
+
+    def __init__(self, h: Hyperparameters, rt: Runtime, folder: Path) -> None:
+        self.h, self.rt, self.folder = h, rt, folder
+        self.signal, self.working = 0, False
+        self.idle, self.patience, self.heard = 0.0, math.inf, -math.inf
+        self.state: Any = None  # of the run, with step, tokens and training seconds
+        self.figures: dict[str, Any] = {}
+        self.since, self.speed = (0, 0.0), 0.0  # tokens and training seconds at the last heartbeat, and their ratio
+        self.throttled = ""  # why the GPU's clock is held down, as far as heat or power do it
+        self.over = threading.Event()
+        self.before: list[Any] = []
+
+    def start(self, state: Any) -> None:
+        """Listen and watch over a run from now on; `end` undoes it."""
+        self.state, self.since = state, (state.tokens, state.seconds)
+        self.before = [signal.signal(number, self.hear) for number in (signal.SIGTERM, signal.SIGINT)]
+        self.beat(slow=True)
+        threading.Thread(target=self.watch, name="watchdog", daemon=True).start()
+
+    def end(self) -> None:
+        self.over.set()
+        if self.before:
+            self.pulse()
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), self.before, strict=False):
+            signal.signal(number, handler)
+
+    @property
+    def resuming(self) -> str:
+        """The command that continues this run."""
+        how = "python" if self.rt.world == 1 else f"torchrun --standalone --nproc_per_node={self.rt.world}"
+        settings = f"ENV_FILE={self.folder / 'config.env'} RUN_ID={self.folder.name} RESUME=auto"
+        return f"{settings} {how} train_gpt.py"
+
+    def say(self, text: str) -> None:
+        """Straight to stderr: a signal may have come in the middle of a line of the log."""
+        os.write(2, f"{text}\n".encode())
+
+    def hear(self, number: int, _: Any) -> None:
+        """The signal handler."""
+        name, again = signal.Signals(number).name, self.signal
+        if again and time.monotonic() - self.heard < 1.0:
+            return  # a terminal and a launcher both pass one on
+        self.signal, self.heard = number, time.monotonic()
+        if again or not self.working:
+            if self.rt.main:
+                self.say(f"{name}: ended at once; to resume: {self.resuming}")
+            os._exit(128 + number)
+        if self.rt.main:
+            self.say(f"{name}: saving a checkpoint after this step; a second signal ends at once")
+
+    def beat(self, slow: bool = False) -> bool:
+        """Something went on; the next time will be within WATCHDOG_SECONDS, or `slow`. Whether a signal came."""
+        limit = self.h.watchdog_seconds + slow * self.h.watchdog_grace_seconds
+        self.idle, self.patience = 0.0, limit if self.h.watchdog_seconds else math.inf
+        return self.signal > 0
+
+    def watch(self) -> None:
+        """The watchdog's thread: a heartbeat each second; once a minute it asks the GPU about its clock."""
+        for second in itertools.count():
+            if self.over.wait(1.0):
+                return
+            self.idle += 1.0
+            self.pulse()
+            if self.idle > self.patience:
+                self.hang()
+            if second % 60 == 30 and self.rt.main and self.rt.device.type == "cuda":
+                self.throttled = throttled()
+
+    def hang(self) -> None:
+        """Write all stacks and end the process; the wait lets the other ranks, which hang as well, write theirs."""
+        path = self.folder / f"hang_rank{self.rt.rank}.txt"
+        self.say(
+            f"error: rank {self.rt.rank}: nothing went on for {self.idle:.0f} s (WATCHDOG_SECONDS="
+            f"{self.h.watchdog_seconds:g}), stacks are in {path}; to resume: {self.resuming}"
+        )
+        with suppress(OSError), open(path, "w", encoding="utf-8") as handle:
+            faulthandler.dump_traceback(handle, all_threads=True)
+        time.sleep(min(5.0, self.h.watchdog_seconds))
+        os._exit(self.HANG)
+
+    def pulse(self) -> None:
+        """Write the heartbeat file: where the run stands, and the figures that were last reported."""
+        state, (used, reserved) = self.state, held_memory_bytes(self.rt)
+        if state.tokens > self.since[0]:
+            self.speed = (state.tokens - self.since[0]) / max(1e-9, state.seconds - self.since[1])
+            self.since = state.tokens, state.seconds
+        told = {"step": state.step, "time_unix_s": time.time(), "train_time_s": state.seconds, "pid": os.getpid()}
+        told |= {"tokens_per_s": round(self.speed, 1), **self.figures}
+        told |= {"allocated_mib": round(used / MIB, 1), "reserved_mib": round(reserved / MIB, 1)}
+        path = self.folder / f"heartbeat_rank{self.rt.rank}.json"
+        with suppress(OSError):  # no run folder on this rank's machine, or a full disk
+            try:
+                path.with_suffix(".tmp").write_text(json.dumps(told) + "\n")
+                path.with_suffix(".tmp").replace(path)
+            except OSError:
+                path.with_suffix(".tmp").unlink()
 
 
 def lock_folder(folder: Path) -> int:
@@ -1673,7 +1892,7 @@ class TokenStream:
         parts, index = [np.zeros(0, np.uint16)], int(np.searchsorted(self.ends, start, side="right"))
         while count > 0:
             offset = start - (int(self.ends[index - 1]) if index else 0)
-            part = self.shards[index][offset : offset + count]
+            part = self.piece(index, offset, min(count, len(self.shards[index]) - offset))
             parts.append(part)
             start, count, index = start + len(part), count - len(part), index + 1
         tokens = np.concatenate(parts).astype(np.int64)
@@ -1682,6 +1901,17 @@ class TokenStream:
                 f"{self.paths[0].parent}: token {int(tokens.max())} is outside VOCAB_SIZE={self.vocab_size}; "
                 "do the shards belong to this tokenizer?"
             )
+        return tokens
+
+    def piece(self, index: int, offset: int, count: int) -> np.ndarray:
+        """Tokens of one shard, read and not mapped: one that was cut short would end the process by SIGBUS."""
+        path = self.paths[index]
+        try:
+            tokens = np.fromfile(path, "<u2", count, offset=SHARD_HEADER_BYTES + 2 * offset)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read any more: {error.strerror}; put it back and resume") from None
+        if len(tokens) < count:
+            raise UserError(f"{path} was cut short while it was in use; put it back and resume")
         return tokens
 
     def fingerprint(self) -> str:
@@ -6983,6 +7213,7 @@ class Optimizer:
         self.groups = {name: GROUPS[name](h) for name in dict.fromkeys(b.role.group for b in weights.banks.values())}
         self.polynomials = POLYNOMIALS[h.muon_coeffs](h.muon_backend_steps)
         self.orthogonalize = torch.compile(orthogonalize, dynamic=False) if rt.compile else orthogonalize
+        self.finite = torch.tensor(True)  # whether the last step's gradient was, on its device
 
     @torch.no_grad()
     def step(
@@ -6993,6 +7224,7 @@ class Optimizer:
         grads = [bank.gradient() for bank in banks]
         if self.rt.world > 1:
             grads = self.reduced(grads)
+        grads = self.only_finite(grads)
         metrics = gradient_sizes(banks, grads) if measures else {}
         if self.h.grad_clip_norm:
             values = [grad.values() if grad.is_sparse else grad for grad, _ in grads]
@@ -7036,6 +7268,17 @@ class Optimizer:
         parts = flags.bool().split([has.numel() for _, has in grads])
         summed = [grad.coalesce() if grad.is_sparse else grad for grad, _ in grads]
         return [(grad, part.view_as(has)) for grad, (_, has), part in zip(summed, grads, parts, strict=True)]
+
+    def only_finite(self, grads: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """The gradients; if a number in them is not finite, zeros that no weight has, and the step changes nothing.
+
+        Decided on the device, without waiting for it; NaN and infinity survive a sum.
+        """
+        values = [grad.values() if grad.is_sparse else grad for grad, _ in grads]
+        self.finite = torch.stack([value.sum() for value in values]).isfinite().all()
+        for value in values:
+            value.masked_fill_(~self.finite, 0.0)
+        return [(grad, has.to(self.finite.device) & self.finite) for grad, has in grads]
 
     def muon(self, bank: Bank, grad: Tensor, has: Tensor, group: Group) -> None:
         """Nesterov momentum, rows normalized (MuonEq-R), orthogonalized, scaled by sqrt(max(1, rows / columns))."""
@@ -8016,6 +8259,7 @@ class Deadline:
     def __init__(self, began: float, limit: float, tokens: int, say: Callable[[str], None]) -> None:
         self.began, self.limit, self.tokens, self.say = began, limit, tokens, say
         self.done, self.foretold, self.first = 0, 0.0, (0, 0.0)
+        self.asked: Callable[[], bool] = lambda: False
 
     def add(self, tokens: int) -> None:
         """So many tokens were scored; after the first 2% it is foretold how long all will take.
@@ -8032,7 +8276,8 @@ class Deadline:
             self.say(f"evaluation will take about {self.foretold:.0f} s, MAX_EVAL_SECONDS={self.limit:g}")
 
     def late(self) -> bool:
-        return self.limit > 0 and max(self.foretold, time.monotonic() - self.began) > self.limit
+        out_of_time = self.limit > 0 and max(self.foretold, time.monotonic() - self.began) > self.limit
+        return self.asked() or out_of_time
 
 
 class TemperatureAdapter(Adapter):
@@ -8516,6 +8761,7 @@ class Scorer:
         self.say: Callable[[str], None] = lambda text: None  # told before memory is taken, and how long it will take
         self.limit = 0.0  # seconds; 0: unbounded
         self.began: float | None = None  # time.monotonic() from which they count; None: when scoring begins
+        self.asked: Callable[[], bool] = lambda: False  # whether to stop, asked before each chunk
         self.watch: Callable[[str, Chunk, list[list], Distribution], None] | None = None  # sees scores and updates
 
     def score(
@@ -8545,10 +8791,11 @@ class Scorer:
         states = {span: [adapter.begin(self) for adapter in self.adapters] for span in mine}
         began = time.monotonic() if self.began is None else self.began
         pace = Deadline(began, self.limit, sum(self.spans[span][1] - self.spans[span][0] for span in mine), self.say)
+        pace.asked = self.asked
         carries = [Carry(g, self.model.init_state(len(g)) if self.h.carry_eval else None) for g in groups]
         phases = max([adapter.phases for adapter in self.adapters], default=1)
         turns = max(-(-(stop - start) // self.step) for start, stop in self.spans)
-        sums = np.zeros(5)
+        sums = np.zeros(6)
         for phase in range(phases):
             part = range(phase * turns // phases, (phase + 1) * turns // phases)
             for g, group in enumerate(groups):
@@ -8556,9 +8803,11 @@ class Scorer:
                 if report:
                     report((phase + (g + 1) / len(groups)) / phases)
             states = self.merge(states) if phase + 1 < phases else states
-        sums[3:] = pace.late(), self.checked and kept != fingerprint(self.model)
+        sums[3:] = pace.late(), self.checked and kept != fingerprint(self.model), self.asked()
         if rt.world > 1:
             dist.all_reduce(torch.from_numpy(sums), group=rt.control)
+        if sums[5]:
+            raise Interrupted("the evaluation was interrupted by a signal")
         if sums[3]:
             raise AgreedError(
                 f"evaluation takes longer than MAX_EVAL_SECONDS={self.limit:g}; use a longer stride, fewer TTT_EPOCHS, "
@@ -9033,6 +9282,7 @@ class TrainState:
     before: Position = Position()  # of the last batch: resuming with DATASET_STATE_MODE=light reads it again
     calibrated: bool = False  # CALIB_AT_FRACTION has come
     best: Kept | None = None
+    skipped: int = 0  # steps that were left out, their loss or gradient not being finite
 
 
 def pack_checkpoint(h: Hyperparameters, rt: Runtime, state: TrainState, weights: Weights) -> dict[str, Any]:
@@ -9053,6 +9303,7 @@ def pack_checkpoint(h: Hyperparameters, rt: Runtime, state: TrainState, weights:
         "carry": flatten_state(gather_rows(rt, state.carry if h.dataset_state_mode == "full" else None)),
         "prints": state.prints,
         "calibrated": state.calibrated,
+        "skipped": state.skipped,
         "best": state.best and [*state.best[:2], {k: (f.latent, *f.tuning) for k, f in state.best.forms.items()}],
         "banks": banks,
         "rng": torch.get_rng_state(),
@@ -9113,9 +9364,25 @@ def find_checkpoint(h: Hyperparameters, folder: Path) -> Path | None:
     return Path(h.resume) if h.resume else None
 
 
+def check_container(path: Path) -> None:
+    """Raise ValueError or BadZipFile for a checkpoint with a damaged part, or with parts larger than the file itself.
+
+    torch looks at no checksum; and what it will allocate is bounded here, before it does.
+    """
+    with zipfile.ZipFile(path) as container:
+        parts = container.infolist()
+        if any(part.compress_type != zipfile.ZIP_STORED or part.file_size != part.compress_size for part in parts):
+            raise ValueError("parts are compressed")
+        if sum(part.file_size for part in parts) > path.stat().st_size:
+            raise ValueError("parts overlap")
+        if container.testzip():
+            raise ValueError("a part is damaged")
+
+
 def load_checkpoint(h: Hyperparameters, rt: Runtime, path: Path, model: GPT, weights: Weights) -> TrainState:
     """Restore weights, averages, optimizer, random state; returns the run state. Raises UserError for a misfit."""
     try:
+        check_container(path)
         tree = torch.load(path, map_location=rt.device, weights_only=True)
         structure, banks, rng = json.loads(tree["structure"]), tree["banks"], tree["rng"].cpu()
         position, variant = Position(*tree["position"]), Variant(*tree["variant"])
@@ -9123,6 +9390,7 @@ def load_checkpoint(h: Hyperparameters, rt: Runtime, path: Path, model: GPT, wei
         state.variant, state.before = variant, Position(*tree.get("before", (0, 0)))
         state.prints = {str(name): str(value) for name, value in tree.get("prints", {}).items()}
         state.calibrated, best = bool(tree.get("calibrated")), tree.get("best")
+        state.skipped = int(tree.get("skipped", 0))
         if best and h.export_proxy_eval:
             loss, step, forms = best
             state.best = Kept(loss, step, {key: Form(v[0], Tuning(*v[1:])) for key, v in forms.items()})
@@ -9134,7 +9402,7 @@ def load_checkpoint(h: Hyperparameters, rt: Runtime, path: Path, model: GPT, wei
         kinds = {key: (bank["latent"].shape, bank["latent"].dtype) for key, bank in banks.items()}
         if type(state.step) is not int or type(state.tokens) is not int:
             raise TypeError("counts are no integers")
-    except (OSError, pickle.UnpicklingError, *MALFORMED) as error:
+    except (OSError, pickle.UnpicklingError, zipfile.BadZipFile, *MALFORMED) as error:
         raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}); choose an older one") from None
     if form != 1:
         raise UserError(f"{path} has checkpoint format {form}, not 1; resume it with the program that wrote it")
@@ -9182,6 +9450,7 @@ class Session(NamedTuple):
     table: ByteTable
     attention: str
     prints: dict[str, str]  # fingerprints of data and tokenizer
+    guard: Guard
 
 
 def read_validation(h: Hyperparameters) -> np.ndarray:
@@ -9227,8 +9496,9 @@ def open_session(h: Hyperparameters, rt: Runtime, folder: Path, log: Log) -> Ses
     optimizer = Optimizer(h, rt, weights)
     table = tokenizer.byte_table()
     prints = {"data": data_fingerprint(h, loader.stream), "tokenizer": tokenizer.fingerprint}
+    guard = Guard(h, rt, folder)
     return Session(
-        h, rt, log, folder, loader, tokenizer, model, weights, optimizer, validation, table, attention, prints
+        h, rt, log, folder, loader, tokenizer, model, weights, optimizer, validation, table, attention, prints, guard
     )
 
 
@@ -9370,7 +9640,7 @@ def make_step(s: Session) -> Callable[[Batch, TrainState, float], StepOut]:
             loss = out.total / batch.scored
             for auxiliary in out.losses.values():
                 loss = loss + auxiliary / (rows * rt.world)
-            loss.backward()
+            loss.backward(1 + 0 * loss.detach())  # 1, but NaN for a loss that is not finite: the gradient tells it
             total += out.total.detach()
             carries.append(map_state(out.state, Tensor.detach))
             for name, value in out.metrics.items():
@@ -9471,11 +9741,13 @@ def train_loop(s: Session, state: TrainState) -> None:
         state.carry = s.model.init_state(stage_at(h.stages, 0.0) // h.train_seq_len // rt.world)
         reread(s, step, state)
     window, health, fresh = LossWindow(state), Health(log, s.model.ranges()), state.step
+    skips, vitals, s.guard.working = Skips(s), Vitals(health), True
     clock.start()
     while True:
         tokens = stage_at(h.stages, progress_of(h, state.step, clock.seconds()))
         now, margin, size = agree(rt, clock.seconds(), pace.margin(tokens), tokens)
-        if finished(h, state.step, now, margin):
+        s.guard.signal = largest_of(rt, s.guard.signal) or s.guard.signal
+        if s.guard.signal or finished(h, state.step, now, margin):
             break
         if state.step > fresh:
             pause_for(s, state, clock)
@@ -9489,6 +9761,7 @@ def train_loop(s: Session, state: TrainState) -> None:
         s.weights.disturb(progress, state.step)
         measures = any((state.step + 1) % every == 0 for every in h.measured_every)
         variant = state.variant._replace(measures=measures)
+        carry = state.carry
         nats, state.carry, metrics = step(batch, dataclasses.replace(state, variant=variant), progress)
         average = h.ema_decay > 0 and progress >= h.ema_start_fraction
         ahead = progress_of(h, state.step + 1, now)  # a resumed run quantizes its weights for the next step, too
@@ -9499,13 +9772,18 @@ def train_loop(s: Session, state: TrainState) -> None:
         state.step, state.tokens = state.step + 1, state.tokens + tokens
         pace.mark(clock.seconds() - now, tokens)
         state.token_seconds = max(pace.recent)
-        window.add(nats, tokens)
+        window.add(nats, tokens, s.optimizer.finite)
+        if carry is not None and not s.optimizer.finite:
+            state.carry = carry  # what the step left may be no better than its loss
+        skips.look(state, step, batch)
+        s.guard.beat()
         if measures:
             health.look(state.step, {name: float(value) for name, value in metrics.items()})
+            s.guard.figures |= {name: float(metrics[name]) for name in metrics if name.endswith("fallbacks")}
         state.seconds = clock.seconds()
         log.progress(progress, f"step {state.step} eta {eta_text(h, state)}")
         if state.step % h.train_log_every == 0 or state.step <= 5:
-            report_training(s, state, window)
+            report_training(s, state, window, vitals)
     synchronize(rt)
     clock.stop()
     (state.seconds,) = agree(rt, clock.banked)
@@ -9535,11 +9813,60 @@ def pause_for(s: Session, state: TrainState, clock: Clock) -> None:
     synchronize(s.rt)
     clock.stop()
     state.seconds = clock.banked
-    if validates:
-        report_validation(s, state)
+    s.guard.beat(slow=True)
+    with suppress(Interrupted):  # the loop will see the signal, too
+        if validates:
+            report_validation(s, state)
     if saves:
         try_to_save(s, state)
+    s.guard.beat()
     clock.start()
+
+
+class Skips:
+    """Counts the steps that the optimizer left out, and ends a run that does nothing else.
+
+    A step's flag is read when the step is over anyway, on a GPU two steps later.
+    """
+
+    def __init__(self, s: Session) -> None:
+        self.s, self.row, self.flags = s, 0, list[Tensor]()
+        self.late = 2 if s.rt.device.type == "cuda" else 0
+
+    def look(self, state: TrainState, step: Callable, batch: Batch) -> None:
+        """Raises AgreedError after MAX_NONFINITE_STEPS in a row, with a checkpoint that repeats the last one."""
+        self.flags.append(self.s.optimizer.finite.to("cpu", non_blocking=True))
+        self.read(state, self.late)
+        if self.row >= self.s.h.max_nonfinite_steps:
+            synchronize(self.s.rt)
+            self.read(state, 0)
+        if self.row >= self.s.h.max_nonfinite_steps:
+            self.dump(state, step, batch)
+
+    def read(self, state: TrainState, late: int) -> None:
+        """Count all flags but the last few, which may not have arrived."""
+        while len(self.flags) > late:
+            finite = bool(self.flags.pop(0))
+            self.row = 0 if finite else self.row + 1
+            state.skipped += not finite
+
+    def dump(self, state: TrainState, step: Callable, batch: Batch) -> None:
+        """Run the last step's forward and backward pass again, name what is not finite, save the state before it."""
+        s, at, folder = self.s, state.step - 1, self.s.folder / "nonfinite"
+        before = dataclasses.replace(state, step=at, position=state.before, skipped=state.skipped - 1)
+        nats = float(step(batch, before, progress_of(s.h, at, state.seconds)).nats)
+        grads = {n: p.grad.coalesce().values() if p.grad.is_sparse else p.grad for n, p in s.model.named_parameters()
+                 if p.grad is not None}  # fmt: skip
+        wrong = [name for name, grad in grads.items() if not grad.isfinite().all()]
+        s.weights.clear_gradients()
+        save_checkpoint(s.h, s.rt, folder, before, s.weights)
+        told = {"step": at + 1, "position": tuple(state.before), "loss_nats": repr(nats), "gradients": wrong}
+        on_main(s.rt, lambda: write_atomically(folder / "step.json", (json.dumps(told, indent=1) + "\n").encode()))
+        raise AgreedError(
+            f"loss or gradient was not finite in {self.row} steps in a row, up to step {state.step}; "
+            f"RESUME={folder / f'step_{at:07d}.pt'} repeats the last one ({folder / 'step.json'} names its gradients); "
+            "lower the rates or set GRAD_CLIP_NORM"
+        )
 
 
 class Health:
@@ -9568,25 +9895,71 @@ class Health:
                     f"health step:{step} {name}:{metrics[name]:.4g} {state}; good: {good_from:g} to {good_to:g}"
                 )
 
+    def tell(self, step: int, name: str, amiss: bool, text: str) -> None:
+        """A line when something else than a measured range breaks, or comes back."""
+        if amiss != (name in self.amiss):
+            self.amiss ^= {name}
+            self.log.line(f"health step:{step} {text}{'' if amiss else ': well again'}")
+
+
+class Vitals:
+    """Whether a run goes on as it should, judged from its reports.
+
+    The last three speeds within 10% of the median before (the first 30 steps and every change of what a step is left
+    out), a loss that falls over 1,000 steps, flat reserved memory, a GPU whose clock nothing holds down.
+    """
+
+    STEADY, SPAN = 30, 1000  # steps
+
+    def __init__(self, health: Health) -> None:
+        self.health, self.kind = health, Any
+        self.speeds, self.losses, self.reserved = list[float](), list[tuple[int, float]](), 0.0
+
+    def look(self, step: int, kind: Any, speed: float, loss: float) -> None:
+        """kind: what a step is: another one has another speed."""
+        self.losses = [*(pair for pair in self.losses if pair[0] > step - 2 * self.SPAN), (step, loss)]
+        new, old = ([x for at, x in self.losses if (at > step - self.SPAN) == recent] for recent in (True, False))
+        if step >= 2 * self.SPAN and old:
+            before, now = sum(old) / len(old), sum(new) / len(new)
+            text = f"train_loss:{now:.4f} over the last {self.SPAN} steps, {before:.4f} over those before: a plateau"
+            self.health.tell(step, "plateau", not now < 0.999 * before, text)
+        self.speeds = self.speeds if kind == self.kind and step > self.STEADY else []
+        self.kind, self.speeds = kind, [*self.speeds[-30:], speed]
+        if len(self.speeds) > 6:
+            usual, now = np.median(self.speeds[:-3]), np.median(self.speeds[-3:])
+            text = f"tok/s:{now:.0f} is not within 10% of the usual {usual:.0f}"
+            self.health.tell(step, "speed", not 0.9 * usual <= now <= 1.1 * usual, text)
+
+    def look_at_machine(self, step: int, reserved_mib: float, throttled: str) -> None:
+        if step >= self.STEADY:
+            self.reserved = self.reserved or reserved_mib
+            text = f"reserved_mib:{reserved_mib:.0f} has grown from {self.reserved:.0f}"
+            self.health.tell(step, "memory", reserved_mib > 1.05 * self.reserved + 64, text)
+        self.health.tell(step, "clock", bool(throttled), f"the GPU's clock is held down by {throttled or 'nothing'}")
+
 
 class LossWindow:
     """Training loss since the last report, kept on the device until it is read."""
 
     def __init__(self, state: TrainState) -> None:
         self.losses: list[Tensor] = []
+        self.counted: list[Tensor] = []  # tokens of steps that were not left out
         self.tokens, self.step, self.seconds = 0, state.step, state.seconds
 
-    def add(self, nats: Tensor, tokens: int) -> None:
-        self.losses.append(nats)
+    def add(self, nats: Tensor, tokens: int, finite: Tensor) -> None:
+        self.losses.append(torch.where(finite, nats, 0.0))
+        self.counted.append(finite * tokens)
         self.tokens += tokens
 
     def mean(self, rt: Runtime, state: TrainState) -> float:
-        """Nats a token over all ranks; the next window begins at this state."""
+        """Nats a token over all ranks, NaN if every step was left out; the next window begins at this state."""
         total = torch.stack(self.losses).cpu().double().sum()
         if rt.world > 1:
             dist.all_reduce(total, group=rt.control)
-        mean = float(total) / self.tokens
-        self.losses, self.tokens, self.step, self.seconds = [], 0, state.step, state.seconds
+        counted = int(torch.stack(self.counted).sum())
+        mean = float(total) / counted if counted else math.nan
+        self.losses, self.counted, self.tokens = [], [], 0
+        self.step, self.seconds = state.step, state.seconds
         return mean
 
 
@@ -9614,16 +9987,21 @@ def eta_text(h: Hyperparameters, state: TrainState) -> str:
     return clock_text(state.seconds / progress - state.seconds)
 
 
-def report_training(s: Session, state: TrainState, window: LossWindow) -> None:
-    """One line in the field's format, one metrics object, and the progress bar."""
+def report_training(s: Session, state: TrainState, window: LossWindow, vitals: Vitals) -> None:
+    """One line in the field's format, one metrics object, and what they say about the run's health."""
     h, passed = s.h, max(1e-9, state.seconds - window.seconds)
     speed, steps = window.tokens / passed, state.step - window.step
     loss = window.mean(s.rt, state)
     s.log.line(
         f"step:{state.step}/{h.iterations} train_loss:{loss:.4f} train_time:{state.seconds * 1e3:.0f}ms "
         f"step_avg:{state.seconds * 1e3 / state.step:.2f}ms tok/s:{speed:.0f}"
-        f"{utilization_text(s, speed)} eta:{eta_text(h, state)}"
+        f"{utilization_text(s, speed)} eta:{eta_text(h, state)}{f' skipped:{state.skipped}' if state.skipped else ''}"
     )
+    reserved_mib = held_memory_bytes(s.rt)[1] / MIB
+    progress = progress_of(h, state.step, state.seconds)
+    vitals.look(state.step, (state.variant, stage_at(h.stages, progress), stage_at(h.lengths, progress)), speed, loss)
+    vitals.look_at_machine(state.step, reserved_mib, s.guard.throttled)
+    s.guard.figures |= {"train_loss_nats": loss if math.isfinite(loss) else None}
     s.log.metric(
         "train",
         step=state.step,
@@ -9634,15 +10012,22 @@ def report_training(s: Session, state: TrainState, window: LossWindow) -> None:
         tokens_per_s=round(speed, 1),
         rate_scale=round(rate_scale(h, state.step, state.seconds), 6),
         peak_memory_mib=round(peak_memory_bytes(s.rt) / MIB, 1),
+        reserved_mib=round(reserved_mib, 1),
+        skipped_steps=state.skipped,
     )
+
+
+def known_peak(rt: Runtime) -> float:
+    """Peak FLOP/s of this GPU, 0 for any other device."""
+    name = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else ""
+    return next((flops for known, flops in PEAK_FLOPS.items() if known in name), 0.0)
 
 
 def utilization_text(s: Session, speed: float) -> str:
     """Model FLOPs utilization on a known GPU, else nothing."""
     if s.rt.device.type != "cuda":
         return ""
-    name = torch.cuda.get_device_name(s.rt.device)
-    peak = next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
+    peak = known_peak(s.rt)
     return f" mfu:{speed * flops_per_token(s.model) / (peak * s.rt.world):.1%}" if peak else ""
 
 
@@ -9886,9 +10271,9 @@ def report_validation(s: Session, state: TrainState, calibration: dict[str, floa
     """
     began = time.monotonic()
     h = s.h if calibration is not None else plain_evaluation(s.h)
-    score = Scorer(h, s.rt, s.model, s.table, calibration).score(
-        s.validation, state.variant, report=lambda share: s.log.progress(share, "validating")
-    )
+    scorer = Scorer(h, s.rt, s.model, s.table, calibration)
+    scorer.asked = functools.partial(s.guard.beat, True)
+    score = scorer.score(s.validation, state.variant, report=lambda share: s.log.progress(share, "validating"))
     average = state.seconds * 1e3 / max(1, state.step)
     s.log.line(
         f"step:{state.step}/{s.h.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
@@ -9972,7 +10357,11 @@ def finish(s: Session, state: TrainState) -> int:
     """Average, quantize, score, export, reload, score again, account; returns the exit code."""
     h, log = s.h, s.log
     switch_variant(s, state, 1.0)  # a run that ended early takes its final shape
+    s.guard.beat(slow=True)
     try_to_save(s, state)
+    s.guard.working = False  # from here on nothing is lost that resuming does not make again
+    if number := largest_of(s.rt, s.guard.signal):
+        return stopped(s, number)
     untouched = s.weights.forms()
     averaged, calibration, whole = settle(s, state)
     log.line(f"training done: steps:{state.step} train_time:{state.seconds * 1e3:.0f}ms averaged:{int(averaged)}")
@@ -9988,6 +10377,7 @@ def finish(s: Session, state: TrainState) -> int:
     load_weights(model, arrays)
     scorer = Scorer(s.h, s.rt, model, s.table, header["calibration"])
     scorer.say, scorer.limit, scorer.began = log.line, h.max_eval_seconds, began
+    scorer.asked = functools.partial(s.guard.beat, True)
     log.line(f"protocol:{h.protocol}{' (named in advance)' * h.named}")
     budget = account(h, len(data))
     counted = "this script" if budget.packaged else "CODE_BYTES_RESERVE"
@@ -10042,60 +10432,18 @@ def closing_summary(s: Session, state: TrainState, model: GPT, score: Score, bud
     log.line("-" * 72)
 
 
-def train(h: Hyperparameters, rt: Runtime) -> int:
-    """A whole run: folder, lock, log, resume, loop, finish. Returns the exit code. Raises UserError."""
-    folder = run_folder(h, rt)
-    lock = on_main(rt, lambda: lock_folder(folder))
-    log = Log(folder, rt.main)
-    try:
-        s: Session = on_all(rt, lambda: open_session(h, rt, folder, log))
-        settled = dataclasses.replace(h, precision=rt.arithmetic)  # the next machine might choose another
-        on_main(rt, lambda: write_atomically(folder / "config.env", config_env(settled).encode()))
-        on_main(rt, lambda: write_atomically(folder / "train_gpt.py", Path(__file__).read_bytes()))
-        log.line(f"run:{folder}")
-        describe(s)
-        state = TrainState()
-        path = on_main(rt, lambda: find_checkpoint(h, folder / "checkpoints"))
-        if path:
-            state = on_all(rt, lambda: load_checkpoint(s.h, rt, path, s.model, s.weights))
-            log.line(f"resumed {path} at step:{state.step} train_time:{state.seconds * 1e3:.0f}ms")
-            log.metric("resume", step=state.step, train_time_s=state.seconds)
-            if state.prints.get("tokenizer", s.prints["tokenizer"]) != s.prints["tokenizer"]:
-                raise AgreedError(f"{path} was trained with another tokenizer than TOKENIZER_PATH={h.tokenizer_path}")
-            if state.prints.get("data", s.prints["data"]) != s.prints["data"]:
-                log.line(f"warning: {path} was trained on other data than DATA_PATH={h.data_path}")
-        state.prints = s.prints
-        train_loop(s, state)
-        return finish(s, state)
-    finally:
-        log.close()
-        if rt.main:
-            os.close(lock)
+class Check(NamedTuple):
+    """What preflight has looked at."""
+
+    name: str
+    state: str  # ok, warn or fail
+    found: str
+    fix: str = ""
 
 
-# ==== 15. MAIN ===============================================================
-# Gives: the command line. Needs: all of the above.
-
-
-def preflight(h: Hyperparameters, rt: Runtime) -> int:
-    """Check configuration, every token, tokenizer, disk and attention; one line each. Raises UserError on a failure."""
-    log = Log(None, rt.main)
-    s = open_session(h, rt, Path(h.out_dir), log)
-    describe(s)
-    bound = account(h, math.ceil(sum(s.weights.packed_bytes().values())))
-    state = "ok" if bound.total_bytes <= bound.budget_bytes else "warn: may not fit unless it compresses well"
-    log.line(f"budget: {state}")
-    free = disk_free(Path(h.out_dir))
-    need = 16 * sum(p.numel() for p in s.model.parameters()) * h.keep_checkpoints
-    log.line(f"disk: {free / MIB:.0f} MiB free, checkpoints need about {need / MIB:.0f} MiB")
-    if free < need:
-        raise UserError(f"OUT_DIR={h.out_dir} has {free / MIB:.0f} MiB free, checkpoints need {need / MIB:.0f} MiB")
-    for stream in (s.loader.stream, TokenStream(h.data_path, "val", h.vocab_size)):
-        for start in range(0, stream.tokens, 2**22):
-            stream.read(start, min(2**22, stream.tokens - start))  # checks every token's range
-    log.line(f"tokens: all below VOCAB_SIZE={h.vocab_size}")
-    log.line("preflight: ok")
-    return 0
+def judge(name: str, found: str, problem: bool, fix: str, state: str = "fail") -> Check:
+    """A Check that is ok, or, with a problem, `state` and how to mend it."""
+    return Check(name, state if problem else "ok", found, fix if problem else "")
 
 
 def disk_free(folder: Path) -> int:
@@ -10104,6 +10452,159 @@ def disk_free(folder: Path) -> int:
         folder = folder.absolute().parent
     stats = os.statvfs(folder)
     return stats.f_bavail * stats.f_frsize
+
+
+TOY_WEIGHTS = 5_000_000  # fewer leave a large GPU idle: 8 x 192 has 4M
+
+
+def check_long_run(s: Session) -> Check:
+    """What long runs have been lost to: no checkpoints, and a GPU that is hardly used.
+
+    ITERATIONS count where no clock ends the run before: with one they are no more than an upper bound.
+    """
+    h, rt, problems = s.h, s.rt, []
+    hour = h.max_wallclock_seconds > 3600 or not h.max_wallclock_seconds
+    long = hour and (h.max_wallclock_seconds > 3600 or h.iterations > h.long_run_steps)
+    gpu = rt.device.type == "cuda"
+    if long and not h.save_every:
+        problems.append(("no checkpoints", "set SAVE_EVERY"))
+    if long and gpu and has_bf16(rt.device) and not rt.autocast:
+        problems.append((f"PRECISION={rt.arithmetic} on a GPU that has bf16", "set PRECISION=auto"))
+    weights = sum(p.numel() for p in s.model.parameters())
+    large = gpu and torch.cuda.get_device_properties(rt.device).total_memory > 70 * 2**30
+    if long and large and weights < TOY_WEIGHTS:
+        problems.append((f"{weights} weights on a GPU of more than 70 GiB", "make the model larger"))
+    found = ", ".join(found for found, _ in problems) or ("nothing amiss" if long else "not long")
+    fix = "; ".join(fix for _, fix in problems) + ", or ALLOW_TOY_RUN=1"
+    return judge("long run", found, bool(problems), fix, "fail" if gpu and not h.allow_toy_run else "warn")
+
+
+def check_gpu(s: Session) -> Iterator[Check]:
+    """Driver, other processes on this GPU, NCCL and the attention backend."""
+    rt, index = s.rt, ["-i", str(s.rt.device.index or 0)]
+    driver = ask_gpu("--query-gpu=driver_version", *index)
+    name = torch.cuda.get_device_name(rt.device)
+    yield Check("gpu", "ok", f"{name}, driver {driver[0][0] if driver else 'unknown'}, CUDA {torch.version.cuda}")
+    others = [f"{pid} ({mib} MiB)" for pid, mib in ask_gpu("--query-compute-apps=pid,used_memory", *index)
+              if pid != str(os.getpid())]  # fmt: skip
+    found = f"other processes: {', '.join(others) or 'none'}"
+    yield judge(
+        "free gpu",
+        found,
+        bool(others),
+        "end them, or set CUDA_VISIBLE_DEVICES",
+        "fail" if s.h.require_free_gpu else "warn",
+    )
+    reasons = throttled()
+    yield judge("clock", reasons or "not held down", bool(reasons), "mind the cooling", "warn")
+    if rt.world > 1:
+        version = ".".join(map(str, torch.cuda.nccl.version()))
+        yield judge("nccl", version, peer_to_peer_is_off(), "unset NCCL_P2P_DISABLE: it costs speed", "warn")
+    slow = "sdpa" in s.attention and "attn" in s.h.mixers and rt.autocast
+    yield judge("attention", s.attention, slow, "install FlashAttention 3 (run_8xh100.sh tells how)", "warn")
+
+
+def check_start(s: Session) -> Iterator[Check]:
+    """What can be known at every start within a second or two."""
+    import resource  # POSIX only
+
+    h, stream = s.h, s.loader.stream
+    unused = ineffective_variables(h)
+    yield judge("configuration", ", ".join(unused) or "every variable acts", bool(unused), "no effect: unset", "warn")
+    yield check_long_run(s)
+    yield Check("device", "ok", f"{s.rt.device} {s.rt.arithmetic}, {s.rt.world} ranks, attention {s.attention}")
+    if s.rt.device.type == "cuda":
+        yield from check_gpu(s)
+    made = "that of the data's manifest" if read_manifest(h.data_path) else "cuts the data's text alike (no manifest)"
+    yield Check("tokenizer", "ok", f"{s.prints['tokenizer'][:16]}, {made}")
+    yield Check("data", "ok", f"{len(stream.paths)} shards, {s.loader.usable} tokens, {len(s.validation)} to validate")
+    files, least = resource.getrlimit(resource.RLIMIT_NOFILE)[0], len(stream.paths) + 256
+    yield judge("open files", f"at most {files}", files < least, f"ulimit -n {least}")
+    bound = account(h, math.ceil(sum(s.weights.packed_bytes().values())))
+    found = f"{bound.total_bytes} bytes before compression, budget {bound.budget_bytes}"
+    yield judge("bytes", found, bound.total_bytes > bound.budget_bytes, "preflight --full or fit tells", "warn")
+    # Latents in float32, with moments and an average; the old ones stay until the new one is complete.
+    folder = Path(h.out_dir)
+    free, one = disk_free(folder), 16 * sum(p.numel() for p in s.model.parameters())
+    need = one * (h.keep_checkpoints + 1) + bound.model_bytes
+    found = f"OUT_DIR={h.out_dir} has {free / MIB:.0f} MiB free, checkpoints need {need / MIB:.0f} MiB"
+    yield judge("disk", found, free < need, "free some, or set OUT_DIR or KEEP_CHECKPOINTS")
+
+
+def begin_well(s: Session) -> None:
+    """Say what check_start finds amiss on rank 0; raises AgreedError if a run must not begin like this."""
+
+    def look() -> None:
+        checks = list(check_start(s))
+        for check in checks:
+            if check.state == "warn" and check.name != "configuration":  # describe names those
+                s.log.line(f"warning: {check.name}: {check.found}; {check.fix}")
+        refuse(checks)
+
+    on_main(s.rt, look)
+
+
+def refuse(checks: list[Check]) -> None:
+    """Raise UserError if one of them fails."""
+    if failed := [check for check in checks if check.state == "fail"]:
+        raise UserError("; ".join(f"{check.name}: {check.found}; {check.fix}" for check in failed))
+
+
+def stopped(s: Session, number: int) -> int:
+    """The end that a signal asked for, with everything saved; returns the exit code that a signal has by convention."""
+    s.log.line(f"stopped by {signal.Signals(number).name}; to resume: {s.guard.resuming}")
+    return 128 + number
+
+
+def resume(s: Session) -> TrainState:
+    """The state that RESUME names, or a new one. Raises UserError where it does not fit."""
+    h, rt, log = s.h, s.rt, s.log
+    path = on_main(rt, lambda: find_checkpoint(h, s.folder / "checkpoints"))
+    if not path:
+        return TrainState()
+    state: TrainState = on_all(rt, lambda: load_checkpoint(h, rt, path, s.model, s.weights))
+    log.line(f"resumed {path} at step:{state.step} train_time:{state.seconds * 1e3:.0f}ms")
+    log.metric("resume", step=state.step, train_time_s=state.seconds)
+    if state.prints.get("tokenizer", s.prints["tokenizer"]) != s.prints["tokenizer"]:
+        raise AgreedError(f"{path} was trained with another tokenizer than TOKENIZER_PATH={h.tokenizer_path}")
+    if state.prints.get("data", s.prints["data"]) != s.prints["data"]:
+        log.line(f"warning: {path} was trained on other data than DATA_PATH={h.data_path}")
+    return state
+
+
+def train(h: Hyperparameters, rt: Runtime) -> int:
+    """A whole run: folder, lock, log, resume, loop, finish. Returns the exit code. Raises UserError."""
+    folder = run_folder(h, rt)
+    lock = on_main(rt, lambda: lock_folder(folder))
+    log: Log = on_all(rt, lambda: Log(folder, rt.main))
+    s: Session | None = None
+    try:
+        s = cast(Session, on_all(rt, lambda: open_session(h, rt, folder, log)))
+        log.sinks = on_all(rt, lambda: open_sinks(h, folder) if rt.main else [])
+        settled = dataclasses.replace(h, precision=rt.arithmetic)  # the next machine might choose another
+        on_main(rt, lambda: write_atomically(folder / "config.env", config_env(settled).encode()))
+        on_main(rt, lambda: write_atomically(folder / "train_gpt.py", Path(__file__).read_bytes()))
+        log.line(f"run:{folder}")
+        describe(s)
+        begin_well(s)
+        state = resume(s)
+        state.prints = s.prints
+        s.guard.start(state)
+        train_loop(s, state)
+        if s.guard.signal:
+            try_to_save(s, state)
+            return stopped(s, s.guard.signal)
+        return finish(s, state)
+    finally:
+        if s is not None:
+            s.guard.end()
+        log.close()
+        if rt.main:
+            os.close(lock)
+
+
+# ==== 15. MAIN ===============================================================
+# Gives: the command line. Needs: all of the above.
 
 
 def plan(h: Hyperparameters, rt: Runtime) -> int:
@@ -10352,6 +10853,83 @@ def weigh(h: Hyperparameters, spreads: dict[str, Spread], speed: Speed, limit: f
 FIT_BY = {"width": "MODEL_DIM", "layers": "NUM_LAYERS", "buckets": "BIGRAM_HASH_BUCKETS"}
 
 
+class Meter(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, and the most so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        """Do what was asked for and note the memory of its results."""
+        result = func(*args, **(kwargs or {}))
+        for part in tree_leaves(result):
+            if isinstance(part, Tensor) and part.layout == torch.strided:
+                self.note(part.untyped_storage())
+        return result
+
+    def note(self, storage: Any) -> None:
+        if storage not in self.known:
+            size = storage.nbytes()
+            self.known[storage] = size
+            weakref.finalize(storage, self.drop, size)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+
+    def drop(self, size: int) -> None:
+        self.live -= size
+
+
+class Memory(NamedTuple):
+    """Bytes at the peak of training and of an evaluation's forward pass, of which `kept` are there all the time."""
+
+    kept: int
+    training: int
+    evaluation: int
+
+
+def foreseen_memory(h: Hyperparameters, rt: Runtime) -> Memory:
+    """The real network and optimizer take a step of the largest batch in tensors without contents.
+
+    Eager: torch.compile saves some of it. What libraries take for themselves comes on top.
+    """
+    tokens, length = max(tokens for _, tokens in h.stages) // rt.world, h.train_seq_len
+    micro = max(1, h.micro_batch_tokens // length)
+    passes = [min(micro, tokens // length)] * min(2, -(-tokens // length // micro))
+    with FakeTensorMode(), Meter() as meter, torch.device(rt.device):
+        torch.set_default_dtype(rt.dtype)
+        model = GPT(h, 1)
+        torch.set_default_dtype(torch.float32)
+        weights = Weights(model)
+        weights.materialize(1.0)
+        optimizer = Optimizer(h, rt, weights)
+        optimizer.step(0.0, h.muon_momentum, h.ema_decay > 0, 1.0)
+        kept = meter.peak = meter.live
+        for rows in passes:
+            with rt.precision():
+                loss = foreseen_pass(h, model, rows).total
+            loss.backward()
+            del loss
+        optimizer.step(0.0, h.muon_momentum, h.ema_decay > 0, 1.0)
+        weights.clear_gradients()
+        training, meter.peak = meter.peak, meter.live
+        rows = max(1, min(h.val_batch_size, MAX_LOGITS[rt.device.type] // h.vocab_size) // h.eval_window)
+        inputs = torch.zeros((min(rows, h.eval_streams), h.eval_window), dtype=torch.long)
+        with torch.no_grad(), rt.precision():
+            logits = model.logits(inputs, scoring_variant(h), model.start_state(model.no_history(inputs)))[0]
+            logits.log_softmax(-1)
+        return Memory(kept, training, meter.peak)
+
+
+def foreseen_pass(h: Hyperparameters, model: GPT, rows: int) -> LossOut:
+    """The forward pass of so many rows, at the end of the run."""
+    tokens = torch.zeros((rows, h.train_seq_len + 1), dtype=torch.long)
+    start = model.init_state(rows) if h.carry_train else model.start_state(torch.full((rows, h.history), -1))
+    moment = Moment(torch.ones(()), torch.zeros((), dtype=torch.long), torch.arange(rows))
+    return model.loss(tokens[:, :-1], tokens[:, 1:], final_variant(h), start, moment)
+
+
 class Fitter:
     """A search over the values of one variable under the environment's configuration."""
 
@@ -10465,6 +11043,82 @@ def fit(options: Any, environ: dict[str, str]) -> int:
         result |= {"train_time_s": expected.seconds, "speed": fitter.speed.source}
     print(json.dumps(result))
     return 0 if value is not None else 3
+
+
+def check_tokens(s: Session) -> Check:
+    """Read every token once: one out of range would be met after hours, or never."""
+    for stream in (s.loader.stream, TokenStream(s.h.data_path, "val", s.h.vocab_size)):
+        for start in range(0, stream.tokens, 2**22):
+            stream.read(start, min(2**22, stream.tokens - start))
+    return Check("tokens", "ok", f"all below VOCAB_SIZE={s.h.vocab_size}")
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes that a device has free for this process: of the GPU, or of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []
+    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    return free[0] if free else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_memory_foreseen(s: Session) -> Check:
+    """Whether a step and an evaluation's pass fit into memory; asked before anything of that size is tried."""
+    plain = dataclasses.replace(s.h, attn_impl="sdpa" if s.rt.device.type == "cuda" else s.h.attn_impl)
+    need, free = foreseen_memory(plain, s.rt), memory_of(s.rt.device)
+    found = (
+        f"{free / MIB:.0f} MiB free; training needs about {need.training / MIB:.0f}, of which {need.kept / MIB:.0f} "
+        f"always, evaluation {need.evaluation / MIB:.0f}"
+    )
+    fix = "lower MICRO_BATCH_TOKENS or VAL_BATCH_SIZE, or set GRAD_CHECKPOINT=1"
+    return judge("memory", found, max(need.training, need.evaluation) > free, fix)
+
+
+def check_time(s: Session) -> Iterator[Check]:
+    """Steps and tokens in the training clock, from a few steps' time, and how much of a known GPU they use."""
+    speed = measured_speed(s.h, s.rt)
+    ahead = foresee(s.h, speed._replace(flop_seconds=speed.flop_seconds / s.rt.world))
+    found = f"{ahead.steps:.0f} steps, {ahead.tokens:.0f} tokens in {ahead.seconds:.0f} s ({speed.source})"
+    yield judge("time", found, ahead.steps < 1, "raise MAX_WALLCLOCK_SECONDS or lower TRAIN_BATCH_TOKENS")
+    peak = known_peak(s.rt)
+    if peak:
+        used = 1 / (speed.flop_seconds * peak)
+        long = ahead.steps > s.h.long_run_steps or ahead.seconds > 3600
+        state = "warn" if s.h.allow_toy_run or not long else "fail"
+        fix = "larger MICRO_BATCH_TOKENS or model, PRECISION=bf16, COMPILE=1, or ALLOW_TOY_RUN=1"
+        yield judge("utilization", f"{used:.1%} of the GPU's peak", used < 0.1, fix, state)
+
+
+def check_artifact(s: Session) -> Check:
+    """Write a whole artifact with the real codecs, of weights that vary as trained ones do, and read it back."""
+    began = time.monotonic()
+    ahead = untrained_share(s.h, DISTINCT_TOKENS)
+    artifact = write_artifact(s.h, coded_like(s.weights, SPREADS, ahead, math.inf), s.prints)
+    wrote = time.monotonic() - began
+    decode_artifact(artifact.data)
+    total = account(s.h, len(artifact.data))
+    found = (
+        f"{total.total_bytes} bytes of {total.budget_bytes}; written in {wrote:.1f} s, read in "
+        f"{time.monotonic() - began - wrote:.1f} s"
+    )
+    return judge("artifact", found, total.total_bytes > total.budget_bytes, "make the model smaller (fit)", "warn")
+
+
+def preflight(h: Hyperparameters, rt: Runtime, full: bool, as_json: bool) -> int:
+    """Check everything that a run needs without training; a table or JSON. Raises UserError if anything fails."""
+    log = Log(None, rt.main and not as_json)
+    s: Session = on_all(rt, lambda: open_session(h, rt, Path(h.out_dir), log))
+    checks = on_main(rt, lambda: [*check_start(s), check_tokens(s), check_memory_foreseen(s)])
+    checks += [check for check in check_time(s) if checks[-1].state == "ok"]
+    checks += on_main(rt, lambda: [check_artifact(s)]) if full else []
+    for check in checks:
+        log.line(f"{check.state:<5} {check.name:<14}{check.found}{f'; {check.fix}' if check.fix else ''}")
+    if as_json and rt.main:
+        ok = all(check.state != "fail" for check in checks)
+        print(json.dumps({"ok": ok, "checks": [check._asdict() for check in checks]}))
+    on_main(rt, lambda: refuse(checks))
+    log.line("preflight: ok")
+    return 0
 
 
 def open_artifact(
@@ -10667,8 +11321,11 @@ def parse_command(argv: list[str]) -> Any:
 
     parser = argparse.ArgumentParser(prog="train_gpt.py", description="see --help for the variables")
     commands = parser.add_subparsers(dest="command")
-    for name in ("train", "preflight", "plan"):
+    for name in ("train", "plan"):
         commands.add_parser(name)
+    checker = commands.add_parser("preflight")
+    checker.add_argument("--full", action="store_true")
+    checker.add_argument("--json", action="store_true")
     commands.add_parser("eval").add_argument("artifact")
     auditor = commands.add_parser("audit")
     auditor.add_argument("artifact")
@@ -10715,7 +11372,7 @@ def main(argv: list[str], environ: dict[str, str]) -> int:
         h = matched(load_config(environ))
         rt = start_runtime(h)
         if options.command == "preflight":
-            return preflight(h, rt)
+            return preflight(h, rt, options.full, options.json)
         if options.command == "plan":
             return plan(h, rt)
         if options.command == "bench":
@@ -10736,5 +11393,13 @@ def main(argv: list[str], environ: dict[str, str]) -> int:
             dist.destroy_process_group()
 
 
+def leave_code(code: int, environ: dict[str, str]) -> int:
+    """Put the exit code where tools/supervise.sh looks for it: torchrun makes 1 of every failure."""
+    if path := environ.get("EXIT_CODE_FILE"):
+        with suppress(OSError):
+            Path(path).write_text(str(code))
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], dict(os.environ)))
+    sys.exit(leave_code(main(sys.argv[1:], dict(os.environ)), dict(os.environ)))

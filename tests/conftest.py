@@ -315,6 +315,11 @@ def free_port() -> int:
 
 
 @pytest.fixture
+def free_port_number() -> int:
+    return free_port()
+
+
+@pytest.fixture
 def run_ranks(job_server: JobServer) -> Callable[..., list[Done]]:
     """run_ranks(env, ranks=2, args=(), hooks={rank: hook}, timeout=60, cwd=".") -> list[Done], one for each rank.
 

@@ -98,7 +98,71 @@ def run_clock_at(speed: float) -> None:
     time.monotonic = lambda: began + speed * (monotonic() - began)
 
 
+def in_steps(first: int, last: int, act: Callable[[Any], None]) -> None:
+    """Arrange that something happens after the backward pass of these steps, counted from 0."""
+    make_step = train_gpt.make_step
+
+    def make(s: Any) -> Callable[..., Any]:
+        step = make_step(s)
+
+        def stepped(batch: Any, state: Any, progress: float) -> Any:
+            out = step(batch, state, progress)
+            if first <= state.step <= last:
+                act(s)
+            return out
+
+        return stepped
+
+    train_gpt.make_step = make
+
+
+def poison_gradient(first: int, last: int, value: float) -> None:
+    """One number of one gradient becomes `value` (NaN, infinity) in these steps."""
+
+    def poison(s: Any) -> None:
+        next(p for p in s.model.parameters() if p.grad is not None).grad.view(-1)[0] = value
+
+    in_steps(first, last, poison)
+
+
+def hang_in_step(number: int) -> None:
+    """This process waits for ever in a step, as one whose device has stopped to answer."""
+    in_steps(number, number, lambda s: threading.Event().wait())
+
+
+def hang_in_save() -> None:
+    """Every checkpoint takes for ever."""
+    train_gpt.save_checkpoint = lambda *_: threading.Event().wait()
+
+
+def score_slowly(seconds: float) -> None:
+    """Every chunk of an evaluation takes so much longer."""
+    predict = train_gpt.Scorer.predict
+
+    def slow(*told: Any) -> Any:
+        time.sleep(seconds)
+        return predict(*told)
+
+    train_gpt.Scorer.predict = slow  # type: ignore[method-assign]
+
+
+def jump_wall_clock(seconds: float) -> None:
+    """The time of day jumps to and fro with every look at it, as when it is set anew."""
+    wall, sign = time.time, [1]
+
+    def jumping() -> float:
+        sign[0] = -sign[0]
+        return wall() + sign[0] * seconds
+
+    time.time = jumping
+
+
 HOOKS: dict[str, Callable[..., None]] = {
+    "poison_gradient": poison_gradient,
+    "hang_in_step": hang_in_step,
+    "hang_in_save": hang_in_save,
+    "score_slowly": score_slowly,
+    "jump_wall_clock": jump_wall_clock,
     "kill_at_disk_call": kill_at_disk_call,
     "kill_in_write": kill_in_write,
     "fail_disk_call": fail_disk_call,

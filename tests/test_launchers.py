@@ -10,8 +10,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +21,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("run_local.sh", "run_8xh100.sh", "tests/run.sh", "tests/gpu.sh", ".ci/run", "tools/setup.sh")
-TOOLS = "bash sh env awk cat chmod cksum cp date df dirname grep ls mkdir rm sed tr"
+SCRIPTS = (
+    "run_local.sh",
+    "run_8xh100.sh",
+    "tests/run.sh",
+    "tests/gpu.sh",
+    ".ci/run",
+    "tools/setup.sh",
+    "tools/supervise.sh",
+)
+TOOLS = "bash sh env awk cat chmod cksum cp date df dirname grep ls mkdir rm sed sleep tr"
 REQUIREMENTS = ("requirements.txt", "requirements-dev.txt")
 TORCH_PIN = re.findall("^torch==.*$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)[0]
 
@@ -492,6 +502,138 @@ def test_flash_attention_is_a_hint_for_this_cuda(machine: Machine) -> None:
     assert done.returncode == 0 and hint in done.stderr
     (machine.home / "machine" / "flash_attn_interface.py").touch()
     assert "flash-attn-3" not in machine.run("run_8xh100.sh").stderr
+
+
+# ---- tools/supervise.sh ----
+
+SUPERVISE = """
+. tools/setup.sh
+. tools/supervise.sh
+check_supervision
+supervise runs/r sh ./training
+"""
+# Each start takes the next of ENDS: step:code, step:code:what it leaves in EXIT_CODE_FILE, or step:wait for a signal.
+TRAINING = """
+echo "start RESUME=${RESUME:-}" >>"$STUB_LOG"
+mkdir -p runs/r/checkpoints
+set -- $ENDS
+shift "$(($(grep -c '^start' "$STUB_LOG") - 1))"
+step=${1%%:*} code=${1#*:}
+echo "{\\"step\\": $step, \\"pid\\": 1}" >runs/r/heartbeat_rank0.json
+echo "log of start at $step" >>runs/r/train.log
+[ -z "${SAVES:-}" ] || echo "step_0000100.pt" >runs/r/checkpoints/latest
+case $code in
+wait) trap 'echo saved >>runs/r/train.log; exit 143' TERM; while :; do sleep 0.05; done ;;
+*:*) echo "${code#*:}" >"$EXIT_CODE_FILE"; exit "${code%:*}" ;;
+*) exit "$code" ;;
+esac
+"""
+
+
+def supervised(machine: Machine, ends: str, **variables: str) -> subprocess.Popen[str]:
+    """Start a fake training run with these ends under supervision."""
+    (machine.repo / "training").write_text(TRAINING)
+    environ = {"PATH": str(machine.home / "bin"), "STUB_LOG": str(machine.home / "log"), "ENDS": ends, **variables}
+    (machine.home / "log").write_text("")
+    pipe, command = subprocess.PIPE, ["bash", "-euc", SUPERVISE]
+    return subprocess.Popen(command, cwd=machine.repo, env=environ, stdout=pipe, stderr=pipe, text=True)
+
+
+def end_of(machine: Machine, ends: str, **variables: str) -> tuple[int, list[str], list[str]]:
+    """Exit code, starts and the run's log of a fake training run that ends by itself."""
+    process = supervised(machine, ends, **variables)
+    _, err = process.communicate(timeout=60)
+    told = (machine.repo / "runs/r/train.log").read_text().splitlines()
+    assert [line for line in told if line not in ("saved",) and "log of" not in line] == err.splitlines()
+    assert not (machine.repo / "runs/r.exit").exists()
+    return process.returncode, machine.log("start"), told
+
+
+def test_dead_run_is_restarted_from_its_latest_checkpoint_with_one_log(machine: Machine) -> None:
+    code, starts, log = end_of(machine, "120:137 130:5 200:0", SAVES="1")
+    assert code == 0 and starts == ["start RESUME=", "start RESUME=auto", "start RESUME=auto"]
+    assert log == [
+        "log of start at 120",
+        "restart 1 of 3: exit code 137 at step 120; continuing from step_0000100.pt",
+        "log of start at 130",
+        "restart 2 of 3: exit code 5 at step 130; continuing from step_0000100.pt",
+        "log of start at 200",
+    ]
+
+
+def test_second_death_at_the_same_step_is_the_last(machine: Machine) -> None:
+    code, starts, log = end_of(machine, "50:1 70:1 70:1 80:0")
+    assert code == 1 and len(starts) == 3
+    assert log[-1] == "giving up: exit code 1 at step 70, as the time before"
+
+
+def test_restarts_are_bounded(machine: Machine) -> None:
+    code, starts, log = end_of(machine, "1:1 2:1 3:139 4:0", MAX_RESTARTS="2")
+    assert code == 139 and len(starts) == 3
+    assert log[-1] == "giving up: exit code 139 at step 3, after MAX_RESTARTS=2"
+    shutil.rmtree(machine.repo / "runs")
+    assert end_of(machine, "1:1 2:0", MAX_RESTARTS="0")[0] == 1
+
+
+@pytest.mark.parametrize(
+    "end, code", [("9:2", 2), ("9:3", 3), ("9:143", 143), ("9:1:2", 2), ("9:1:3", 3), ("9:1:143", 143)]
+)
+def test_what_a_restart_cannot_mend_is_passed_on(end: str, code: int, machine: Machine) -> None:
+    """Mistakes, a missed budget and a wanted end, also where torchrun has made 1 of them."""
+    assert end_of(machine, f"{end} 10:0")[:2] == (code, ["start RESUME="])
+
+
+def test_named_checkpoint_is_used_again_until_there_is_an_own_one(machine: Machine) -> None:
+    assert end_of(machine, "1:1 2:0", RESUME="old.pt")[1] == ["start RESUME=old.pt"] * 2
+    shutil.rmtree(machine.repo / "runs")
+    assert end_of(machine, "1:1 2:0", RESUME="old.pt", SAVES="1")[1] == ["start RESUME=old.pt", "start RESUME=auto"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_is_passed_on_and_ends_the_supervision(number: signal.Signals, machine: Machine) -> None:
+    process = supervised(machine, "5:wait 6:0")
+    limit = time.monotonic() + 30
+    while not (machine.repo / "runs/r/train.log").exists():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    time.sleep(0.2)
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == 143 and len(machine.log("start")) == 1
+    assert (machine.repo / "runs/r/train.log").read_text().splitlines()[-1] == "saved"
+
+
+def test_rented_run_is_ended_before_it_has_cost_too_much(machine: Machine) -> None:
+    began = time.monotonic()
+    money = {"MAX_COST_USD": "0.0025", "PRICE_PER_HOUR": "1", "COST_RESERVE_SECONDS": "7"}  # 9 s
+    code, starts, log = end_of(machine, "5:wait 6:0", **money)
+    assert code == 143 and len(starts) == 1 and time.monotonic() - began < 9
+    assert log[-2] == "saved" and log[-1].startswith("ended by MAX_COST_USD=0.0025 after ")
+    shutil.rmtree(machine.repo / "runs")
+    assert end_of(machine, "5:0", MAX_COST_USD="9", PRICE_PER_HOUR="9")[0] == 0  # and no clock goes on after the run
+
+
+@pytest.mark.parametrize(
+    "variables, expected",
+    [
+        ({"MAX_COST_USD": "5"}, "found MAX_COST_USD=5, PRICE_PER_HOUR=, expected two numbers above 0"),
+        ({"MAX_COST_USD": "five", "PRICE_PER_HOUR": "1"}, "found MAX_COST_USD=five"),
+        ({"MAX_COST_USD": "1", "PRICE_PER_HOUR": "100"}, "MAX_COST_USD=1 pays for 36 s at PRICE_PER_HOUR=100"),
+        ({"MAX_RESTARTS": "some"}, "found MAX_RESTARTS=some"),
+    ],
+)
+@pytest.mark.parametrize("script", ["run_local.sh", "run_8xh100.sh"])
+def test_settings_of_supervision_are_checked(
+    script: str, variables: dict[str, str], expected: str, machine: Machine
+) -> None:
+    machine.add_data()
+    done = machine.run(script, **variables)
+    assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1 and not machine.log()
+
+
+def test_run_local_restarts_a_crash(machine: Machine) -> None:
+    assert machine.run("run_local.sh", TRAIN_GPT_EXIT="139").returncode == 139
+    assert len([line for line in machine.log("program") if '["train_gpt.py"' in line]) == 2  # both at step 0
 
 
 # ---- tests/run.sh, .ci/run, tests/gpu.sh ----

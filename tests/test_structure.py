@@ -257,7 +257,7 @@ def test_everything_is_annotated() -> None:
 
 
 def test_file_and_lines_stay_within_bounds() -> None:
-    assert len(LINES) <= 10_650
+    assert len(LINES) <= 11_500
     long = [number for number, line in enumerate(LINES, 1) if len(line) > 120]
     assert not long, long
 
@@ -312,6 +312,7 @@ def test_every_argument_is_used() -> None:
         "forward": "layers and autograd functions",
         "backward": "autograd functions",
         "setup_context": "autograd functions",
+        "__torch_dispatch__": "modes of dispatch",
         **dict.fromkeys(
             ("build", "open", "prepare", "read", "gather", "write", "spread", "close", "measured"),
             "residual topologies",
