@@ -16,15 +16,27 @@ knows no function of the script by name; what it relies on is written in the sou
 
 from __future__ import annotations
 
+import argparse
 import ast
+import base64
 import builtins
 import copy
 import dataclasses
 import functools
+import hashlib
 import importlib
+import io
+import itertools
+import json
+import lzma
 import math
+import os
+import re
+import subprocess
 import sys
+import tempfile
 import types
+import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -49,17 +61,115 @@ class Unknown(Exception):
 # ==== values and literals ====
 
 PURE_BUILTINS = frozenset(
-    "abs all any bool bytes dict divmod enumerate filter float frozenset int isinstance len list map max min range repr"
-    " reversed round set sorted str sum tuple type zip".split()
+    [
+        "abs",
+        "all",
+        "any",
+        "bool",
+        "bytes",
+        "dict",
+        "divmod",
+        "enumerate",
+        "filter",
+        "float",
+        "frozenset",
+        "int",
+        "isinstance",
+        "len",
+        "list",
+        "map",
+        "max",
+        "min",
+        "range",
+        "repr",
+        "reversed",
+        "round",
+        "set",
+        "sorted",
+        "str",
+        "sum",
+        "tuple",
+        "type",
+        "zip",
+    ]
 )
 PURE_MODULES = {"math", "itertools", "operator", "functools", "re", "fnmatch", "collections", "dataclasses"}
 # Methods of builtin values, arrays and tensors that only look; a method of the program's own is judged by its body.
 PURE_METHODS = frozenset(
-    "get items keys values split rsplit join strip lstrip rstrip lower upper format encode decode count index startswith"
-    " endswith replace partition rpartition removeprefix removesuffix casefold title isdigit intersection union"
-    " difference tolist item numel size dim float double int long bool cpu detach sum mean amax amin max min any all abs"
-    " clone _asdict _replace copy total most_common square sqrt is_file stat read_text max_memory_allocated getrusage"
-    " get_device_name elements reshape view flatten unsqueeze squeeze hexdigest".split()
+    [
+        "get",
+        "items",
+        "keys",
+        "values",
+        "split",
+        "rsplit",
+        "join",
+        "strip",
+        "lstrip",
+        "rstrip",
+        "lower",
+        "upper",
+        "format",
+        "encode",
+        "decode",
+        "count",
+        "index",
+        "startswith",
+        "endswith",
+        "replace",
+        "partition",
+        "rpartition",
+        "removeprefix",
+        "removesuffix",
+        "casefold",
+        "title",
+        "isdigit",
+        "intersection",
+        "union",
+        "difference",
+        "tolist",
+        "item",
+        "numel",
+        "size",
+        "dim",
+        "float",
+        "double",
+        "int",
+        "long",
+        "bool",
+        "cpu",
+        "detach",
+        "sum",
+        "mean",
+        "amax",
+        "amin",
+        "max",
+        "min",
+        "any",
+        "all",
+        "abs",
+        "clone",
+        "_asdict",
+        "_replace",
+        "copy",
+        "total",
+        "most_common",
+        "square",
+        "sqrt",
+        "is_file",
+        "stat",
+        "read_text",
+        "max_memory_allocated",
+        "getrusage",
+        "get_device_name",
+        "elements",
+        "reshape",
+        "view",
+        "flatten",
+        "unsqueeze",
+        "squeeze",
+        "hexdigest",
+    ]
 )
 EATERS = ("tuple", "list", "dict", "set", "any", "all", "sum", "sorted", "max", "min", "frozenset")  # of iterables
 PURE_CALLS = {"time.monotonic", "time.perf_counter", "time.time"}
@@ -268,14 +378,16 @@ def stores(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr | None]]:
 
 def inside(node: ast.AST) -> Iterator[ast.AST]:
     """Nodes of a scope's own code: not of functions, classes and lambdas in it, whose first node is given."""
-    body = [node.body] if isinstance(node, ast.Lambda) else getattr(node, "body", [node])  # noqa: B009
+    body = [node.body] if isinstance(node, ast.Lambda) else getattr(node, "body", [node])
     work: list[ast.AST] = list(body)
     while work:
         one = work.pop()
         yield one
         if isinstance(one, Definition):
             work += one.decorator_list
-            work += [*one.args.defaults, *filter(None, one.args.kw_defaults)] if isinstance(one, Function) else one.bases
+            work += (
+                [*one.args.defaults, *filter(None, one.args.kw_defaults)] if isinstance(one, Function) else one.bases
+            )
         elif isinstance(one, ast.Lambda):
             work += [*one.args.defaults, *filter(None, one.args.kw_defaults)]
         else:
@@ -371,7 +483,9 @@ class Facts:
         self.ups = {name: self.find_ancestors(name) for name in self.classes}
         self.cache: dict[Any, Any] = {}
         self.fields = {name: class_fields(node) for name, node in self.classes.items()}
-        self.given: dict[str, list[tuple[str, ast.expr | None]]] = defaultdict(list)  # attribute -> (class, value there)
+        self.given: dict[str, list[tuple[str, ast.expr | None]]] = defaultdict(
+            list
+        )  # attribute -> (class, value there)
         for name, node in self.classes.items():
             for one in node.body:
                 if isinstance(one, Definition):
@@ -413,7 +527,11 @@ class Facts:
                     local.add(target.id)
         self.shadowed = local & set(self.defs)  # local names that hide a definition
         for node in self.nodes:
-            if isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Load) and id(node) not in types_only:
+            if (
+                isinstance(node, ast.Attribute | ast.Name)
+                and isinstance(node.ctx, ast.Load)
+                and id(node) not in types_only
+            ):
                 key = node.id if isinstance(node, ast.Name) else "." + node.attr
                 self.loads[key] += 1
                 self.escaped[key] += id(node) not in called
@@ -668,7 +786,9 @@ class Purity:
         maker = self.facts.maker(node.name)
         bodies = [m.body for c, m in self.facts.methods["__init__"] if c == maker]
         sets = [one for body in bodies for one in body if isinstance(one, ast.Assign | ast.AnnAssign)]
-        mine = all(dotted(t).startswith("self.") for one in sets for t, _ in stores(one) if isinstance(t, ast.Attribute))
+        mine = all(
+            dotted(t).startswith("self.") for one in sets for t, _ in stores(one) if isinstance(t, ast.Attribute)
+        )
         rest = [one for body in bodies for one in body if one not in sets]
         return mine and all(self.expression(one.value) for one in sets) and self.block(rest, {"self"})
 
@@ -678,7 +798,9 @@ class Purity:
             return self.expression(node.value)
         if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
             targets = [target for target, _ in stores(node)]
-            local = all(isinstance(t, ast.Name) and not (t.id in foreign and isinstance(node, ast.AugAssign)) for t in targets)
+            local = all(
+                isinstance(t, ast.Name) and not (t.id in foreign and isinstance(node, ast.AugAssign)) for t in targets
+            )
             return local and self.expression(node.value)
         if isinstance(node, ast.If):
             return self.expression(node.test) and self.block([*node.body, *node.orelse], foreign)
@@ -746,10 +868,13 @@ class Fold(ast.NodeTransformer):
             return node.attr in self.program.config_attributes
         if isinstance(node, ast.Call):
             if is_replace(node):
-                first = node.args[0]
-                return (isinstance(first, ast.Name) and first.id in self.program.config_names) or self.is_config(first)
+                return self.is_config(node.args[0])
             return self.returned(node) == CONFIG_CLASS
-        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Call) and isinstance(node.slice, ast.Constant):
+        if (
+            isinstance(node, ast.Subscript)
+            and isinstance(node.value, ast.Call)
+            and isinstance(node.slice, ast.Constant)
+        ):
             returned, place = self.returned(node.value), node.slice.value
             kinds = returned[6:-1].split(", ") if returned.startswith("tuple[") else []
             return isinstance(place, int) and CONFIG_CLASS in kinds[place : place + 1]
@@ -774,7 +899,7 @@ class Fold(ast.NodeTransformer):
             return eval(code, {"__builtins__": {}, **closed.names, "__config__": self.program.frozen})
         except Unknown:
             raise
-        except Exception as error:  # noqa: BLE001 (whatever it is, it would happen at run time, too, and not here)
+        except Exception as error:
             raise Unknown from error
 
     def name_value(self, name: str) -> Any:
@@ -810,7 +935,7 @@ class Fold(ast.NodeTransformer):
 
     def visit(self, node: ast.AST) -> Any:
         new = super().visit(node)
-        if isinstance(new, ast.expr) and not isinstance(getattr(new, "ctx", None), ast.Store | ast.Del):  # noqa: B009
+        if isinstance(new, ast.expr) and not isinstance(getattr(new, "ctx", None), ast.Store | ast.Del):
             return self.reduced(new)
         return new
 
@@ -894,7 +1019,9 @@ class Fold(ast.NodeTransformer):
             truth = self.compared(left, op, right)
             if truth is False and all(map(self.purity.expression, sides)):
                 return ast.Constant(False)
-            kept += [] if truth and self.purity.expression(left) and self.purity.expression(right) else [(left, op, right)]
+            kept += (
+                [] if truth and self.purity.expression(left) and self.purity.expression(right) else [(left, op, right)]
+            )
         if len(kept) == len(node.ops):
             return None
         if not kept:
@@ -939,7 +1066,10 @@ class Fold(ast.NodeTransformer):
             return self.something(node.body, depth + 1) and self.something(node.orelse, depth + 1)
         if isinstance(node, ast.Attribute) and not self.facts.outside(node.attr):
             values = self.facts.values(node.attr)
-            return bool(values) and all(isinstance(v, ast.Call | ast.Constant | ast.Tuple | ast.Dict) and self.something(v, depth + 1) for v in values)
+            return bool(values) and all(
+                isinstance(v, ast.Call | ast.Constant | ast.Tuple | ast.Dict) and self.something(v, depth + 1)
+                for v in values
+            )
         return False
 
     def something_named(self, name: str, depth: int) -> bool:
@@ -950,7 +1080,9 @@ class Fold(ast.NodeTransformer):
         parts = [v for v in values if not isinstance(v, ast.arg)]
         if len(parts) < len(values):
             return name in scope.configs
-        return all(isinstance(v, ast.expr) and not isinstance(v, ast.Name) and self.something(v, depth + 1) for v in parts)
+        return all(
+            isinstance(v, ast.expr) and not isinstance(v, ast.Name) and self.something(v, depth + 1) for v in parts
+        )
 
     def simplify_Subscript(self, node: ast.Subscript) -> ast.expr | None:
         """The entry of a dict that is written out, or of a registry, for a known key."""
@@ -959,7 +1091,9 @@ class Fold(ast.NodeTransformer):
             return None
         if isinstance(node.value, ast.Name) and self.visible(node.value):
             entry = self.program.entry(node.value.id, literal(key))
-            fit = isinstance(entry, ast.Name | ast.Attribute) or (isinstance(entry, ast.Lambda) and self.closed_lambda(entry))
+            fit = isinstance(entry, ast.Name | ast.Attribute) or (
+                isinstance(entry, ast.Lambda) and self.closed_lambda(entry)
+            )
             return copy.deepcopy(entry) if entry is not None and fit else None
         if isinstance(node.value, ast.Dict) and all(is_literal(k) for k in node.value.keys):
             found = [v for k, v in zip(node.value.keys, node.value.values) if same(literal(k), literal(key))]
@@ -988,18 +1122,28 @@ class Fold(ast.NodeTransformer):
             return node
         if isinstance(node.func, ast.Name) and node.func.id in EATERS and self.find(node.func.id) is None and node.args:
             one = node.args[0]
-            if isinstance(one, ast.GeneratorExp) and self.truth_of_loop(one.generators[0].iter) and self.purity.expression(one):
+            if (
+                isinstance(one, ast.GeneratorExp)
+                and self.truth_of_loop(one.generators[0].iter)
+                and self.purity.expression(one)
+            ):
                 node.args[0] = ast.Tuple([], ast.Load())
                 return node
         if dotted(node.func) == "isinstance" and len(node.args) == 2 and self.purity.expression(node.args[0]):
             kind = dotted(node.args[1])
             if kind in self.facts.classes and self.visible(node.args[1]) and not self.facts.made(kind):
                 return ast.Constant(False)
-        if (kind := dotted(node.func).split(".")) and kind[-1] == "is_available" and kind[-2:-1] in [[d] for d in self.program.absent]:
+        if (
+            (kind := dotted(node.func).split("."))
+            and kind[-1] == "is_available"
+            and kind[-2:-1] in [[d] for d in self.program.absent]
+        ):
             return ast.Constant(False)
         result = self.result(node)
         pure = all(map(self.purity.expression, [*node.args, *(k.value for k in node.keywords)]))
-        own = isinstance(node.func, ast.Name) or (isinstance(node.func, ast.Attribute) and self.purity.expression(node.func.value))
+        own = isinstance(node.func, ast.Name) or (
+            isinstance(node.func, ast.Attribute) and self.purity.expression(node.func.value)
+        )
         return ast.Constant(literal(result)) if result is not None and pure and own else None
 
     def applied(self, function: ast.Lambda, call: ast.Call) -> ast.expr | None:
@@ -1007,7 +1151,12 @@ class Fold(ast.NodeTransformer):
         names = [a.arg for a in parameters(function.args)]
         plain = not (starred(function.args) or function.args.defaults or function.args.kw_defaults or call.keywords)
         simple = all(isinstance(a, ast.Name | ast.Constant) or dotted(a) for a in call.args)
-        if not plain or len(names) != len(call.args) or not simple or any(isinstance(n, ast.Lambda | ast.comprehension) for n in walk(function.body)):
+        if (
+            not plain
+            or len(names) != len(call.args)
+            or not simple
+            or any(isinstance(n, ast.Lambda | ast.comprehension) for n in walk(function.body))
+        ):
             return None
         given = dict(zip(names, call.args))
         return Replace(given).visit(copy.deepcopy(function.body))
@@ -1058,11 +1207,26 @@ class Fold(ast.NodeTransformer):
     def simplify_BinOp(self, node: ast.BinOp) -> ast.expr | None:
         """Texts and lists joined with empty ones, dicts with {}."""
         for one, other in ((node.left, node.right), (node.right, node.left)):
-            if isinstance(node.op, ast.Add) and isinstance(one, ast.Constant) and one.value == "" and isinstance(other, ast.JoinedStr):
+            if (
+                isinstance(node.op, ast.Add)
+                and isinstance(one, ast.Constant)
+                and one.value == ""
+                and isinstance(other, ast.JoinedStr)
+            ):
                 return other
-            if isinstance(node.op, ast.Add) and isinstance(one, ast.List) and not one.elts and isinstance(other, ast.List | ast.ListComp):
+            if (
+                isinstance(node.op, ast.Add)
+                and isinstance(one, ast.List)
+                and not one.elts
+                and isinstance(other, ast.List | ast.ListComp)
+            ):
                 return other
-            if isinstance(node.op, ast.BitOr) and isinstance(one, ast.Dict) and not one.keys and isinstance(other, ast.Dict | ast.DictComp):
+            if (
+                isinstance(node.op, ast.BitOr)
+                and isinstance(one, ast.Dict)
+                and not one.keys
+                and isinstance(other, ast.Dict | ast.DictComp)
+            ):
                 return other
         return None
 
@@ -1193,6 +1357,11 @@ class Fold(ast.NodeTransformer):
         if truth is not None:
             self.changes += 1
             return self.spliced(node.body if truth else node.orelse)
+        if isinstance(node.test, ast.BoolOp) and self.truth(node.test.values[-1]) is isinstance(node.test.op, ast.Or):
+            parts = node.test.values[:-1]  # what they do still counts, what they are does not
+            first = ast.BoolOp(node.test.op, parts) if len(parts) > 1 else parts[0]
+            chosen = node.body if isinstance(node.test.op, ast.Or) else node.orelse
+            return self.changed([ast.Expr(first), *self.spliced(chosen)])
         node.body, node.orelse = self.block(node.body), self.block(node.orelse) if node.orelse else []
         if self.complains(node.body) and self.purity.expression(node.test):
             return self.changed(node.orelse or None)
@@ -1232,10 +1401,9 @@ class Fold(ast.NodeTransformer):
         if self.truth_of_loop(node.iter):
             return self.changed(self.spliced(node.orelse) or None)
         node.body, node.orelse = self.block(node.body), self.block(node.orelse) if node.orelse else []
-        if all(isinstance(n, ast.Pass) for n in node.body) and not node.orelse and self.purity.expression(node.iter):
-            if all(isinstance(target, ast.Name) for target, _ in stores(node)):
-                return self.changed(None)
-        return node
+        idle = all(isinstance(n, ast.Pass) for n in node.body) and not node.orelse
+        named = all(isinstance(target, ast.Name) for target, _ in stores(node))
+        return self.changed(None) if idle and named and self.purity.expression(node.iter) else node
 
     def truth_of_loop(self, node: ast.expr) -> bool:
         """Whether there is nothing to loop over."""
@@ -1253,7 +1421,9 @@ class Fold(ast.NodeTransformer):
 
     def visit_With(self, node: ast.With) -> Any:
         node.items = [self.visit(item) for item in node.items]
-        idle = [i for i in node.items if dotted(getattr(i.context_expr, "func", i)) == "nullcontext" and not i.optional_vars]  # noqa: B009
+        idle = [
+            i for i in node.items if dotted(getattr(i.context_expr, "func", i)) == "nullcontext" and not i.optional_vars
+        ]
         node.body = self.block(node.body)
         if idle:
             node.items = [i for i in node.items if i not in idle]
@@ -1284,7 +1454,12 @@ class Fold(ast.NodeTransformer):
     def visit_Assign(self, node: ast.Assign) -> Any:
         self.generic_visit(node)
         value, target = node.value, node.targets[0]
-        alike = isinstance(value, ast.Name) and isinstance(target, ast.Name) and len(node.targets) == 1 and value.id == target.id
+        alike = (
+            isinstance(value, ast.Name)
+            and isinstance(target, ast.Name)
+            and len(node.targets) == 1
+            and value.id == target.id
+        )
         return self.changed(None) if alike else node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
@@ -1373,7 +1548,7 @@ class Closed:
         if name in self.fold.facts.defs and name not in local and self.fold.find(name) is self.fold.scopes[0]:
             self.names[name] = self.fold.program.pure_function(name)
         elif isinstance(node.func, ast.Attribute) and not self.fold.is_config(node.func.value):
-            if not dotted(node.func).split(".")[0] in self.fold.facts.modules and node.func.attr not in PURE_METHODS:
+            if dotted(node.func).split(".")[0] not in self.fold.facts.modules and node.func.attr not in PURE_METHODS:
                 raise Unknown
             self.check(node.func, local)
         else:
@@ -1415,7 +1590,11 @@ class Sweep(ast.NodeTransformer):
         if isinstance(target, ast.Name):
             own, reads = self.local[-1] if self.local else (set(), Counter())
             return target.id in own and not reads[target.id]
-        if not isinstance(target, ast.Attribute) or self.facts.loads["." + target.attr] or target.attr in self.facts.texts:
+        if (
+            not isinstance(target, ast.Attribute)
+            or self.facts.loads["." + target.attr]
+            or target.attr in self.facts.texts
+        ):
             return False
         kind = self.facts.owner.get(id(target), "")
         own_self = isinstance(target.value, ast.Name) and target.value.id == "self" and kind in self.facts.classes
@@ -1456,7 +1635,9 @@ class Sweep(ast.NodeTransformer):
         if any(name in fields or self.facts.loads["." + name] or name.startswith("__") for name in names):
             return False
         reads = any(self.facts.loads[name] for name in names)
-        return (isinstance(node, ast.AnnAssign) and node.value is None) or not (reads or any(map(self.facts.outside, names)))
+        return (isinstance(node, ast.AnnAssign) and node.value is None) or not (
+            reads or any(map(self.facts.outside, names))
+        )
 
     def visit_Assign(self, node: ast.Assign) -> Any:
         self.generic_visit(node)
@@ -1469,7 +1650,9 @@ class Sweep(ast.NodeTransformer):
         if all(self.dead(target) for target, _ in parts):
             self.changes += 1
             return None if self.purity.expression(node.value) else ast.Expr(node.value)
-        if not all(value is not None and not isinstance(value, ast.Subscript) or value is node.value for _, value in parts):
+        if not all(
+            value is not None and not isinstance(value, ast.Subscript) or value is node.value for _, value in parts
+        ):
             return node
         if len(parts) == 1 or not isinstance(node.value, ast.Tuple) or len(parts) != len(node.value.elts):
             return node
@@ -1533,7 +1716,9 @@ def shrink(facts: Facts) -> int:
             continue
         calls = {id(call): (call, skip) for found in sites for call, skip in found or ()}
         for arg in list(parameters(group[0].args)):
-            if all(drops(f, arg.arg, group[0]) for f in group) and unpassed(calls.values(), group[0].args, arg.arg, purity):
+            if all(drops(f, arg.arg, group[0]) for f in group) and unpassed(
+                calls.values(), group[0].args, arg.arg, purity
+            ):
                 for call, skip in calls.values():
                     strip_call(call, group[0].args, arg.arg, skip)
                 for f in group:
@@ -1592,7 +1777,13 @@ def shrink_fields(facts: Facts, purity: Purity, name: str, kind: ast.ClassDef) -
     selfless = [n for n in walk(kind) if isinstance(n, ast.Name) and n.id == "self" and isinstance(n.ctx, ast.Load)]
     based = {id(n.value) for n in walk(kind) if isinstance(n, ast.Attribute)}
     derived = any(name in facts.ancestors(c)[1:] for c in facts.classes)
-    if not fields or facts.escaped[name] or name in facts.shadowed or derived or any(id(n) not in based for n in selfless):
+    if (
+        not fields
+        or facts.escaped[name]
+        or name in facts.shadowed
+        or derived
+        or any(id(n) not in based for n in selfless)
+    ):
         return 0
     dropped, changes = 0, [*facts.calls["._replace"], *facts.calls["replace"], *facts.calls[".replace"]]
     for field in list(fields):
@@ -1640,14 +1831,20 @@ class Reach:
             return [node.name]
         if isinstance(node, ast.Import | ast.ImportFrom):
             return [(a.asname or a.name).split(".")[0] for a in node.names]
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Attribute):
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Call)
+            and isinstance(node.value.func, ast.Attribute)
+        ):
             return [dotted(node.value.func).split(".")[0]]
         return [target.id for target, _ in stores(node) if isinstance(target, ast.Name)]
 
     def waits(self, node: ast.stmt) -> bool:
         """Whether a statement only matters if something that it makes is used."""
         if isinstance(node, ast.If):
-            return all(isinstance(n, Definition | ast.Import | ast.ImportFrom | ast.Assign) for n in definitions([node]))
+            return all(
+                isinstance(n, Definition | ast.Import | ast.ImportFrom | ast.Assign) for n in definitions([node])
+            )
         return bool(self.defines(node)) or isinstance(node, ast.AnnAssign | ast.Expr)
 
     def keep(self, node: ast.AST) -> None:
@@ -1767,7 +1964,11 @@ class Program:
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.value, ast.Dict):
             return
         for kind in walk(node.annotation):
-            if isinstance(kind, ast.Subscript) and dotted(kind.value) == "Callable" and isinstance(kind.slice, ast.Tuple):
+            if (
+                isinstance(kind, ast.Subscript)
+                and dotted(kind.value) == "Callable"
+                and isinstance(kind.slice, ast.Tuple)
+            ):
                 types_ = kind.slice.elts[0]
                 for value in node.value.values if isinstance(types_, ast.List) else ():
                     for arg, type_ in zip(parameters(value.args), types_.elts) if isinstance(value, ast.Lambda) else ():
@@ -1789,22 +1990,24 @@ class Program:
                 read = f"{text} in ('1', 'true')" if field.type == "bool" else f"{field.type}({text})"
                 read = text if field.type == "str" else read
                 value = ast.unparse(lifted(dataclasses.asdict(self.h)[field.name]))
-                parts.append(f"{field.name}={text} or {value}" if read == text else f"{field.name}={read} if {text} else {value}")
+                parts.append(
+                    f"{field.name}={text} or {value}" if read == text else f"{field.name}={read} if {text} else {value}"
+                )
         return ast.parse(f"return {CONFIG_CLASS}({', '.join(parts)})").body
 
     # -- what is known --
 
     def survey(self, facts: Facts) -> None:
         """Which fields may change during a run, and what holds configurations."""
-        functions = [n for n in walk(self.tree) if isinstance(n, Function)]
-        typed: dict[str, set[bool]] = defaultdict(set)
-        for function in functions:
-            for arg in parameters(function.args):
-                typed[arg.arg].add(is_config_arg(arg))
-        self.config_names = {name for name, kinds in typed.items() if kinds == {True}}
+        self.config_names = set()
         held: dict[str, set[bool]] = defaultdict(set)
-        for name, found in facts.stored.items():
-            held[name] |= {isinstance(v, ast.Name) and v.id in self.config_names for _, v in found}
+        for function in (n for n in facts.nodes if isinstance(n, Function)):
+            own = {a.arg for a in parameters(function.args) if is_config_arg(a)}
+            self.config_names |= own
+            for target, value in (pair for node in inside(function) for pair in stores(node)):
+                if isinstance(target, ast.Attribute):
+                    copied = isinstance(value, ast.Attribute) and value.attr == target.attr
+                    held[target.attr].add(copied or (isinstance(value, ast.Name) and value.id in own))
         for kind in facts.classes.values():
             for one in kind.body:
                 if isinstance(one, ast.AnnAssign):
@@ -1876,7 +2079,9 @@ class Program:
         own |= {n.name for n in walk(node) if isinstance(n, Definition)}
         skipped = {id(x) for n in walk(node) for a in annotations(n) for x in walk(a)}
         free = {n.id for n in walk(node) if isinstance(n, ast.Name) and id(n) not in skipped} - own
-        if any(isinstance(n, ast.Import | ast.ImportFrom | ast.Yield) for n in walk(node)) or not all(map(self.known, free)):
+        if any(isinstance(n, ast.Import | ast.ImportFrom | ast.Yield) for n in walk(node)) or not all(
+            map(self.known, free)
+        ):
             return False
         if name not in self.space:
             text = ast.unparse(node)
@@ -1891,14 +2096,25 @@ class Program:
         """Whether a free name of a definition means something harmless."""
         if name in PURE_BUILTINS or name in self.original or name in self.assigned:
             return name in PURE_BUILTINS or self.allowed(name)
-        modules = {a.asname or a.name: a.name for n in self.source.tree.body if isinstance(n, ast.Import) for a in n.names}
-        froms = {a.asname or a.name: n.module for n in self.source.tree.body if isinstance(n, ast.ImportFrom) for a in n.names}
+        modules = {
+            a.asname or a.name: a.name for n in self.source.tree.body if isinstance(n, ast.Import) for a in n.names
+        }
+        froms = {
+            a.asname or a.name: n.module
+            for n in self.source.tree.body
+            if isinstance(n, ast.ImportFrom)
+            for a in n.names
+        }
         module = modules.get(name) or froms.get(name)
         if module in (*PURE_MODULES, "numpy", "collections", "typing"):
             made = importlib.import_module(module or "")
             self.space.setdefault(name, made if name in modules else getattr(made, name))
             return True
-        return hasattr(builtins, name) and isinstance(getattr(builtins, name), type) and issubclass(getattr(builtins, name), Exception)
+        return (
+            hasattr(builtins, name)
+            and isinstance(getattr(builtins, name), type)
+            and issubclass(getattr(builtins, name), Exception)
+        )
 
     # -- rounds --
 
@@ -1991,7 +2207,13 @@ class Finish(ast.NodeTransformer):
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
         self.generic_visit(node)
-        return node if dotted(node.annotation) == "object" else ast.Assign([node.target], node.value) if node.value else None
+        return (
+            node
+            if dotted(node.annotation) == "object"
+            else ast.Assign([node.target], node.value)
+            if node.value
+            else None
+        )
 
 
 def finished(tree: ast.Module) -> ast.Module:
@@ -2001,6 +2223,572 @@ def finished(tree: ast.Module) -> ast.Module:
     left = any(is_opaque(n) for n in walk(tree) if isinstance(n, Function))
     tree.body = [n for n in tree.body if left or not (isinstance(n, ast.ImportFrom) and dotted_future(n))]
     for node in walk(tree):  # a body that lost all its statements
-        if isinstance(getattr(node, "body", None), list) and not node.body and not isinstance(node, ast.Module):  # type: ignore  # noqa: B009
+        if isinstance(getattr(node, "body", None), list) and not node.body and not isinstance(node, ast.Module):  # type: ignore
             node.body = [ast.Pass()]  # type: ignore[attr-defined]
     return ast.fix_missing_locations(tree)
+
+
+# ==== minifying and wrapping ====
+
+RAW_LZMA = [
+    {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": lc, "lp": lp, "pb": pb}
+    for lc, lp, pb in ((3, 0, 0), (4, 0, 0), (2, 0, 0), (1, 0, 0), (0, 0, 0), (3, 0, 2), (3, 1, 0), (0, 0, 2))
+]
+OPEN = "lzma.decompress({data},3,None,[{{'id':33}}])"  # a decoder needs no more of the filter than its name
+# Kernels are compiled from their source: a program without a file hands it to linecache.
+LISTED = "import linecache\nlinecache.cache['t']=len(s),None,s.splitlines(1),'t'\n"
+
+
+def minified(text: str) -> str:
+    """The same program in fewer characters. Raises BuildError where python-minifier is not installed."""
+    try:
+        import python_minifier
+    except ImportError:
+        raise BuildError(
+            "minifying needs python-minifier: pip install -r requirements-dev.txt, or --no-minify"
+        ) from None
+    options = {"rename_globals": True, "remove_literal_statements": True, "hoist_literals": False}
+    return python_minifier.minify(text, **options)
+
+
+def packed(text: str) -> bytes:
+    """The smallest raw LZMA stream of a text."""
+    return min((lzma.compress(text.encode(), lzma.FORMAT_RAW, filters=[f]) for f in RAW_LZMA), key=len)
+
+
+def wrap_none(text: str) -> bytes:
+    return text.encode()
+
+
+def loader(data: str, listed: bool) -> str:
+    start = "exec(compile(s,'t','exec'))" if listed else "exec(s)"
+    return f"import lzma\ns={OPEN.format(data=data)}.decode()\n{LISTED if listed else ''}{start}\n"
+
+
+def wrap_latin1(text: str) -> bytes:
+    """A Latin-1 source whose one string is the stream; what ends a string or a line is escaped."""
+    escapes = {0: "\\0", 10: "\\n", 13: "\\r", 39: "\\'", 92: "\\\\"}
+    stream = packed(text)
+    parts = [escapes.get(byte, chr(byte)) for byte in stream]
+    for place in range(len(parts) - 1):  # \0 before a digit would be another escape
+        if parts[place] == "\\0" and parts[place + 1] in "01234567":
+            parts[place] = "\\x00"
+    data = "'" + "".join(parts) + "'.encode('l1')"
+    return ("#coding:l1\n" + loader(data, is_listed(text))).encode("latin-1")
+
+
+def wrap_base85(text: str) -> bytes:
+    data = f"base64.b85decode('{base64.b85encode(packed(text)).decode()}')"
+    return ("import base64\n" + loader(data, is_listed(text))).encode()
+
+
+def wrap_zip(text: str) -> bytes:
+    """A zip file with a __main__.py, which Python runs as it is."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as file:
+        member = zipfile.ZipInfo("__main__.py", (1980, 1, 1, 0, 0, 0))
+        member.compress_type = zipfile.ZIP_DEFLATED
+        file.writestr(member, "import sys\n__file__=sys.argv[0]\n" + text, compresslevel=9)
+    return buffer.getvalue()
+
+
+WRAPPERS: dict[str, Callable[[str], bytes]] = {
+    "none": wrap_none, "latin1": wrap_latin1, "zip": wrap_zip, "base85": wrap_base85,
+}  # fmt: skip
+
+
+def is_listed(text: str) -> bool:
+    """Whether a program has kernels that are compiled from its source."""
+    return ".jit" in text
+
+
+def wrapped(text: str, how: str) -> tuple[str, bytes]:
+    """(wrapper, script): the one that is asked for, or the smallest."""
+    made = {name: wrap(text) for name, wrap in WRAPPERS.items() if how in ("", name)}
+    name = min(made, key=lambda name: (len(made[name]), name))
+    return name, made[name]
+
+
+# ==== extraction of one configuration ====
+
+
+@dataclasses.dataclass(frozen=True)
+class Extracted:
+    """A script for one configuration: to read, minified, and as it is shipped."""
+
+    h: Any
+    text: str
+    short: str
+    wrapper: str
+    script: bytes
+
+
+def folds(h: Any) -> bool:
+    """Whether the data at hand may be case-folded: as its manifest says; where it is not here, it may be."""
+    folder = Path(h.data_path)
+    if not folder.is_dir():
+        return True
+    manifest = folder / "manifest.json"
+    return manifest.is_file() and bool(json.loads(manifest.read_text()).get("tokenizer", {}).get("casefold"))
+
+
+def extract(source: Source, environ: dict[str, str], options: Any) -> Extracted:
+    """Specialize, minify and wrap. Raises BuildError."""
+    h = source.load(environ)
+    if not options.dce:
+        short = source.text if options.no_minify else minified(source.text)
+        return Extracted(h, source.text, short, *wrapped(short, options.wrapper))
+    kept = (*ALWAYS_KEPT, *options.keep_env)
+    unknown = [name for name in kept if name.lower() not in dataclasses.asdict(h)]
+    if unknown:
+        raise BuildError(f"--keep-env {unknown[0]} is not a variable of {source.path.name}")
+    marks = {"EVAL_ONLY": options.eval_only, "FOLDS": folds(h)}
+    tree = Program(source, h, kept, options.devices.split(","), **marks).run()
+    text = ast.unparse(tree) + "\n"
+    short = text if options.no_minify else minified(text)
+    for part in (text, short):
+        compile(part, "train_gpt.py", "exec")
+    name, script = wrapped(short, options.wrapper)
+    return Extracted(h, text, short, name, script)
+
+
+# ==== the proof ====
+
+
+def small_job(h: Any) -> dict[str, str]:
+    """Variables that make a configuration a job of seconds in which all that it switches on still happens."""
+    v = dataclasses.asdict(h)
+    layers, heads = min(v["num_layers"], 4), 2
+    orders = len(v["bigram_hash_orders"].split(",")) * v["bigram_hash_heads"]
+    sizes: dict[str, Any] = {
+        "num_layers": layers, "model_dim": 32, "num_heads": heads,
+        "num_kv_heads": 1 if v["num_kv_heads"] < v["num_heads"] else heads, "holdout_tokens": 256,
+        "train_seq_len": 32, "train_batch_tokens": 256, "micro_batch_tokens": 128, "val_batch_size": 256,
+        "max_val_tokens": 700, "eval_streams": 3, "iterations": 8, "max_wallclock_seconds": 0, "train_log_every": 2,
+        "sinkhorn_iters": 3, "capsule_dim": 8, "capsule_num": min(v["capsule_num"], 3), "skc_block_size": 8,
+        "feedback_dim": 8,
+        "bigram_hash_dim": 4 * orders, "nsa_block": 8, "nsa_stride": 4, "nsa_select_block": 8, "nsa_select": 3,
+        "nsa_window": 8, "induction_window": 16, "calib_max_evals": 4, "calib_proxy_tokens": 64, "gptq_batches": 2,
+        "val_loss_every": 4 if v["val_loss_every"] else 0, "shared_blocks": min(v["shared_blocks"], 2),
+        "xsa_layers": layers if v["xsa_layers"] >= v["num_layers"] else min(v["xsa_layers"], 1), "ttt_rank": 2,
+        "ngram_cache_tokens": 128, "eval_engram_tokens": 128, "eval_engram_buckets": 64, "sliding_eval_stride": 16,
+        "rmt_tokens": 2,
+        "precision": "fp32", "save_every": 0,
+    }  # fmt: skip
+    least = {
+        "partial_rope_dims": 8,
+        "embed_dim": 16,
+        "bigram_hash_buckets": 64,
+        "attn_window": 16,
+        "rmt_segment": 8,
+        "hc_start": 2,
+    }
+    least |= {
+        "attn_gate": 4,
+        "smear_gate": 4,
+        "muon_momentum_warmup_steps": 4,
+        "eval_seq_len": 32,
+        "ttt_chunk_tokens": 32,
+    }
+    least |= {
+        "group_size": 16,
+        "yarn_original": 16,
+        "value_embed": 1,
+        "warmdown_iters": 4,
+        "grad_checkpoint": 2,
+        "export_proxy_eval": 3,
+    }
+    sizes |= {name: min(value, v[name]) for name, value in least.items() if v[name]}
+    sizes |= {"engram_inject_layer": 1} if v["engram_inject_layer"] > 1 else {}
+    sizes |= {"backout": 1} if v["backout"] > 1 else {}
+    sizes |= {"recurrence_layers": "1-2"} if v["recurrence_layers"] else {}
+    sizes |= {"curriculum_stages": "0:4,0.3:2,0.6:1"} if v["curriculum_stages"] else {}
+    sizes |= {"batch_stages": "0:128,0.3:192,0.6:256"} if v["batch_stages"] else {}
+    return {name.upper(): str(int(x) if isinstance(x, bool) else x) for name, x in sizes.items() if name in v}
+
+
+DRIVER = """
+import contextlib, runpy, sys
+with contextlib.suppress(ImportError):
+    import torch
+    notes, backward = open("losses.txt", "w"), torch.Tensor.backward
+    def noted(self, *args, **options):
+        notes.write(self.item().hex() + "\\n")
+        notes.flush()
+        return backward(self, *args, **options)
+    torch.Tensor.backward = noted
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a job left: each loss to the last bit, its log without times, its artifact."""
+
+    losses: list[str]
+    log: list[str]
+    artifact: bytes
+
+
+def run_job(folder: Path, script: bytes, environ: dict[str, str], coverage: bool = False) -> Run:
+    """Run a script in a folder of its own. Raises BuildError with its last words when it fails."""
+    folder.mkdir(parents=True)
+    (folder / "train_gpt.py").write_bytes(script)
+    (folder / "driver.py").write_text(DRIVER)
+    tool = ["-m", "coverage", "run", "--include=*/train_gpt.py"] if coverage else []
+    command = [sys.executable, *tool, "driver.py", "train_gpt.py"]
+    plain = {
+        n: v for n, v in os.environ.items() if n in ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV", "OMP_NUM_THREADS")
+    }
+    environ = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **plain, **environ, "RUN_ID": "proof"}
+    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(
+            f"{folder.name}: the job ended with {done.returncode}: {(done.stderr or done.stdout).strip()[-1500:]}"
+        )
+    run = folder / "runs" / "proof"
+    log = (run / "train.log").read_text().splitlines()
+    losses = folder / "losses.txt"
+    return Run(losses.read_text().split() if losses.is_file() else [], log, (run / "model.pgz").read_bytes())
+
+
+MEASURED = re.compile(r"(step:\d+/\d+ |final_\w+ )?(?:train_loss|val_loss):\S+( val_bpb:\S+)?")
+
+
+def first_difference(full: Run, other: Run) -> str:
+    """Where two runs of a job part, in words; nothing if they agree."""
+    for number, (a, b) in enumerate(itertools.zip_longest(full.losses, other.losses), 1):
+        if a != b:
+            return f"loss {number} of {len(full.losses)} is {b}, not {a}"
+    one, two = ([m[0] for line in run.log if (m := MEASURED.match(line))] for run in (full, other))
+    for a, b in itertools.zip_longest(one, two):
+        if a != b:
+            return f"the log says {b!r}, not {a!r}"
+    if full.artifact != other.artifact:
+        return f"the artifact differs ({len(other.artifact)} bytes, {len(full.artifact)})"
+    return "" if full.losses or one else "neither run has any loss"
+
+
+def shape(text: str) -> dict[str, str]:
+    """Each definition of a program without its numbers and texts."""
+    tree = ast.parse(text)
+    for node in walk(tree):
+        if isinstance(node, ast.Constant) and not isinstance(node.value, bool | None):
+            node.value = 0
+    return {getattr(n, "name", "") or ast.unparse(n)[:40]: ast.dump(n) for n in tree.body}
+
+
+def suspects(one: str, two: str) -> list[str]:
+    """Definitions of two programs that differ in more than numbers and texts."""
+    a, b = shape(one), shape(two)
+    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+
+
+def covered(folder: Path) -> tuple[float, list[str]]:
+    """Share of the script's lines that a job ran, and the others by the definition that they are in."""
+    command = [sys.executable, "-m", "coverage", "json", "-q", "-o", "coverage.json"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    (found,) = json.loads((folder / "coverage.json").read_text())["files"].values()
+    missing: dict[str, int] = Counter()
+    lines = (folder / "train_gpt.py").read_text().splitlines()
+    places = {n: node for node in walk(ast.parse("\n".join(lines))) if isinstance(node, Function)
+              for n in range(node.lineno, (node.end_lineno or node.lineno) + 1)}  # fmt: skip
+    for line in found["missing_lines"]:
+        missing[places[line].name if line in places else "module"] += 1
+    return found["summary"]["percent_covered"], [f"{name} ({count})" for name, count in missing.items()]
+
+
+def prove(source: Source, environ: dict[str, str], whole: Extracted, options: Any) -> list[str]:
+    """Run the full script and the extracted one on a small job; what was shown. Raises BuildError for a difference."""
+    data = {
+        "DATA_PATH": str(Path(options.proof_data).resolve()),
+        "TOKENIZER_PATH": str(Path(options.proof_tokenizer).resolve()),
+    }
+    small = {**dataclasses_env(source, whole.h), **small_job(whole.h), **data, "VOCAB_SIZE": str(options.proof_vocab)}
+    if whole.h.vocab_size in source.config.BYTE_VOCABULARIES:
+        small["VOCAB_SIZE"] = str(whole.h.vocab_size)
+    made = extract(source, small, argparse.Namespace(**{**vars(options), "wrapper": whole.wrapper}))
+    keeps = {name: small[name] for name in (*ALWAYS_KEPT, *options.keep_env) if name in small}
+    with tempfile.TemporaryDirectory(prefix="proof_") as name:
+        folder = Path(name)
+        full = run_job(folder / "full", source.path.read_bytes(), small)
+        for kind, script, coverage in (("readable", made.text.encode(), True), ("shipped", made.script, False)):
+            run = run_job(folder / kind, script, keeps, coverage)
+            if difference := first_difference(full, run):
+                blamed = ", ".join(suspects(made.text, whole.text)) or "unknown: compare the scripts' definitions"
+                raise BuildError(f"the {kind} script is not the full one: {difference}; suspected: {blamed}")
+        share, missing = covered(folder / "readable")
+    apart = suspects(made.text, whole.text)
+    told = [
+        f"proof: {len(full.losses)} losses, log and artifact ({len(full.artifact)} bytes) of the full and the "
+        "extracted script agree to the last bit on a small job"
+    ]
+    told.append(f"coverage: {share:.1f}% of the extracted script's lines; not run: {', '.join(missing) or 'none'}")
+    told.append(
+        f"the small job's script and the shipped one differ in numbers alone, but for: {', '.join(apart) or 'nothing'}"
+    )
+    return told
+
+
+def dataclasses_env(source: Source, h: Any) -> dict[str, str]:
+    """All values of a configuration as variables."""
+    skipped = {"preset", "env_file", "run_id", "resume", "eval_protocol"}
+    values = {n: v for n, v in dataclasses.asdict(h).items() if n not in skipped and v != ""}
+    return {n.upper(): str(int(v) if isinstance(v, bool) else v) for n, v in values.items()}
+
+
+# ==== what it tells ====
+
+
+def section_sizes(source: Source, text: str) -> list[str]:
+    """Bytes by section of the source, before and after; a definition belongs where it stood."""
+    lines = source.text.split("\n")
+    homes, left = dict[str, str](), Counter[str]()
+    sections = source.sections()
+    for node in definitions(source.tree.body):
+        home = next(name for name, (first, last) in sections.items() if first <= node.lineno <= last)
+        names = [node.name] if isinstance(node, Definition) else [dotted(t) for t, _ in stores(node)]
+        homes |= dict.fromkeys(names, home)
+    for one in definitions(ast.parse(text).body):
+        names = [one.name] if isinstance(one, Definition) else [dotted(t) for t, _ in stores(one)]
+        left[homes.get(names[0], "HEAD") if names else "HEAD"] += len(ast.unparse(one)) + 1
+    rows = [f"{'section':<14}{'before':>9}{'after':>9}"]
+    for name, (first, last) in sections.items():
+        rows.append(f"{name:<14}{len(chr(10).join(lines[first - 1 : last]).encode()):>9}{left[name]:>9}")
+    return rows
+
+
+def explained(source: Source, text: str, h: Any) -> list[str]:
+    """Definitions that were dropped, each with what used it and was dropped as well, or kept without it."""
+    kept = {n.name for n in definitions(ast.parse(text).body) if isinstance(n, Definition)}
+    users: dict[str, list[str]] = defaultdict(list)
+    nodes = {n.name: n for n in definitions(source.tree.body) if isinstance(n, Definition)}
+    for name, node in nodes.items():
+        for used in {n.id for n in walk(node) if isinstance(n, ast.Name)} & (nodes.keys() - {name}):
+            users[used].append(name)
+    registries = {entry: name for name, entries in h.used().items() for entry in entries}
+    rows = []
+    for name in nodes.keys() - kept - set(registries):
+        near = [f"{user} ({'where a condition is decided' if user in kept else 'dropped'})" for user in users[name][:4]]
+        rows.append(f"dropped {name}: used by {', '.join(near) or 'registries, commands or nothing'}")
+    return sorted(rows)
+
+
+# ==== the record folder ====
+
+
+def refusals(folder: Path, whole: Extracted) -> tuple[list[str], dict[str, Any]]:
+    """Why a run's folder must not be packaged, and its results."""
+    why, log = list[str](), (folder / "train.log").read_text().splitlines()
+    found: dict[str, Any] = {}
+    for line in log:
+        if m := re.match(r"final_roundtrip_exact val_loss:(\S+) val_bpb:(\S+)", line):
+            found |= {"val_loss": float(m[1]), "val_bpb": float(m[2])}
+        if m := re.match(r"training done: steps:(\d+) train_time:(\d+)ms", line):
+            found |= {"steps": int(m[1]), "train_seconds": int(m[2]) / 1e3}
+        if m := re.match(r"model_bytes:(\d+) ", line):
+            found["logged_bytes"] = int(m[1])
+    artifact = folder / "model.pgz"
+    if not artifact.is_file() or "val_bpb" not in found:
+        return [f"{folder} has no finished run: an artifact and its final score are wanted"], found
+    found |= {"bytes_model": artifact.stat().st_size, "bytes_code": len(whole.script)}
+    found["bytes_total"] = found["bytes_model"] + found["bytes_code"]
+    found["sha256"] = hashlib.sha256(artifact.read_bytes()).hexdigest()
+    if found["bytes_total"] > whole.h.hard_budget_bytes:
+        why.append(f"budget: {found['bytes_total']} bytes are more than HARD_BUDGET_BYTES={whole.h.hard_budget_bytes}")
+    if 0 < whole.h.max_wallclock_seconds < found.get("train_seconds", math.inf):
+        took, limit = found.get("train_seconds"), whole.h.max_wallclock_seconds
+        why.append(f"time: training took {took} s of MAX_WALLCLOCK_SECONDS={limit:g}")
+    if found.get("logged_bytes") != found["bytes_model"]:
+        why.append(
+            f"log: it tells of an artifact of {found.get('logged_bytes')} bytes, there is one of {found['bytes_model']}"
+        )
+    audit = folder / "model.pgz.audit.json"
+    report = json.loads(audit.read_text()) if audit.is_file() else {}
+    if not report.get("ok"):
+        why.append(f"audit: {'it failed' if report else 'there is none'}; python train_gpt.py audit {artifact}")
+    elif report["artifact_sha256"] != found["sha256"]:
+        why.append("audit: it was of another artifact")
+    return why, found
+
+
+def readme(name: str, whole: Extracted, rows: list[dict[str, Any]], told: list[str]) -> str:
+    """README.md of a record."""
+    defaults = {f.name: f.default for f in dataclasses.fields(whole.h)}
+    own = {
+        n.upper(): v
+        for n, v in dataclasses.asdict(whole.h).items()
+        if v != defaults[n] and n not in ("run_id", "env_file")
+    }
+    lines = [
+        f"# {name}",
+        "",
+        "| seed | val_loss | val_bpb | steps | training s | artifact bytes | total bytes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [
+            str(row.get(k))
+            for k in ("seed", "val_loss", "val_bpb", "steps", "train_seconds", "bytes_model", "bytes_total")
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"Code: {len(whole.script)} bytes (`{whole.wrapper}` wrapper around {len(whole.short)} characters).",
+        "",
+    ]
+    lines += [
+        "## Configuration",
+        "",
+        "Variables that are not at their default:",
+        "",
+        "| variable | value |",
+        "|---|---|",
+    ]
+    lines += [f"| {n} | {v} |" for n, v in own.items()]
+    lines += ["", "## To reproduce", "", "```", "pip install -r requirements.txt",
+              "torchrun --standalone --nproc_per_node=8 train_gpt.py  # with DATA_PATH, TOKENIZER_PATH and SEED",
+              "```", "", "## How the script was made", "", *[f"- {line}" for line in told], ""]  # fmt: skip
+    return "\n".join(lines)
+
+
+def write_record(out: Path, runs: list[Path], whole: Extracted, told: list[str], options: Any) -> None:
+    """Fill a record folder from finished runs. Raises BuildError with every reason against it."""
+    rows, reasons = list[dict[str, Any]](), list[str]()
+    for run in runs:
+        why, found = refusals(run, whole)
+        reasons += [f"{run.name}: {reason}" for reason in why]
+        rows.append({"seed": seed_of(run, whole), **found})
+    if reasons:
+        raise BuildError("not packaged; " + "; ".join(reasons))
+    best = min(rows, key=lambda row: row["val_bpb"])
+    for run, row in zip(runs, rows):
+        (out / f"train_seed{row['seed']}.log").write_bytes((run / "train.log").read_bytes())
+    chosen = runs[rows.index(best)]
+    (out / "model.pgz.audit.json").write_bytes((chosen / "model.pgz.audit.json").read_bytes())
+    if best["bytes_model"] <= options.largest_artifact:
+        (out / "model.pgz").write_bytes((chosen / "model.pgz").read_bytes())
+    else:
+        (out / "model.pgz.sha256").write_text(f"{best['sha256']}  model.pgz\n")
+    mean = {k: round(sum(row[k] for row in rows) / len(rows), 8) for k in ("val_loss", "val_bpb")}
+    submission = {"name": options.name or out.name, "author": options.author, "github_id": options.github_id,
+        "blurb": options.blurb, "date": options.date, **mean, "seeds": [row["seed"] for row in rows],
+        **{k: best[k] for k in ("bytes_total", "bytes_code", "bytes_model")}}  # fmt: skip
+    (out / "submission.json").write_text(json.dumps(submission, indent=2) + "\n")
+    (out / "README.md").write_text(readme(submission["name"], whole, rows, told))
+
+
+def seed_of(run: Path, whole: Extracted) -> int:
+    """The seed of a run, from its config.env, or its name (seed_42), or the configuration."""
+    config = run / "config.env"
+    found = (
+        re.search(r"^SEED=(\d+)", config.read_text(), re.M) if config.is_file() else re.search(r"seed_?(\d+)", run.name)
+    )
+    return int(found[1]) if found else whole.h.seed
+
+
+def launch(source: Source, environ: dict[str, str], out: Path, whole: Extracted, seeds: list[str]) -> list[Path]:
+    """Run the extracted script once for each seed, from the record folder, and audit what it made with the full one.
+
+    Returns the runs' folders. Raises BuildError.
+    """
+    runs = [out / whole.h.out_dir / f"seed_{seed}" for seed in seeds]
+    for seed in seeds:
+        environ = {**os.environ, "SEED": seed, "RUN_ID": f"seed_{seed}"}
+        if subprocess.run([sys.executable, "train_gpt.py"], cwd=out, env=environ).returncode:
+            raise BuildError(f"the run with SEED={seed} failed; see {out}/{whole.h.out_dir}/seed_{seed}")
+    for run in runs:
+        command = [sys.executable, str(source.path), "audit", str(run / "model.pgz")]
+        subprocess.run(command, env={**os.environ, **environ})
+    return runs
+
+
+# ==== the command ====
+
+
+def options_of(argv: list[str]) -> Any:
+    parser = argparse.ArgumentParser(prog="build_submission.py", description="cut a script down to one configuration")
+    add = parser.add_argument
+    add("assignments", nargs="*", metavar="VARIABLE=VALUE", help="the configuration, e.g. PRESET=attn")
+    add("--dce", action="store_true", help="extract (without it, the script is only minified and wrapped)")
+    add("--from", dest="run", default="", metavar="RUN_DIR", help="configuration and results of a finished run")
+    add("--out", required=True, metavar="FOLDER", help="the record folder to make")
+    add("--target", default="gpt", choices=("gpt", "mlx"), help="which script")
+    add("--source", default="", help="another script with the same conventions")
+    add("--devices", default="cuda,cpu", help="kinds of device that the script must run on")
+    add(
+        "--keep-env", default=[], type=lambda text: text.upper().split(","), metavar="NAMES", help="also stay variables"
+    )
+    add("--wrapper", default="", choices=("", *WRAPPERS), help="smallest by default")
+    add("--no-minify", action="store_true", help="leave the script readable")
+    add("--eval-only", action="store_true", help="only what scores an artifact")
+    add("--explain", action="store_true", help="tell what was dropped, and bytes by section")
+    add("--no-proof", action="store_true", help="do not run the small job; the record says so")
+    add("--proof-data", default="data/datasets/dev_sp1024", help="token shards of the small job")
+    add("--proof-tokenizer", default="data/tokenizers/fineweb_1024_bpe.model")
+    add("--proof-vocab", type=int, default=1024)
+    add("--seeds", default="", help="run the extracted script with these seeds, e.g. 1337,42,7")
+    add(
+        "--largest-artifact",
+        type=int,
+        default=20_000_000,
+        help="bytes above which only the artifact's checksum goes in",
+    )
+    for name in ("name", "author", "github-id", "blurb", "date"):
+        add(f"--{name}", default="", help=f"{name} in submission.json")
+    return parser.parse_args(argv)
+
+
+def build(options: Any) -> list[str]:
+    """Make a record folder; the lines to tell. Raises BuildError."""
+    root = Path(__file__).resolve().parent
+    source = Source(
+        Path(options.source) if options.source else root / f"train_gpt{'_mlx' * (options.target == 'mlx')}.py"
+    )
+    environ = dict(word.split("=", 1) for word in options.assignments if "=" in word)
+    if len(environ) < len(options.assignments):
+        raise BuildError(f"{[w for w in options.assignments if '=' not in w][0]} is not VARIABLE=value")
+    if options.run:
+        environ["ENV_FILE"] = str(Path(options.run) / "config.env")
+    whole = extract(source, environ, options)
+    told = [
+        f"{source.path.name}: {len(source.text)} bytes; {len(whole.text.splitlines())} lines and {len(whole.text)} bytes "
+        f"extracted, {len(whole.short)} minified, {len(whole.script)} wrapped ({whole.wrapper})"
+    ]
+    told += [*section_sizes(source, whole.text), *explained(source, whole.text, whole.h)] if options.explain else []
+    shown = (
+        ["the extracted script was not proved (--no-proof)"]
+        if options.no_proof
+        else prove(source, environ, whole, options)
+    )
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "train_gpt.py").write_bytes(whole.script)
+    (out / "train_gpt_readable.py").write_text(whole.text)
+    (out / "requirements.txt").write_bytes((root / "requirements.txt").read_bytes())
+    runs = (
+        launch(source, environ, out, whole, options.seeds.split(","))
+        if options.seeds
+        else [Path(options.run)]
+        if options.run
+        else []
+    )
+    if runs:
+        write_record(out, runs, whole, shown, options)
+    return [*told, *shown, f"written: {out}"]
+
+
+def main(argv: list[str]) -> int:
+    """Build; returns the exit code, 2 for what cannot or must not be built."""
+    try:
+        for line in build(options_of(argv)):
+            print(line)
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
