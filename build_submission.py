@@ -1109,6 +1109,9 @@ class Fold(ast.NodeTransformer):
     def simplify_Call(self, node: ast.Call) -> ast.expr | None:
         if isinstance(node.func, ast.Lambda):
             return self.applied(node.func, node)
+        if isinstance(node.func, ast.Subscript) and isinstance(node.func.value, ast.Name) and not node.args:
+            empty_ones = {"dict": ast.Dict([], []), "list": ast.List([], ast.Load())}  # dict[str, int]() is {}
+            return copy.deepcopy(empty_ones.get(node.func.value.id))
         if is_replace(node) and self.is_config(node.args[0]):
             kept = [k for k in node.keywords if k.arg in self.program.open]
             if len(kept) < len(node.keywords):
@@ -1865,15 +1868,33 @@ class Reach:
         self.read(node)
 
     def read(self, node: ast.AST) -> None:
-        opaque = isinstance(node, Definition) and is_opaque(node)
-        skipped = set() if opaque else {id(x) for n in walk(node) for a in annotations(n) for x in walk(a)}
-        for one in walk(node):
-            if id(one) in skipped:
-                continue
+        """Note the names of the module, and attributes, that code reads. A local name is none of the module's."""
+        work: list[tuple[ast.AST, frozenset[str]]] = [(node, frozenset())]
+        while work:
+            one, bound = work.pop()
             if isinstance(one, ast.Name):
-                self.name(one.id)
-            elif isinstance(one, ast.Attribute):
+                if isinstance(one.ctx, ast.Load) and one.id not in bound:
+                    self.name(one.id)
+                continue
+            if isinstance(one, ast.Attribute):
                 self.attribute(one.attr)
+            parts, inner = children(one), bound
+            if isinstance(one, Function | ast.Lambda):
+                own = set(bindings(one)) | {a.arg for a in [*parameters(one.args), *starred(one.args)]}
+                own -= {name for n in inside(one) if isinstance(n, ast.Global) for name in n.names}
+                inner, outer = bound | own, [*one.args.defaults, *filter(None, one.args.kw_defaults)]
+                outer += [] if isinstance(one, ast.Lambda) else one.decorator_list
+                if isinstance(one, Function) and is_opaque(one):
+                    outer += [x for n in walk(one) for x in annotations(n)]
+                work += [(part, bound) for part in outer]
+                parts = [one.body] if isinstance(one, ast.Lambda) else list(one.body)
+            elif isinstance(one, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+                targets = {n.id for g in one.generators for n in walk(g.target) if isinstance(n, ast.Name)}
+                work.append((one.generators[0].iter, bound))
+                inner = bound | targets
+            elif isinstance(one, ast.AnnAssign):
+                parts = [part for part in (one.target, one.value) if part]
+            work += [(part, inner) for part in parts]
 
     def name(self, name: str) -> None:
         if name not in self.names:
