@@ -1803,6 +1803,7 @@ def shrink_fields(facts: Facts, purity: Purity, name: str, kind: ast.ClassDef) -
         for call in changes:
             call.keywords = [k for k in call.keywords if k.arg != field]
         kind.body = [n for n in kind.body if not (isinstance(n, ast.AnnAssign) and dotted(n.target) == field)]
+        facts.fields[name] = class_fields(kind)
         dropped += 1
     return dropped
 
@@ -2028,7 +2029,7 @@ class Program:
             for target, value in (pair for node in inside(function) for pair in stores(node)):
                 if isinstance(target, ast.Attribute):
                     copied = isinstance(value, ast.Attribute) and value.attr == target.attr
-                    held[target.attr].add(copied or (isinstance(value, ast.Name) and value.id in own))
+                    held[target.attr] |= set() if copied else {isinstance(value, ast.Name) and value.id in own}
         for kind in facts.classes.values():
             for one in kind.body:
                 if isinstance(one, ast.AnnAssign):
