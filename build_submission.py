@@ -753,6 +753,8 @@ class Purity:
         """Whether what is called is pure; its arguments are looked at apart."""
         name, facts = dotted(node.func), self.facts
         head, _, rest = name.partition(".")
+        if any(keyword.arg == "out" for keyword in node.keywords) or name.endswith("_"):
+            return False  # what is written into an argument
         if name in facts.defs:
             return name not in facts.shadowed and self.definition(facts.defs[name])
         if isinstance(node.func, ast.Name):
