@@ -322,6 +322,11 @@ class Frozen:
         return Partly({name: value for name, value in self.known.items() if name not in self.open})
 
 
+def as_dict(value: Any) -> dict[str, Any]:
+    """dataclasses.asdict, of a frozen configuration, too."""
+    return value.asdict() if isinstance(value, Frozen) else dataclasses.asdict(value)
+
+
 class Partly(dict):
     """A dict of which some keys are unknown."""
 
@@ -1782,8 +1787,10 @@ def shrink_fields(facts: Facts, purity: Purity, name: str, kind: ast.ClassDef) -
     selfless = [n for n in walk(kind) if isinstance(n, ast.Name) and n.id == "self" and isinstance(n.ctx, ast.Load)]
     based = {id(n.value) for n in walk(kind) if isinstance(n, ast.Attribute)}
     derived = any(name in facts.ancestors(c)[1:] for c in facts.classes)
+    whole = any(facts.loads[n] for n in (".asdict", ".astuple", "._asdict", "._fields", "asdict"))  # read by no name
     if (
-        not fields
+        whole
+        or not fields
         or facts.escaped[name]
         or name in facts.shadowed
         or derived
@@ -1959,6 +1966,8 @@ class Program:
         self.marks = {"PACKAGED": True, **marks}
         source.config.__dict__.update(self.marks)
         self.space: dict[str, Any] = {**source.config.__dict__, **self.marks}  # of functions run at build time
+        real = {name: vars(dataclasses)[name] for name in dataclasses.__all__}
+        self.space["dataclasses"] = types.SimpleNamespace(**{**real, "asdict": as_dict})
         self.eligible: dict[str, bool] = {}
         self.external = external_names(source.tree)
         self.open: frozenset[str] = frozenset()
@@ -2777,8 +2786,8 @@ def build(options: Any) -> list[str]:
         environ["ENV_FILE"] = str(Path(options.run) / "config.env")
     whole = extract(source, environ, options)
     told = [
-        f"{source.path.name}: {len(source.text)} bytes; {len(whole.text.splitlines())} lines and {len(whole.text)} bytes "
-        f"extracted, {len(whole.short)} minified, {len(whole.script)} wrapped ({whole.wrapper})"
+        f"{source.path.name}: {len(source.text)} bytes; {len(whole.text.splitlines())} lines and "
+        f"{len(whole.text)} bytes extracted, {len(whole.short)} minified, {len(whole.script)} wrapped ({whole.wrapper})"
     ]
     told += [*section_sizes(source, whole.text), *explained(source, whole.text, whole.h)] if options.explain else []
     shown = (

@@ -1,4 +1,5 @@
-"""build_submission.py: rules of the evaluator on small programs, wrappers, refusals, one real extraction with its proof."""
+# ruff: noqa: E501 (programs are one string each)
+"""build_submission.py: rules of the evaluator on small programs, expressions at random, wrappers."""
 
 from __future__ import annotations
 
@@ -169,6 +170,9 @@ RULES: dict[str, tuple[str, list[str], list[str]]] = {
         ["gone"], []),
     "what stands behind a return": (
         "def main(h: Hyperparameters) -> None:\n    print(h.seed)\n    if not h.on:\n        return\n    print('gone')\n", ["gone"], []),
+    "what is written into an argument": (
+        "import numpy as np\n\ndef main(h: Hyperparameters) -> None:\n    held = np.zeros(2)\n    np.add(held, h.seed, out=held)\n"
+        "    print(held)\n", [], ["out=held"]),
     "an unread field": (
         "class Pair(NamedTuple):\n    a: int\n    b: int = 0\n\n"
         "def main(h: Hyperparameters) -> None:\n    print(Pair(h.seed, 5).a)\n", ["b: "], ["Pair"]),
