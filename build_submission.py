@@ -116,7 +116,6 @@ PURE_METHODS = frozenset(
         "index",
         "startswith",
         "endswith",
-        "replace",
         "partition",
         "rpartition",
         "removeprefix",
@@ -769,7 +768,7 @@ class Purity:
             return True
         if module in ("torch", "numpy") and "." not in rest:
             return rest.islower() and not rest.startswith(("set_", "manual", "save", "load", "use_", "compile", "no_"))
-        if not isinstance(node.func, ast.Attribute):
+        if not isinstance(node.func, ast.Attribute) or (module and module not in ("torch", "numpy")):
             return False
         own = [method for _, method in facts.methods[node.func.attr]]
         return all(map(self.definition, own)) if own else node.func.attr in PURE_METHODS

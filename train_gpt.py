@@ -8352,7 +8352,7 @@ class Scorer:
     ) -> None:
         self.h, self.rt, self.model, self.table, self.calibration = h, rt, model, table, calibration or {}
         self.variant = scoring_variant(h)
-        self.adapters = tuple(ADAPTERS[name](h) for name, there in h.adapting.items() if there)
+        self.adapters = [ADAPTERS[name](h) for name, there in h.adapting.items() if there]
         self.say: Callable[[str], None] = lambda text: None  # told before memory is taken, and how long it will take
         self.limit = 0.0  # seconds; 0: unbounded
         self.watch: Callable[[str, Chunk, list[list], Distribution], None] | None = None  # sees scores and updates
