@@ -187,7 +187,9 @@ def test_rule(name: str, tmp_path: Path) -> None:
 VALUES = st.one_of(st.booleans(), st.integers(-9, 9), st.floats(-4, 4), st.sampled_from(["", "a", "left"]), st.none())
 LEAVES = st.one_of(
     VALUES.map(repr),
-    st.sampled_from(["h.seed", "h.width", "h.on", "h.mode", "h.rate", "h.double", "x", "note(1)", "note(0)"]),
+    st.sampled_from(
+        ["h.seed", "h.width", "h.on", "h.mode", "h.rate", "h.double", "x", "note(1)", "note(0)", "f'{h.width}-{x}'"]
+    ),
 )
 
 
@@ -196,7 +198,7 @@ def compound(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
     return st.one_of(
         two.map(lambda p: f"({p[0]} and {p[1]})"), two.map(lambda p: f"({p[0]} or {p[1]})"), inner.map(lambda p: f"(not {p})"),
         two.map(lambda p: f"({p[0]} == {p[1]})"), two.map(lambda p: f"({p[0]} is not {p[1]})"), two.map(lambda p: f"[{p[0]}, {p[1]}]"),
-        st.tuples(inner, inner, inner).map(lambda p: f"({p[0]} if {p[1]} else {p[2]})"), inner.map(lambda p: f"f'{{{p}!r}}-'"),
+        st.tuples(inner, inner, inner).map(lambda p: f"({p[0]} if {p[1]} else {p[2]})"), inner.map(lambda p: f"str({p})"),
         two.map(lambda p: f"({p[0]}, *[{p[1]}])"), two.map(lambda p: f"{{'a': {p[0]}, **{{'b': {p[1]}}}}}"),
     )  # fmt: skip
 
