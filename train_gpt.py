@@ -60,6 +60,12 @@ from typing import Any, ClassVar, NamedTuple, TextIO, cast
 # Gives: `Hyperparameters`, one frozen dataclass read from environment variables, presets, validation, `--help`.
 # Needs: the standard library only, so that help and configuration errors answer before torch is imported.
 
+# build_submission.py sets these in the script that it extracts for one configuration. Such a script counts its own
+# bytes, and what a submission does not need stands behind `not PACKAGED`; UserError and ValueError are not looked for.
+PACKAGED = False
+EVAL_ONLY = False  # all that it does is to score an artifact
+FOLDS = True  # its data may be case-folded
+
 
 class UserError(Exception):
     """A mistake the user can mend; printed as one line, exit code 2."""
@@ -701,7 +707,13 @@ class Hyperparameters:
     @property
     def measured_every(self) -> tuple[int, ...]:
         """Numbers of steps after which something is measured."""
-        return tuple(n for n in (self.diag_every, self.mhc_log_every * (self.residual == "mhc")) if n)
+        every = (self.diag_every, self.mhc_log_every * (self.residual == "mhc"))
+        return tuple(n for n in every if n and not PACKAGED)
+
+    @property
+    def switches(self) -> bool:
+        """Whether the network's structure may change during a run."""
+        return self.untie_at_fraction > 0 or self.moe_experts > 0 or bool(self.looped)
 
     @property
     def has_skips(self) -> bool:
@@ -1363,7 +1375,7 @@ def answer_early(argv: list[str], environ: dict[str, str]) -> None:
         sys.exit(2)
 
 
-if __name__ == "__main__":
+if not PACKAGED and __name__ == "__main__":
     answer_early(sys.argv[1:], dict(os.environ))
 
 import numpy as np  # noqa: E402
@@ -1612,7 +1624,8 @@ class Log:
         if active and folder is not None:
             try:
                 self.file = open(folder / "train.log", "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-                self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+                if not PACKAGED:
+                    self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
             except OSError as error:
                 raise UserError(
                     f"{error.filename} cannot be written: {error.strerror}; choose another OUT_DIR"
@@ -1628,6 +1641,8 @@ class Log:
 
     def metric(self, kind: str, **values: Any) -> None:
         """Append one JSON object; units are part of the names."""
+        if PACKAGED:
+            return
         finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
         self.append(self.metrics, json.dumps({"kind": kind, **finite}, allow_nan=False) + "\n")
         for sink in self.sinks:
@@ -1646,7 +1661,7 @@ class Log:
 
     def progress(self, fraction: float, text: str) -> None:
         """Redraw the progress line, at most five times a second."""
-        if self.active and sys.stdout.isatty() and time.monotonic() - self.bar_time > 0.2:
+        if not PACKAGED and self.active and sys.stdout.isatty() and time.monotonic() - self.bar_time > 0.2:
             self.bar_time = time.monotonic()
             filled = round(24 * min(1.0, fraction))
             bar = f"[{'#' * filled}{'.' * (24 - filled)}] {fraction:4.0%} {text}"
@@ -2288,10 +2303,10 @@ def load_tokenizer(h: Hyperparameters) -> Tokenizer:
     manifest = read_manifest(h.data_path).get("tokenizer", {})
     byte = h.vocab_size in BYTE_VOCABULARIES
     tokenizer = ByteTokenizer(h.vocab_size) if byte else SentencePieceTokenizer(h.tokenizer_path, h.vocab_size)
-    if not manifest and isinstance(tokenizer, SentencePieceTokenizer):
+    if not PACKAGED and not manifest and isinstance(tokenizer, SentencePieceTokenizer):
         check_text(h, tokenizer)
     made_with = manifest.get("sha256") if manifest else tokenizer.fingerprint
-    folds = bool(manifest.get("casefold"))
+    folds = FOLDS and bool(manifest.get("casefold"))
     if manifest.get("kind") == "byte":
         made_with = ByteTokenizer(manifest.get("vocab_size", 256)).fingerprint
     if made_with != tokenizer.fingerprint:
@@ -4170,6 +4185,7 @@ class Attention(Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = h.num_heads, h.num_kv_heads, h.head_dim
         self.window, self.doc_mask, self.qk_norm = h.attn_window, h.doc_mask, h.qk_norm
+        self.keeps_values = h.value_residual
         self.backend = "sdpa" if h.attn_impl == "auto" else h.attn_impl
         self.qkv = Linear(name + ".qkv", h.model_dim, (h.num_heads + 2 * h.num_kv_heads) * h.head_dim)
         projection = NormedLinear if h.proj_norm else Linear
@@ -4193,8 +4209,8 @@ class Attention(Module):
     def forward(self, x: Tensor, ctx: Ctx, state: AttentionState | None) -> Out:
         qkv = self.qkv(x, ctx).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 Hkv, Dh)
         q, k, v = QKVFunction.apply(qkv, self.q_gain, *ctx.rotary, self.qk_norm)
-        v0 = v if ctx.v0 is None else ctx.v0
-        if self.v_mix is not None and ctx.v0 is not None:
+        v0 = (v if ctx.v0 is None else ctx.v0) if self.keeps_values else None
+        if self.v_mix is not None and v0 is not None and ctx.v0 is not None:
             share = torch.sigmoid(self.v_mix).to(v.dtype)
             v = share * v + (1 - share) * v0
         if self.v_rows is not None:
@@ -6434,10 +6450,12 @@ class GPT(Module):
         blocks = lay_blocks(self.h.skc_block_size, positions, documents, stream) if laid else None
         age = positions - begins if begins is not None else None
         fresh = age == 0 if age is not None else None
-        place = (self.bos, tokens, history, positions, documents, age, fresh, blocks, rotary)
         rows = self.embed.value_rows
         memory = {} if rows is None else {"values": F.embedding(tokens, rows)}
-        return Ctx(*place, 0, 0, None, memory, moment, variant, observe, adapters)
+        return Ctx(
+            self.bos, tokens, history, positions, documents, age, fresh, blocks, rotary, 0, 0, None, memory, moment,
+            variant, observe, adapters,
+        )  # fmt: skip
 
     def piece_context(self, ctx: Ctx, piece: Piece, stream: StreamState | None) -> Ctx:
         """The context of a piece of a window with its memory tokens, which have no token and no rotary phase."""
@@ -7949,9 +7967,9 @@ def decode_artifact(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]
     """Header and float32 weights by name. Needs no torch arithmetic. Raises UserError for any file it cannot read."""
     header, payload = read_header(data)
     try:
-        config = check_header(header, len(data))
-        base = Hyperparameters(**config)
-        streams = read_streams(header, payload, most_elements(config, len(data)), base)
+        # A packaged script reads what it has written itself.
+        base = load_config({}) if PACKAGED else Hyperparameters(**check_header(header, len(data)))
+        streams = read_streams(header, payload, most_elements(header["config"], len(data)), base)
         weights, used = {}, dict[str, int]()
         for name, codec_name, *shape in header["tensors"]:
             codec = CODECS[codec_name](base)
@@ -8134,9 +8152,6 @@ class Budget(NamedTuple):
     @property
     def total_bytes(self) -> int:
         return self.model_bytes + self.code_bytes
-
-
-PACKAGED = False  # build_submission.py sets this in the script it extracts, which then counts its own bytes
 
 
 def account(h: Hyperparameters, model_bytes: int) -> Budget:
@@ -8757,7 +8772,7 @@ class Scorer:
     ) -> None:
         self.h, self.rt, self.model, self.table, self.calibration = h, rt, model, table, calibration or {}
         self.variant = scoring_variant(h)
-        self.adapters = [ADAPTERS[name](h) for name in h.used()["ADAPTERS"]]
+        self.adapters = [ADAPTERS[name](h) for name, there in h.adapting.items() if there]
         self.say: Callable[[str], None] = lambda text: None  # told before memory is taken, and how long it will take
         self.limit = 0.0  # seconds; 0: unbounded
         self.began: float | None = None  # time.monotonic() from which they count; None: when scoring begins
@@ -8894,6 +8909,8 @@ class Scorer:
 
     def note(self, kind: str, chunk: Chunk, states: list[list], given: Distribution) -> None:
         """A line of the ledger for each row of a chunk that is being scored or learned from."""
+        if PACKAGED:
+            return
         for span, at in zip(chunk.spans, chunk.starts, strict=True):
             self.ledger.append(Entry(kind, span, at + 1, at + 1 + chunk.scored, self.versions[span]))
         if self.watch is not None:
@@ -8920,6 +8937,10 @@ class Scorer:
 
         The network's own, then what each adapter made of it; the last one counts.
         """
+        if not self.adapters:
+            with self.rt.precision():
+                logits, carry = self.model.logits(chunk.tokens, self.variant, chunk.carry, chunk.scored)
+            return [Distribution(logits.log_softmax(-1))], carry
         columns = [[state[i] for state in states] for i in range(len(self.adapters))]
         pairs = merge_changes([a.lora(column, chunk) for a, column in zip(self.adapters, columns, strict=True)])
         weights = merge_changes([a.weights(column, chunk) for a, column in zip(self.adapters, columns, strict=True)])
@@ -9578,6 +9599,8 @@ def describe(s: Session) -> None:
     )
     log.line(f"train_tokens:{s.loader.usable} val_tokens:{len(s.validation)} data:{h.data_path}")
     log.line(f"data_fingerprint:{s.prints['data']} tokenizer:{s.prints['tokenizer']}")
+    if PACKAGED:
+        return
     for line in (*role_lines(s), *match_lines(h)):
         log.line(line)
     log.metric("start", data=s.prints["data"], tokenizer=s.prints["tokenizer"], protocol=h.protocol, seed=h.seed,
@@ -9807,7 +9830,7 @@ def pause_for(s: Session, state: TrainState, clock: Clock) -> None:
     if h.calib_at_fraction or h.export_proxy_eval:
         align(s, state, clock)
     validates = h.val_loss_every and state.step % h.val_loss_every == 0
-    saves = h.save_every and state.step % h.save_every == 0
+    saves = not PACKAGED and h.save_every and state.step % h.save_every == 0
     if not validates and not saves:
         return
     synchronize(s.rt)
@@ -9966,6 +9989,8 @@ class LossWindow:
 def switch_variant(s: Session, state: TrainState, progress: float) -> None:
     """Turn on structure whose time has come: an untied head starts as a copy of the embedding, experts as nearly copies
     of the first."""
+    if not s.h.switches:
+        return
     old = state.variant  # what is on stays on, though a resumed run may have become longer
     new = Variant(*(before or now for before, now in zip(old, variant_at(s.h, progress), strict=True)))
     if new == old:
@@ -10323,6 +10348,8 @@ def export(s: Session, calibration: dict[str, float]) -> Path:
     def write() -> None:
         artifact = write_artifact(s.h, coded_tensors(s.weights), s.prints, calibration)
         write_atomically(path, artifact.data)
+        if PACKAGED:
+            return
         write_reference(s, path)
         s.log.line(
             f"{'stream':<10}{'packing':<10}{'compressor':<12}{'values':>12}{'packed_bytes':>14}{'stored_bytes':>14}"
@@ -10357,17 +10384,18 @@ def finish(s: Session, state: TrainState) -> int:
     """Average, quantize, score, export, reload, score again, account; returns the exit code."""
     h, log = s.h, s.log
     switch_variant(s, state, 1.0)  # a run that ended early takes its final shape
-    s.guard.beat(slow=True)
-    try_to_save(s, state)
-    s.guard.working = False  # from here on nothing is lost that resuming does not make again
-    if number := largest_of(s.rt, s.guard.signal):
-        return stopped(s, number)
+    if not PACKAGED:
+        s.guard.beat(slow=True)
+        try_to_save(s, state)
+        s.guard.working = False  # from here on nothing is lost that resuming does not make again
+        if number := largest_of(s.rt, s.guard.signal):
+            return stopped(s, number)
     untouched = s.weights.forms()
     averaged, calibration, whole = settle(s, state)
     log.line(f"training done: steps:{state.step} train_time:{state.seconds * 1e3:.0f}ms averaged:{int(averaged)}")
     in_memory = report_validation(s, state, calibration)
     path = export(s, calibration)
-    if whole:
+    if whole and not PACKAGED:
         report_pruned(s, whole)
     began = time.monotonic()
     # Nodes may have disks of their own: rank 0 reads, all decode.
@@ -10401,8 +10429,9 @@ def finish(s: Session, state: TrainState) -> int:
         peak_memory_mib=round(peak_memory_bytes(s.rt) / MIB, 1),
         **{k: v for k, v in {**budget._asdict(), "total_bytes": budget.total_bytes}.items() if k != "packaged"},
     )
-    closing_summary(s, state, model, score, budget, path)
-    s.weights.take(untouched)
+    if not PACKAGED:
+        closing_summary(s, state, model, score, budget, path)
+        s.weights.take(untouched)
     if over:
         log.line(
             f"error: {budget.total_bytes - budget.budget_bytes} bytes over HARD_BUDGET_BYTES; make the model smaller"
@@ -10575,21 +10604,24 @@ def resume(s: Session) -> TrainState:
 def train(h: Hyperparameters, rt: Runtime) -> int:
     """A whole run: folder, lock, log, resume, loop, finish. Returns the exit code. Raises UserError."""
     folder = run_folder(h, rt)
-    lock = on_main(rt, lambda: lock_folder(folder))
+    lock = None if PACKAGED else on_main(rt, lambda: lock_folder(folder))
     log: Log = on_all(rt, lambda: Log(folder, rt.main))
     s: Session | None = None
     try:
         s = cast(Session, on_all(rt, lambda: open_session(h, rt, folder, log)))
-        log.sinks = on_all(rt, lambda: open_sinks(h, folder) if rt.main else [])
-        settled = dataclasses.replace(h, precision=rt.arithmetic)  # the next machine might choose another
-        on_main(rt, lambda: write_atomically(folder / "config.env", config_env(settled).encode()))
-        on_main(rt, lambda: write_atomically(folder / "train_gpt.py", Path(__file__).read_bytes()))
+        if not PACKAGED:
+            log.sinks = on_all(rt, lambda: open_sinks(h, folder) if rt.main else [])
+            settled = dataclasses.replace(h, precision=rt.arithmetic)  # the next machine might choose another
+            on_main(rt, lambda: write_atomically(folder / "config.env", config_env(settled).encode()))
+            on_main(rt, lambda: write_atomically(folder / "train_gpt.py", Path(__file__).read_bytes()))
         log.line(f"run:{folder}")
         describe(s)
-        begin_well(s)
-        state = resume(s)
+        if not PACKAGED:
+            begin_well(s)
+        state = resume(s) if h.resume else TrainState()
         state.prints = s.prints
-        s.guard.start(state)
+        if not PACKAGED:
+            s.guard.start(state)
         train_loop(s, state)
         if s.guard.signal:
             try_to_save(s, state)
@@ -10599,7 +10631,7 @@ def train(h: Hyperparameters, rt: Runtime) -> int:
         if s is not None:
             s.guard.end()
         log.close()
-        if rt.main:
+        if lock is not None and rt.main:
             os.close(lock)
 
 
@@ -11129,6 +11161,21 @@ def open_artifact(
     The network's structure comes from the artifact; a variable that contradicts it is an error.
     """
     header, arrays = read_artifact(path)
+    h = load_config(environ) if PACKAGED else config_of(path, header, arrays, environ)
+    rt = start_runtime(h)
+    tokenizer = load_tokenizer(h)
+    if header["prints"].get("tokenizer") != tokenizer.fingerprint:
+        raise UserError(f"{path} was trained with another tokenizer than TOKENIZER_PATH={h.tokenizer_path}")
+    h, _ = with_backends(h, rt)
+    model = build_model(h, rt, tokenizer.bos, fill=False)
+    load_weights(model, arrays)
+    return h, rt, model, tokenizer, header["calibration"]
+
+
+def config_of(
+    path: str, header: dict[str, Any], arrays: dict[str, np.ndarray], environ: dict[str, str]
+) -> Hyperparameters:
+    """The configuration that an artifact's header and the environment make together. Raises UserError."""
     # Training's batch does not matter here, but must not contradict the window either.
     window = parse_value("TRAIN_SEQ_LEN", environ.get("TRAIN_SEQ_LEN") or str(header["config"]["train_seq_len"]))
     h = load_config(environ, {**header["config"], "train_batch_tokens": window, "micro_batch_tokens": window})
@@ -11140,14 +11187,7 @@ def open_artifact(
             )
     if least_weights(h) > sum(array.size for array in arrays.values()):
         raise UserError(f"{path}: its tensors are too small for its configuration")
-    rt = start_runtime(h)
-    tokenizer = load_tokenizer(h)
-    if header["prints"].get("tokenizer") != tokenizer.fingerprint:
-        raise UserError(f"{path} was trained with another tokenizer than TOKENIZER_PATH={h.tokenizer_path}")
-    h, _ = with_backends(h, rt)
-    model = build_model(h, rt, tokenizer.bos, fill=False)
-    load_weights(model, arrays)
-    return h, rt, model, tokenizer, header["calibration"]
+    return h
 
 
 def evaluate_command(path: str, environ: dict[str, str]) -> int:
@@ -11401,5 +11441,17 @@ def leave_code(code: int, environ: dict[str, str]) -> int:
     return code
 
 
+def run_packaged(argv: list[str], environ: dict[str, str]) -> int:
+    """All that a packaged script does: train, or score the artifact that is named."""
+    try:
+        if EVAL_ONLY:
+            return evaluate_command(argv[0], environ)
+        h = load_config(environ)
+        return train(h, start_runtime(h))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
 if __name__ == "__main__":
-    sys.exit(leave_code(main(sys.argv[1:], dict(os.environ)), dict(os.environ)))
+    sys.exit(leave_code((run_packaged if PACKAGED else main)(sys.argv[1:], dict(os.environ)), dict(os.environ)))

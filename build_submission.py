@@ -1,0 +1,2826 @@
+"""Build a record folder: the training script cut down to one configuration, with its artifact, logs and papers.
+
+    python build_submission.py --dce PRESET=attn --out records/my_record     extract and prove the script
+    python build_submission.py --dce --from runs/RUN --out records/my_record --seeds 1337,42,7    the whole record
+
+The extractor is a partial evaluator over the syntax tree. It freezes every configuration field that stays the same
+during a run, keeps the registry entries that `Hyperparameters.used()` names, folds conditions, look-ups, constant
+arguments and attributes, and deletes what nothing reaches any more, to a fixed point; then it minifies and wraps. It
+knows no function of the script by name; what it relies on is written in the source's CONFIG section:
+
+- `Hyperparameters` (a frozen dataclass), `load_config` and `used()`; a configuration changes by dataclasses.replace.
+- `PACKAGED` and `EVAL_ONLY`, constants that are set to True: code that a submission does not need stands behind them.
+- `UserError`: a mistake of the user's. A packaged script runs where the full one ran, and does not look for them.
+- No dynamic attributes, no changing globals; properties and assertions have no effects beside their value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import base64
+import builtins
+import copy
+import dataclasses
+import functools
+import hashlib
+import importlib
+import io
+import itertools
+import json
+import lzma
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import types
+import zipfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+ALWAYS_KEPT = ("SEED", "RUN_ID", "DATA_PATH", "TOKENIZER_PATH", "MAX_WALLCLOCK_SECONDS")
+CONFIG_CLASS, LOADER, CHECKED = "Hyperparameters", "load_config", ("UserError", "ValueError")
+SECTION = "\n# ==== "
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+class BuildError(Exception):
+    """A build that cannot be made, or must not be; told in one line."""
+
+
+class Unknown(Exception):
+    """A value that is not known at build time."""
+
+
+# ==== values and literals ====
+
+PURE_BUILTINS = frozenset(
+    [
+        "abs",
+        "all",
+        "any",
+        "bool",
+        "bytes",
+        "dict",
+        "divmod",
+        "enumerate",
+        "filter",
+        "float",
+        "frozenset",
+        "int",
+        "isinstance",
+        "len",
+        "list",
+        "map",
+        "max",
+        "min",
+        "range",
+        "repr",
+        "reversed",
+        "round",
+        "set",
+        "sorted",
+        "str",
+        "sum",
+        "tuple",
+        "type",
+        "zip",
+    ]
+)
+PURE_MODULES = {"math", "itertools", "operator", "functools", "re", "fnmatch", "collections", "dataclasses"}
+# Methods of builtin values, arrays and tensors that only look; a method of the program's own is judged by its body.
+PURE_METHODS = frozenset(
+    [
+        "get",
+        "items",
+        "keys",
+        "values",
+        "split",
+        "rsplit",
+        "join",
+        "strip",
+        "lstrip",
+        "rstrip",
+        "lower",
+        "upper",
+        "format",
+        "encode",
+        "decode",
+        "count",
+        "index",
+        "startswith",
+        "endswith",
+        "partition",
+        "rpartition",
+        "removeprefix",
+        "removesuffix",
+        "casefold",
+        "title",
+        "isdigit",
+        "intersection",
+        "union",
+        "difference",
+        "tolist",
+        "item",
+        "numel",
+        "size",
+        "dim",
+        "float",
+        "double",
+        "int",
+        "long",
+        "bool",
+        "cpu",
+        "detach",
+        "sum",
+        "mean",
+        "amax",
+        "amin",
+        "max",
+        "min",
+        "any",
+        "all",
+        "abs",
+        "clone",
+        "_asdict",
+        "_replace",
+        "copy",
+        "total",
+        "most_common",
+        "square",
+        "sqrt",
+        "is_file",
+        "stat",
+        "read_text",
+        "max_memory_allocated",
+        "getrusage",
+        "get_device_name",
+        "elements",
+        "reshape",
+        "view",
+        "flatten",
+        "unsqueeze",
+        "squeeze",
+        "hexdigest",
+    ]
+)
+EATERS = ("tuple", "list", "dict", "set", "any", "all", "sum", "sorted", "max", "min", "frozenset")  # of iterables
+PURE_CALLS = {"time.monotonic", "time.perf_counter", "time.time"}
+
+
+def literal(node: ast.AST | None) -> Any:
+    """The value of a literal scalar or tuple. Raises Unknown."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
+        return -node.operand.value
+    if isinstance(node, ast.Tuple):
+        return tuple(literal(element) for element in node.elts)
+    raise Unknown
+
+
+def is_literal(node: ast.AST | None) -> bool:
+    try:
+        literal(node)
+    except Unknown:
+        return False
+    return True
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal in value and type, all the way down: 1, True and 1.0 are three values, and so are 0.0 and -0.0."""
+    return type(a) is type(b) and repr(a) == repr(b)
+
+
+def lifted(value: Any) -> ast.expr:
+    """A literal that makes this value. Raises Unknown for what has none."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.copysign(1, value) < 0:
+        return ast.UnaryOp(ast.USub(), ast.Constant(-value))
+    if value is None or type(value) in (bool, int, float, str, bytes):
+        if isinstance(value, float) and math.isnan(value):
+            raise Unknown
+        return ast.Constant(value)
+    if type(value) is tuple:
+        return ast.Tuple([lifted(part) for part in value], ast.Load())
+    if type(value) is list:
+        return ast.List([lifted(part) for part in value], ast.Load())
+    if type(value) is dict:
+        return ast.Dict([lifted(key) for key in value], [lifted(part) for part in value.values()])
+    raise Unknown
+
+
+def dotted(node: ast.AST) -> str:
+    """a.b.c of a chain of attributes on a name, or nothing."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (base := dotted(node.value)):
+        return f"{base}.{node.attr}"
+    return ""
+
+
+PLAIN_PARTS = {"id", "attr", "name", "asname", "arg", "module", "level", "ctx", "op", "ops", "kind", "type_comment"}
+PLAIN_PARTS |= {"conversion", "simple", "is_async"}  # of nodes: no nodes
+PARTS: dict[type, tuple[str, ...]] = {
+    kind: tuple(name for name in kind._fields if name not in PLAIN_PARTS)
+    for kind in vars(ast).values()
+    if isinstance(kind, type) and issubclass(kind, ast.AST)
+} | {ast.Constant: (), ast.Global: (), ast.Nonlocal: (), ast.arg: ("annotation",), ast.keyword: ("value",)}
+PARTS[ast.ExceptHandler] = ("type", "body")
+
+
+def walk(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes of a tree but contexts and operators, a node before its parts; several times as fast as ast.walk."""
+    work = [node]
+    while work:
+        one = work.pop()
+        if one is not None:
+            yield one
+            for name in PARTS[one.__class__]:
+                part = one.__dict__.get(name)
+                if part.__class__ is list:
+                    work += part
+                elif part is not None:
+                    work.append(part)
+
+
+def children(node: ast.AST) -> list[ast.AST]:
+    """The nodes right below one."""
+    found = list[Any]()
+    for name in PARTS[node.__class__]:
+        part = node.__dict__.get(name)
+        found += part if part.__class__ is list else [part]
+    return [one for one in found if one is not None]
+
+
+def parsed(text: str) -> ast.expr:
+    return ast.parse(text, mode="eval").body
+
+
+# ==== the source and its configuration ====
+
+
+class Source:
+    """A script, its syntax tree, and its CONFIG section as a module of its own, run without the rest."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.text = path, path.read_text(encoding="utf-8")
+        self.tree = ast.parse(self.text)
+        head = ast.parse(self.text.split(SECTION + "2.")[0])
+        head.body = [node for node in head.body if not isinstance(node, ast.Import | ast.ImportFrom) or self.own(node)]
+        self.config = types.ModuleType("submission_config")
+        sys.modules[self.config.__name__] = self.config  # dataclasses looks annotations up there
+        exec(compile(head, str(path), "exec"), self.config.__dict__)
+
+    @staticmethod
+    def own(node: ast.Import | ast.ImportFrom) -> bool:
+        """Whether an import is of the standard library."""
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+        return all(name.split(".")[0] in sys.stdlib_module_names for name in names)
+
+    def load(self, environ: dict[str, str]) -> Any:
+        """The Hyperparameters of an environment. Raises BuildError for what the script would refuse."""
+        try:
+            return self.config.load_config(environ)
+        except self.config.UserError as error:
+            raise BuildError(str(error)) from None
+
+    def sections(self) -> dict[str, tuple[int, int]]:
+        """First and last line of each section by name."""
+        lines = self.text.split("\n")
+        starts = [(i, line.split()[3]) for i, line in enumerate(lines, 1) if line.startswith(SECTION.strip() + " ")]
+        ends = [start - 1 for start, _ in starts[1:]] + [len(lines)]
+        return {"HEAD": (1, starts[0][0] - 1), **{name: (start, end) for (start, name), end in zip(starts, ends)}}
+
+
+class Frozen:
+    """A configuration of which only the fields that never change are known; any other raises Unknown when read."""
+
+    def __init__(self, h: Any, open_fields: frozenset[str]) -> None:
+        self.__dict__.update(known=dataclasses.asdict(h), open=open_fields, kind=type(h))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.open:
+            raise Unknown
+        if name in self.known:
+            return self.known[name]
+        member = self.kind.__dict__.get(name)
+        if isinstance(member, property) and member.fget:
+            return member.fget(self)
+        if callable(member):
+            return types.MethodType(member, self)
+        raise Unknown
+
+    def asdict(self) -> dict[str, Any]:
+        """All fields; reading an open one raises Unknown."""
+        return Partly({name: value for name, value in self.known.items() if name not in self.open})
+
+
+def as_dict(value: Any) -> dict[str, Any]:
+    """dataclasses.asdict, of a frozen configuration, too."""
+    return value.asdict() if isinstance(value, Frozen) else dataclasses.asdict(value)
+
+
+class Partly(dict):
+    """A dict of which some keys are unknown."""
+
+    def __missing__(self, key: str) -> Any:
+        raise Unknown
+
+
+# ==== names: what is bound where ====
+
+
+def parameters(args: ast.arguments) -> list[ast.arg]:
+    """All parameters, those with stars left out."""
+    return [*args.posonlyargs, *args.args, *args.kwonlyargs]
+
+
+def starred(args: ast.arguments) -> list[ast.arg]:
+    return [arg for arg in (args.vararg, args.kwarg) if arg]
+
+
+def pairs(target: ast.expr, value: ast.expr | None) -> Iterator[tuple[ast.expr, ast.expr | None]]:
+    """Simple targets of an assignment, each with its value where it is at hand."""
+    if isinstance(target, ast.Starred):
+        yield from pairs(target.value, None)
+    elif isinstance(target, ast.Tuple | ast.List):
+        parts: list[Any] = [None] * len(target.elts)
+        if isinstance(value, ast.Call):  # which of a call's results it is
+            parts = [ast.Subscript(value, ast.Constant(place), ast.Load()) for place in range(len(target.elts))]
+        if isinstance(value, ast.Tuple) and len(value.elts) == len(parts):
+            whole = not any(isinstance(part, ast.Starred) for part in [*target.elts, *value.elts])
+            parts = list(value.elts) if whole else parts
+        for element, part in zip(target.elts, parts):
+            yield from pairs(element, part)
+    else:
+        yield target, value
+
+
+def stores(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr | None]]:
+    """(target, value or None) of what one statement or expression itself assigns."""
+    if isinstance(node, ast.Assign):
+        for target in node.targets:
+            yield from pairs(target, node.value)
+    elif isinstance(node, ast.AnnAssign) and node.value is not None:
+        yield node.target, node.value
+    elif isinstance(node, ast.AugAssign | ast.For):
+        yield from pairs(node.target, None)
+    elif isinstance(node, ast.NamedExpr):
+        yield node.target, None
+    elif isinstance(node, ast.withitem) and node.optional_vars is not None:
+        yield from pairs(node.optional_vars, None)
+    elif isinstance(node, ast.Delete):
+        for target in node.targets:
+            yield from pairs(target, None)
+
+
+def inside(node: ast.AST) -> Iterator[ast.AST]:
+    """Nodes of a scope's own code: not of functions, classes and lambdas in it, whose first node is given."""
+    body = [node.body] if isinstance(node, ast.Lambda) else getattr(node, "body", [node])
+    work: list[ast.AST] = list(body)
+    while work:
+        one = work.pop()
+        yield one
+        if isinstance(one, Definition):
+            work += one.decorator_list
+            work += (
+                [*one.args.defaults, *filter(None, one.args.kw_defaults)] if isinstance(one, Function) else one.bases
+            )
+        elif isinstance(one, ast.Lambda):
+            work += [*one.args.defaults, *filter(None, one.args.kw_defaults)]
+        else:
+            work += children(one)
+
+
+def bindings(node: ast.AST) -> dict[str, list[ast.AST | None]]:
+    """Name -> what is bound to it in a scope, None for what is not at hand. Comprehensions are scopes of their own."""
+    found: dict[str, list[ast.AST | None]] = defaultdict(list)
+    own = {id(target) for one in inside(node) if isinstance(one, ast.comprehension) for target in walk(one.target)}
+    for one in inside(node):
+        for target, value in stores(one):
+            if isinstance(target, ast.Name) and id(target) not in own:
+                found[target.id].append(value)
+        if isinstance(one, Definition):
+            found[one.name].append(one)
+        elif isinstance(one, ast.Import | ast.ImportFrom):
+            for alias in one.names:
+                found[(alias.asname or alias.name).split(".")[0]].append(one)
+        elif isinstance(one, ast.ExceptHandler) and one.name:
+            found[one.name].append(None)
+        elif isinstance(one, ast.Global | ast.Nonlocal):
+            for name in one.names:
+                found[name] += [None, None]
+    return found
+
+
+# ==== facts: what the whole program says about functions, attributes and classes ====
+
+
+def external_names(tree: ast.Module) -> frozenset[str]:
+    """Attributes that objects of imported modules and builtin types have: such a name says nothing about its owner."""
+    found = {name for kind in vars(builtins).values() if isinstance(kind, type) for name in dir(kind)}
+    modules = dict[str, Any]()
+    for node in walk(tree):
+        aliases = node.names if isinstance(node, ast.Import | ast.ImportFrom) else []
+        whole = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        inner = [f"{node.module}.{a.name}" for a in aliases] if isinstance(node, ast.ImportFrom) else []
+        for name, alias in zip([*whole, *(inner or [a.name for a in aliases])], [None] * len(whole) + list(aliases)):
+            with suppress(ImportError, ValueError):
+                module = importlib.import_module(name)
+                modules[(alias.asname or alias.name) if alias else name] = module
+    for module in modules.values():
+        found |= set(dir(module))
+        for kind in vars(module).values():
+            found |= set(dir(kind)) if isinstance(kind, type) else set()
+    for base in {dotted(b) for n in walk(tree) if isinstance(n, ast.ClassDef) for b in n.bases}:
+        with suppress(AttributeError, KeyError):
+            head, *rest = base.split(".")
+            found |= set(dir(functools.reduce(getattr, rest, modules[head])))
+    return frozenset(found)
+
+
+def is_tuple_class(node: ast.ClassDef) -> bool:
+    """Whether a class is a NamedTuple or a dataclass: its annotated names are the parameters of its constructor."""
+    marks = [dotted(d.func if isinstance(d, ast.Call) else d) for d in node.decorator_list]
+    return "dataclass" in [m.split(".")[-1] for m in marks] or "NamedTuple" in map(dotted, node.bases)
+
+
+def is_class_variable(node: ast.AnnAssign) -> bool:
+    return any(isinstance(n, ast.Name) and n.id == "ClassVar" for n in walk(node.annotation))
+
+
+def class_fields(node: ast.ClassDef) -> dict[str, ast.expr | None]:
+    """Fields and defaults of a NamedTuple or dataclass."""
+    if not is_tuple_class(node):
+        return {}
+    own = [n for n in node.body if isinstance(n, ast.AnnAssign) and not is_class_variable(n)]
+    return {n.target.id: n.value for n in own if isinstance(n.target, ast.Name)}
+
+
+def definitions(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+    """Statements of a module, those under its conditions included."""
+    for node in body:
+        if isinstance(node, ast.If):
+            yield from definitions(node.body)
+            yield from definitions(node.orelse)
+        else:
+            yield node
+
+
+class Facts:
+    """An inventory of a program: definitions, calls by name, attribute reads and stores."""
+
+    def __init__(self, tree: ast.Module, external: frozenset[str]) -> None:
+        self.tree, self.external = tree, external
+        self.defs = {n.name: n for n in definitions(tree.body) if isinstance(n, Definition)}
+        self.classes = {name: n for name, n in self.defs.items() if isinstance(n, ast.ClassDef)}
+        self.methods: dict[str, list[tuple[str, Function]]] = defaultdict(list)
+        for name, node in self.classes.items():
+            for method in (m for m in node.body if isinstance(m, Function)):
+                self.methods[method.name].append((name, method))
+        self.ups = {name: self.find_ancestors(name) for name in self.classes}
+        self.cache: dict[Any, Any] = {}
+        self.fields = {name: class_fields(node) for name, node in self.classes.items()}
+        self.given: dict[str, list[tuple[str, ast.expr | None]]] = defaultdict(
+            list
+        )  # attribute -> (class, value there)
+        for name, node in self.classes.items():
+            for one in node.body:
+                if isinstance(one, Definition):
+                    self.given[one.name].append((name, None))
+                for target, value in stores(one):
+                    if isinstance(target, ast.Name) and target.id not in self.fields[name]:
+                        self.given[target.id].append((name, value))
+
+    def scan(self) -> Facts:
+        """Look at every node once."""
+        self.nodes = list(walk(self.tree))
+        self.calls: dict[str, list[ast.Call]] = defaultdict(list)  # by name, or by attribute with a dot in front
+        self.escaped: Counter[str] = Counter()  # names and .attributes that are read other than to be called
+        self.loads: Counter[str] = Counter()  # .attributes read in any way, and names
+        self.stored: dict[str, list[tuple[ast.Attribute, ast.expr | None]]] = defaultdict(list)
+        self.texts: set[str] = set()  # texts that are arguments: a name might be made of them
+        self.owner = {id(n): name for name, kind in self.classes.items() for n in walk(kind)}  # node -> its class
+        self.modules: dict[str, str] = {}
+        self.pure_imports: set[str] = set()
+        self.nonlocals = {name for n in self.nodes if isinstance(n, ast.Global | ast.Nonlocal) for name in n.names}
+        called, types_only, local = set[int](), set[int](), set[str]()
+        for node in self.nodes:
+            if isinstance(node, ast.Call):
+                called.add(id(node.func))
+                self.note_call(node)
+            elif isinstance(node, ast.Import):
+                self.modules |= {a.asname or a.name.split(".")[0]: a.name for a in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module in PURE_MODULES:
+                self.pure_imports |= {a.asname or a.name for a in node.names}
+            elif isinstance(node, ast.arg):
+                local.add(node.arg)
+            elif isinstance(node, Function):
+                local |= {n.name for n in node.body if isinstance(n, Definition)}
+            types_only |= {id(n) for part in type_places(node) for n in walk(part)}
+            for target, value in stores(node):
+                if isinstance(target, ast.Attribute):
+                    self.stored[target.attr].append((target, value))
+                elif isinstance(target, ast.Name):
+                    local.add(target.id)
+        self.shadowed = local & set(self.defs)  # local names that hide a definition
+        for node in self.nodes:
+            if (
+                isinstance(node, ast.Attribute | ast.Name)
+                and isinstance(node.ctx, ast.Load)
+                and id(node) not in types_only
+            ):
+                key = node.id if isinstance(node, ast.Name) else "." + node.attr
+                self.loads[key] += 1
+                self.escaped[key] += id(node) not in called
+        return self
+
+    def note_call(self, node: ast.Call) -> None:
+        key = node.func.id if isinstance(node.func, ast.Name) else ""
+        key = "." + node.func.attr if isinstance(node.func, ast.Attribute) else key
+        self.calls[key].append(node)
+        self.texts |= {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
+
+    # -- classes --
+
+    def ancestors(self, name: str) -> list[str]:
+        """Program classes that a class derives from, itself first."""
+        return self.ups[name]
+
+    def find_ancestors(self, name: str) -> list[str]:
+        bases = [dotted(base) for base in self.classes[name].bases]
+        return [name, *(a for base in bases if base in self.classes for a in self.find_ancestors(base))]
+
+    def family(self, name: str) -> frozenset[str]:
+        """All classes related to a class by inheritance, in either direction, and their relatives."""
+        ups = set(self.ancestors(name))
+        return frozenset(ups | {c for c in self.classes if ups & set(self.ancestors(c))})
+
+    def made(self, name: str) -> bool:
+        """Whether an object of a program class, or of one derived from it, can exist."""
+        kinds = [c for c in self.classes if name in self.ancestors(c)]
+        return any(self.calls[c] or self.escaped[c] for c in kinds)
+
+    def foreign_bases(self, name: str) -> bool:
+        """Whether a class derives from one of another module, which may use its attributes and methods."""
+        plain = {"NamedTuple", "object", *(n for n, v in vars(builtins).items() if isinstance(v, type))}
+        bases = {dotted(base) for kind in self.ancestors(name) for base in self.classes[kind].bases}
+        return bool(bases - plain - set(self.classes))
+
+    def foreign(self, kind: str, name: str) -> bool:
+        """Whether a class's method may be called by another module."""
+        return name in self.external and self.foreign_bases(kind)
+
+    def outside(self, name: str) -> bool:
+        """Whether an attribute may belong to an object that is none of the program's."""
+        return name in self.external or name.startswith("__")
+
+    # -- calls --
+
+    def sites(self, function: Function) -> list[tuple[ast.Call, int]] | None:
+        """All calls of a function, with the number of its first parameters that they do not pass; None if unknown."""
+        if self.defs.get(function.name) is function:
+            known = not self.escaped[function.name] and function.name not in self.shadowed
+            plain = known and not is_opaque(function)
+            return [(call, 0) for call in self.calls[function.name]] if plain else None
+        owner = next((c for c, m in self.methods[function.name] if m is function), "")
+        marks = [dotted(d.func if isinstance(d, ast.Call) else d) for d in function.decorator_list]
+        if not owner or "property" in marks or "classmethod" in marks:
+            return None
+        if function.name == "__init__":
+            return self.constructions(owner)
+        kind = self.classes[owner]
+        if function.name == "forward" and "staticmethod" in marks:  # autograd functions are called by their `apply`
+            calls = [c for c in self.calls[".apply"] if dotted(c.func) == f"{owner}.apply"]  # type: ignore[attr-defined]
+            return [(call, 1) for call in calls] if len(calls) == self.loads[owner] else None
+        if self.outside(function.name) or self.escaped["." + function.name] or not kind:
+            return None
+        return [(call, 0 if "staticmethod" in marks else 1) for call in self.calls["." + function.name]]
+
+    def constructions(self, owner: str) -> list[tuple[ast.Call, int]] | None:
+        """All calls of a class, as its constructor sees them."""
+        heirs = [c for c in self.classes if owner in self.ancestors(c) and self.maker(c) == owner]
+        if any(self.escaped[c] or c in self.shadowed for c in heirs):
+            return None
+        found = [(call, 1) for c in heirs for call in self.calls[c]]
+        for call in self.calls[".__init__"]:
+            user = self.owner.get(id(call), "")
+            bases = self.ancestors(user)[1:] if user else []
+            if next((b for b in bases if any(c == b for c, _ in self.methods["__init__"])), "") == owner:
+                found.append((call, 1))
+        return found
+
+    def maker(self, name: str) -> str:
+        """The class whose __init__ makes objects of a class, or nothing."""
+        for one in self.ancestors(name):
+            if any(c == one for c, _ in self.methods["__init__"]):
+                return one
+        return ""
+
+    @staticmethod
+    def passed(call: ast.Call, args: ast.arguments, skip: int) -> dict[str, ast.expr | None]:
+        """What a call passes for each parameter: an argument, a default, or None for what is not known."""
+        names = [a.arg for a in [*args.posonlyargs, *args.args]]
+        found: dict[str, ast.expr | None] = dict(zip(names[len(names) - len(args.defaults) :], args.defaults))
+        found |= {a.arg: d for a, d in zip(args.kwonlyargs, args.kw_defaults)}
+        found |= dict.fromkeys(names[:skip])
+        for place, value in enumerate(call.args, skip):
+            if isinstance(value, ast.Starred):
+                return {**found, **dict.fromkeys(names[place:]), **dict.fromkeys(a.arg for a in args.kwonlyargs)}
+            if place < len(names):
+                found[names[place]] = value
+        for keyword in call.keywords:
+            found |= dict.fromkeys(names[skip + len(call.args) :]) if keyword.arg is None else {}
+            found |= {keyword.arg: keyword.value} if keyword.arg else {}
+        return found
+
+    def symbol(self, node: ast.AST | None) -> str:
+        """A text that stands for a value which is the same wherever it is written, or nothing."""
+        if node is None:
+            return ""
+        if is_literal(node):
+            return repr(literal(node))
+        name = dotted(node)
+        head = name.split(".")[0]
+        return name if name and (head in self.modules or (name in self.defs)) else ""
+
+    def agreed(self, values: Sequence[ast.expr | None]) -> ast.expr | None:
+        """The one static value that all of these are, or None."""
+        symbols = {self.symbol(value) for value in values}
+        return values[0] if len(symbols) == 1 and "" not in symbols else None
+
+    def constants(self, function: Function) -> dict[str, ast.expr]:
+        """Parameters for which every call passes the same static value."""
+        sites = self.sites(function)
+        if not sites:
+            return {}
+        calls = [self.passed(call, function.args, skip) for call, skip in sites]
+        names = [a.arg for a in parameters(function.args)]
+        agreed = {name: self.agreed([call.get(name) for call in calls]) for name in names}
+        return {name: value for name, value in agreed.items() if value is not None}
+
+    # -- attributes --
+
+    def attribute(self, name: str, kinds: frozenset[str] | None) -> ast.expr | None:
+        """The static value that everybody gives an attribute, or None."""
+        if (name, kinds) not in self.cache:
+            values = self.values(name, kinds)
+            self.cache[name, kinds] = self.agreed(values) if values else None
+        return self.cache[name, kinds]
+
+    def values(self, name: str, kinds: frozenset[str] | None = None) -> list[ast.expr | None]:
+        """All values that an attribute is given anywhere, None for an unknown one; only of some classes if named."""
+        found: list[ast.expr | None] = [None] * (name in self.texts)
+        for target, value in self.stored[name]:
+            if isinstance(value, ast.Attribute) and value.attr == name:
+                continue  # a copy of one such attribute to another
+            own = isinstance(target.value, ast.Name) and target.value.id == "self"
+            if not own or kinds is None or self.owner.get(id(target)) in kinds:
+                found.append(value)
+        found += [value for kind, value in self.given.get(name, ()) if kinds is None or kind in kinds]
+        for kind in self.classes if kinds is None else kinds & set(self.classes):
+            found += self.field_values(kind, name) if name in self.fields[kind] else []
+        return found
+
+    def field_args(self, kind: str) -> ast.arguments:
+        """The parameters of a NamedTuple's or dataclass's constructor."""
+        fields = self.fields[kind]
+        defaults = [value for value in fields.values() if value is not None]
+        return ast.arguments([], [ast.arg(name) for name in fields], None, [], [], None, defaults)
+
+    def field_values(self, kind: str, name: str) -> list[ast.expr | None]:
+        if self.escaped[kind] or kind in self.shadowed or any(kind in self.ancestors(c)[1:] for c in self.classes):
+            return [None]
+        args = self.field_args(kind)
+        found = [self.passed(call, args, 0).get(name) for call in self.calls[kind]]
+        found = [value for value in found if not (isinstance(value, ast.Attribute) and value.attr == name)]
+        for call in [*self.calls["._replace"], *self.calls["replace"], *self.calls[".replace"]]:
+            given = {k.arg: k.value for k in call.keywords}
+            value = given.get(name)
+            copied = isinstance(value, ast.Attribute) and value.attr == name
+            found += [value] if name in given and not copied else [None] * (None in given)
+        return found
+
+
+def type_places(node: ast.AST) -> list[ast.expr]:
+    """Where a node names classes without using them: annotations, handlers, bases, the second part of isinstance."""
+    if isinstance(node, ast.ExceptHandler):
+        return [node.type] if node.type else []
+    if isinstance(node, ast.Call) and dotted(node.func) == "isinstance":
+        return node.args[1:]
+    return node.bases if isinstance(node, ast.ClassDef) else annotations(node)
+
+
+PLAIN_DECORATORS = {"property", "staticmethod", "classmethod", "torch.no_grad", "dataclass", "dataclasses.dataclass"}
+
+
+def is_opaque(node: Definition) -> bool:
+    """Whether a decorator may read a function's source or signature (a kernel, an operator): it stays as it is."""
+    marks = [dotted(d.func if isinstance(d, ast.Call) else d) for d in node.decorator_list]
+    return not set(marks) <= PLAIN_DECORATORS
+
+
+def annotations(node: ast.AST) -> list[ast.expr]:
+    """Type annotations of one node."""
+    if isinstance(node, ast.AnnAssign):
+        return [node.annotation]
+    if isinstance(node, ast.arg):
+        return [node.annotation] if node.annotation else []
+    return [node.returns] if isinstance(node, Function) and node.returns else []
+
+
+# ==== purity ====
+
+
+class Purity:
+    """Whether code has no effect but its value, so that it may go when nobody wants the value."""
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts, self.asked = facts, dict[int, bool]()
+
+    def expression(self, node: ast.AST | None) -> bool:
+        if isinstance(node, ast.NamedExpr | ast.Await | ast.Yield | ast.YieldFrom):
+            return False
+        if node is None or isinstance(node, ast.Lambda):
+            return True
+        if isinstance(node, ast.Call) and not self.call(node):
+            return False
+        return all(map(self.expression, children(node)))
+
+    def call(self, node: ast.Call) -> bool:
+        """Whether what is called is pure; its arguments are looked at apart."""
+        name, facts = dotted(node.func), self.facts
+        head, _, rest = name.partition(".")
+        if any(keyword.arg == "out" for keyword in node.keywords) or name.endswith("_"):
+            return False  # what is written into an argument
+        if name in facts.defs:
+            return name not in facts.shadowed and self.definition(facts.defs[name])
+        if isinstance(node.func, ast.Name):
+            return name in PURE_BUILTINS or name in facts.pure_imports
+        module = facts.modules.get(head, "")
+        if name in PURE_CALLS or (module.split(".")[0] in PURE_MODULES and rest):
+            return True
+        if module in ("torch", "numpy") and "." not in rest:
+            return rest.islower() and not rest.startswith(("set_", "manual", "save", "load", "use_", "compile", "no_"))
+        if not isinstance(node.func, ast.Attribute) or (module and module not in ("torch", "numpy")):
+            return False
+        own = [method for _, method in facts.methods[node.func.attr]]
+        return all(map(self.definition, own)) if own else node.func.attr in PURE_METHODS
+
+    def definition(self, node: ast.AST) -> bool:
+        """Whether calling a function, or making an object of a class, is pure. A recursive one is asked once."""
+        if id(node) not in self.asked:
+            self.asked[id(node)] = True
+            self.asked[id(node)] = self.judge(node)
+        return self.asked[id(node)]
+
+    def judge(self, node: ast.AST) -> bool:
+        if isinstance(node, ast.ClassDef):
+            return is_tuple_class(node) or not self.facts.foreign_bases(node.name) and self.construction(node)
+        assert isinstance(node, Function)
+        own = {a.arg for a in parameters(node.args)}
+        return not node.decorator_list and all(self.statement(one, own) for one in node.body)
+
+    def construction(self, node: ast.ClassDef) -> bool:
+        """Whether making an object does nothing but to set its attributes."""
+        maker = self.facts.maker(node.name)
+        bodies = [m.body for c, m in self.facts.methods["__init__"] if c == maker]
+        sets = [one for body in bodies for one in body if isinstance(one, ast.Assign | ast.AnnAssign)]
+        mine = all(
+            dotted(t).startswith("self.") for one in sets for t, _ in stores(one) if isinstance(t, ast.Attribute)
+        )
+        rest = [one for body in bodies for one in body if one not in sets]
+        return mine and all(self.expression(one.value) for one in sets) and self.block(rest, {"self"})
+
+    def statement(self, node: ast.stmt, foreign: set[str]) -> bool:
+        """Whether a statement changes local names alone, none that came from outside, and raises nothing."""
+        if isinstance(node, ast.Return | ast.Expr):
+            return self.expression(node.value)
+        if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
+            targets = [target for target, _ in stores(node)]
+            local = all(
+                isinstance(t, ast.Name) and not (t.id in foreign and isinstance(node, ast.AugAssign)) for t in targets
+            )
+            return local and self.expression(node.value)
+        if isinstance(node, ast.If):
+            return self.expression(node.test) and self.block([*node.body, *node.orelse], foreign)
+        if isinstance(node, ast.For):
+            local = all(isinstance(target, ast.Name) for target, _ in stores(node))
+            return local and self.expression(node.iter) and self.block([*node.body, *node.orelse], foreign)
+        return isinstance(node, ast.Pass | ast.Import | ast.ImportFrom | ast.Assert | ast.Continue | ast.Break)
+
+    def block(self, body: Sequence[ast.stmt], foreign: set[str]) -> bool:
+        return all(self.statement(one, foreign) for one in body)
+
+
+# ==== folding ====
+
+
+@dataclasses.dataclass
+class Scope:
+    """Names that a function binds, and static values of its parameters."""
+
+    bound: dict[str, list[ast.AST | None]]
+    constants: dict[str, ast.expr]
+    configs: set[str]  # parameters that are configurations
+    hides: bool = False  # a comprehension's or class's: its names are not known outside, and nothing of them is
+
+
+class Fold(ast.NodeTransformer):
+    """One round of evaluation: what is known becomes a literal, what cannot be reached goes."""
+
+    def __init__(self, program: Program, facts: Facts) -> None:
+        self.program, self.facts, self.purity = program, facts, Purity(facts)
+        self.scopes = [Scope(bindings(facts.tree), {}, set())]
+        self.changes, self.asking, self.results = 0, set[str](), dict[int, ast.expr | None]()
+
+    # -- names --
+
+    def find(self, name: str) -> Scope | None:
+        """The innermost scope that binds a name; None for a builtin."""
+        for scope in reversed(self.scopes):
+            if name in scope.bound:
+                return scope
+        return None
+
+    def is_config(self, node: ast.AST | None) -> bool:
+        """Whether an expression is a configuration."""
+        if isinstance(node, ast.Name):
+            scope = self.find(node.id)
+            if scope is None or scope.hides:
+                return False
+            if scope is self.scopes[0]:
+                return False
+            values = [v for v in scope.bound[node.id] if not isinstance(v, ast.arg)]
+            first = node.id in scope.configs or (len(values) == len(scope.bound[node.id]) and bool(values))
+            if not first or node.id in self.asking:  # what depends on itself is what the rest of it is
+                return first
+            self.asking.add(node.id)
+            found = all(self.is_config_value(v) for v in values)
+            self.asking.discard(node.id)
+            return found
+        return self.is_config_value(node)
+
+    def is_config_value(self, node: ast.AST | None) -> bool:
+        if isinstance(node, ast.Name):
+            return self.is_config(node)
+        if isinstance(node, ast.Attribute):
+            return node.attr in self.program.config_attributes
+        if isinstance(node, ast.Call):
+            if is_replace(node):
+                return self.is_config(node.args[0])
+            return self.returned(node) == CONFIG_CLASS
+        if (
+            isinstance(node, ast.Subscript)
+            and isinstance(node.value, ast.Call)
+            and isinstance(node.slice, ast.Constant)
+        ):
+            returned, place = self.returned(node.value), node.slice.value
+            kinds = returned[6:-1].split(", ") if returned.startswith("tuple[") else []
+            return isinstance(place, int) and CONFIG_CLASS in kinds[place : place + 1]
+        return False
+
+    def returned(self, node: ast.Call) -> str:
+        """The annotated return type of a program function."""
+        made = self.facts.defs.get(dotted(node.func))
+        return ast.unparse(made.returns) if isinstance(made, Function) and made.returns else ""
+
+    # -- values --
+
+    def value(self, node: ast.AST) -> Any:
+        """What an expression is, by Python's own evaluation. Raises Unknown."""
+        if is_literal(node):
+            return literal(node)
+        closed = Closed(self)
+        closed.check(node, frozenset())
+        plain = Spelled(self).visit(copy.deepcopy(node))
+        code = compile(ast.fix_missing_locations(ast.Expression(plain)), "<build>", "eval")
+        try:
+            return eval(code, {"__builtins__": {}, **closed.names, "__config__": self.program.frozen})
+        except Unknown:
+            raise
+        except Exception as error:
+            raise Unknown from error
+
+    def name_value(self, name: str) -> Any:
+        """The value of a name where it is read. Raises Unknown."""
+        scope = self.find(name)
+        if scope is None:
+            if name in PURE_BUILTINS:
+                return getattr(builtins, name)
+            raise Unknown
+        if scope.hides:
+            raise Unknown
+        if scope is self.scopes[0]:
+            return self.program.module_value(name)
+        if name in scope.constants:
+            return literal(scope.constants[name])
+        values = scope.bound[name]
+        if len(values) != 1:
+            raise Unknown
+        return literal(values[0])
+
+    def attribute_symbol(self, node: ast.Attribute) -> ast.expr | None:
+        """The static value of an attribute that everybody sets to the same."""
+        name = node.attr
+        own = isinstance(node.value, ast.Name) and node.value.id == "self" and self.facts.owner.get(id(node), "")
+        kinds = self.facts.family(own) if own and own in self.facts.classes else None
+        if kinds is None and self.facts.outside(name):
+            return None
+        if self.is_config(node.value) or dotted(node).split(".")[0] in self.facts.modules:
+            return None
+        return self.facts.attribute(name, kinds)
+
+    # -- expressions --
+
+    def visit(self, node: ast.AST) -> Any:
+        new = super().visit(node)
+        if isinstance(new, ast.expr) and not isinstance(getattr(new, "ctx", None), ast.Store | ast.Del):
+            return self.reduced(new)
+        return new
+
+    def changed(self, node: Any) -> Any:
+        self.changes += 1
+        return node
+
+    def reduced(self, node: ast.expr) -> ast.expr:
+        """An expression as a literal, if it is known and that is no longer; else simplified."""
+        if is_literal(node) or isinstance(node, ast.Starred | ast.Slice | ast.Lambda | ast.FormattedValue):
+            return node
+        try:
+            value = self.value(node)
+            new = lifted(value)
+        except Unknown:
+            return self.simplified(node)
+        size = len(repr(value))
+        if not isinstance(node, ast.Call) and size > 60 and size > len(ast.unparse(node)):
+            return self.simplified(node)
+        if isinstance(node, ast.List | ast.Dict | ast.Set | ast.Tuple):
+            return node
+        return self.changed(new)
+
+    def simplified(self, node: ast.expr) -> ast.expr:
+        rule = getattr(self, "simplify_" + type(node).__name__, None)
+        new = rule(node) if rule else None
+        return node if new is None else self.changed(new)
+
+    def truth(self, node: ast.AST) -> bool | None:
+        """Whether an expression is true in a condition; None if unknown."""
+        try:
+            return bool(self.value(node))
+        except Unknown:
+            if not isinstance(node, ast.BoolOp):
+                return True if isinstance(node, ast.Tuple | ast.List) and node.elts else None
+        deciding, truths = isinstance(node.op, ast.Or), [self.truth(part) for part in node.values]
+        if deciding in truths and all(map(self.purity.expression, node.values)):
+            return deciding
+        return (not deciding) if truths == [not deciding] * len(truths) else None
+
+    def simplify_Name(self, node: ast.Name) -> ast.expr | None:
+        scope = self.find(node.id)
+        if scope and not scope.hides and node.id in scope.constants and len(scope.bound[node.id]) == 1:
+            value = scope.constants[node.id]
+            if self.facts.symbol(value) and (is_literal(value) or self.visible(value)):
+                return copy.deepcopy(value)
+        return None
+
+    def visible(self, value: ast.expr) -> bool:
+        """Whether a module's name means the same here."""
+        return self.find(dotted(value).split(".")[0]) is self.scopes[0]
+
+    def simplify_Attribute(self, node: ast.Attribute) -> ast.expr | None:
+        value = self.attribute_symbol(node)
+        return copy.deepcopy(value) if value is not None and (is_literal(value) or self.visible(value)) else None
+
+    def simplify_BoolOp(self, node: ast.BoolOp) -> ast.expr | None:
+        is_or, parts = isinstance(node.op, ast.Or), list[ast.expr]()
+        for place, part in enumerate(node.values):
+            truth = self.truth(part)
+            if truth is is_or:  # decides; nothing behind it is looked at
+                parts.append(part)
+                break
+            if truth is None or place + 1 == len(node.values):
+                parts.append(part)
+        if len(parts) == len(node.values):
+            return None
+        return ast.BoolOp(node.op, parts) if len(parts) > 1 else parts[0]
+
+    def simplify_IfExp(self, node: ast.IfExp) -> ast.expr | None:
+        truth = self.truth(node.test)
+        if truth is None:
+            alike = ast.dump(node.body) == ast.dump(node.orelse) and self.purity.expression(node.test)
+            return node.body if alike else None
+        return node.body if truth else node.orelse
+
+    def simplify_Compare(self, node: ast.Compare) -> ast.expr | None:
+        """A chain of comparisons less those that are known; identity with None; kinds of device that are not there."""
+        sides, kept = [node.left, *node.comparators], list[tuple[ast.expr, ast.cmpop, ast.expr]]()
+        for left, op, right in zip(sides, node.ops, sides[1:]):
+            truth = self.compared(left, op, right)
+            if truth is False and all(map(self.purity.expression, sides)):
+                return ast.Constant(False)
+            kept += (
+                [] if truth and self.purity.expression(left) and self.purity.expression(right) else [(left, op, right)]
+            )
+        if len(kept) == len(node.ops):
+            return None
+        if not kept:
+            return ast.Constant(True)
+        joined = all(a[2] is b[0] for a, b in zip(kept, kept[1:]))
+        return ast.Compare(kept[0][0], [op for _, op, _ in kept], [r for _, _, r in kept]) if joined else None
+
+    def compared(self, left: ast.expr, op: ast.cmpop, right: ast.expr) -> bool | None:
+        """The truth of one comparison, None if unknown."""
+        truth = self.truth(ast.Compare(left, [op], [right]))
+        if truth is not None:
+            return truth
+        if isinstance(op, ast.Is | ast.IsNot) and isinstance(right, ast.Constant) and right.value is None:
+            return isinstance(op, ast.IsNot) if self.something(left) else None
+        if isinstance(op, ast.Eq | ast.NotEq) and isinstance(right, ast.Constant) and isinstance(left, ast.Attribute):
+            absent = left.attr == "type" and right.value in self.program.absent
+            return isinstance(op, ast.NotEq) if absent else None
+        if isinstance(op, ast.In | ast.NotIn) and isinstance(right, ast.Name | ast.Dict | ast.Tuple | ast.List):
+            return isinstance(op, ast.NotIn) if self.is_empty(right) else None
+        return None
+
+    def is_empty(self, node: ast.expr) -> bool:
+        registry = self.program.registry(node.id) if isinstance(node, ast.Name) and self.visible(node) else node
+        return isinstance(registry, ast.Dict) and not registry.keys
+
+    def something(self, node: ast.AST | None, depth: int = 0) -> bool:
+        """Whether a value is certainly not None."""
+        if node is None or depth > 4:
+            return False
+        if isinstance(node, ast.Tuple | ast.List | ast.Dict | ast.Set | ast.JoinedStr | ast.Lambda | ast.Compare):
+            return True
+        if isinstance(node, ast.Constant):
+            return node.value is not None
+        if isinstance(node, ast.BinOp | ast.ListComp | ast.DictComp | ast.SetComp | ast.GeneratorExp):
+            return True
+        if isinstance(node, ast.Call):
+            name = dotted(node.func)
+            return name in self.facts.classes or name in ("nn.Parameter", "torch.tensor", "torch.stack", "torch.empty")
+        if isinstance(node, ast.Name):
+            return self.something_named(node.id, depth)
+        if isinstance(node, ast.IfExp):
+            return self.something(node.body, depth + 1) and self.something(node.orelse, depth + 1)
+        if isinstance(node, ast.Attribute) and not self.facts.outside(node.attr):
+            values = self.facts.values(node.attr)
+            return bool(values) and all(
+                isinstance(v, ast.Call | ast.Constant | ast.Tuple | ast.Dict) and self.something(v, depth + 1)
+                for v in values
+            )
+        return False
+
+    def something_named(self, name: str, depth: int) -> bool:
+        scope = self.find(name)
+        if scope is None or scope.hides or scope is self.scopes[0]:
+            return False
+        values = scope.bound[name]
+        parts = [v for v in values if not isinstance(v, ast.arg)]
+        if len(parts) < len(values):
+            return name in scope.configs
+        return all(
+            isinstance(v, ast.expr) and not isinstance(v, ast.Name) and self.something(v, depth + 1) for v in parts
+        )
+
+    def simplify_Subscript(self, node: ast.Subscript) -> ast.expr | None:
+        """The entry of a dict that is written out, or of a registry, for a known key."""
+        key = node.slice
+        if not is_literal(key):
+            return None
+        if isinstance(node.value, ast.Name) and self.visible(node.value):
+            entry = self.program.entry(node.value.id, literal(key))
+            fit = isinstance(entry, ast.Name | ast.Attribute) or (
+                isinstance(entry, ast.Lambda) and self.closed_lambda(entry)
+            )
+            return copy.deepcopy(entry) if entry is not None and fit else None
+        if isinstance(node.value, ast.Dict) and all(is_literal(k) for k in node.value.keys):
+            found = [v for k, v in zip(node.value.keys, node.value.values) if same(literal(k), literal(key))]
+            return found[-1] if found and all(map(self.purity.expression, node.value.values)) else None
+        return None
+
+    def closed_lambda(self, node: ast.Lambda) -> bool:
+        """Whether a lambda's free names mean the same here as in the module."""
+        own = {a.arg for a in parameters(node.args)}
+        free = {n.id for n in walk(node.body) if isinstance(n, ast.Name)} - own
+        return all(self.find(name) in (None, self.scopes[0]) for name in free)
+
+    def simplify_Call(self, node: ast.Call) -> ast.expr | None:
+        if isinstance(node.func, ast.Lambda):
+            return self.applied(node.func, node)
+        if isinstance(node.func, ast.Subscript) and isinstance(node.func.value, ast.Name) and not node.args:
+            empty_ones = {"dict": ast.Dict([], []), "list": ast.List([], ast.Load())}  # dict[str, int]() is {}
+            return copy.deepcopy(empty_ones.get(node.func.value.id))
+        if is_replace(node) and self.is_config(node.args[0]):
+            kept = [k for k in node.keywords if k.arg in self.program.open]
+            if len(kept) < len(node.keywords):
+                node.keywords = kept
+                return node if kept else node.args[0]
+        empty = [k for k in node.keywords if k.arg is None and isinstance(k.value, ast.Dict) and not k.value.keys]
+        gone = [a for a in node.args if isinstance(a, ast.Starred) and isinstance(a.value, ast.Tuple | ast.List)]
+        if empty or gone:
+            node.keywords = [k for k in node.keywords if k not in empty]
+            node.args = [p for a in node.args for p in (a.value.elts if a in gone else [a])]  # type: ignore[attr-defined]
+            return node
+        if isinstance(node.func, ast.Name) and node.func.id in EATERS and self.find(node.func.id) is None and node.args:
+            one = node.args[0]
+            if (
+                isinstance(one, ast.GeneratorExp)
+                and self.truth_of_loop(one.generators[0].iter)
+                and self.purity.expression(one)
+            ):
+                node.args[0] = ast.Tuple([], ast.Load())
+                return node
+        if dotted(node.func) == "isinstance" and len(node.args) == 2 and self.purity.expression(node.args[0]):
+            kind = dotted(node.args[1])
+            if kind in self.facts.classes and self.visible(node.args[1]) and not self.facts.made(kind):
+                return ast.Constant(False)
+        if (
+            (kind := dotted(node.func).split("."))
+            and kind[-1] == "is_available"
+            and kind[-2:-1] in [[d] for d in self.program.absent]
+        ):
+            return ast.Constant(False)
+        result = self.result(node)
+        pure = all(map(self.purity.expression, [*node.args, *(k.value for k in node.keywords)]))
+        own = isinstance(node.func, ast.Name) or (
+            isinstance(node.func, ast.Attribute) and self.purity.expression(node.func.value)
+        )
+        return ast.Constant(literal(result)) if result is not None and pure and own else None
+
+    def applied(self, function: ast.Lambda, call: ast.Call) -> ast.expr | None:
+        """A lambda's body with its arguments put in, where each is simple or used at most once and in order."""
+        names = [a.arg for a in parameters(function.args)]
+        plain = not (starred(function.args) or function.args.defaults or function.args.kw_defaults or call.keywords)
+        simple = all(isinstance(a, ast.Name | ast.Constant) or dotted(a) for a in call.args)
+        if (
+            not plain
+            or len(names) != len(call.args)
+            or not simple
+            or any(isinstance(n, ast.Lambda | ast.comprehension) for n in walk(function.body))
+        ):
+            return None
+        given = dict(zip(names, call.args))
+        return Replace(given).visit(copy.deepcopy(function.body))
+
+    def result(self, node: ast.Call) -> ast.expr | None:
+        """The literal that a call returns whatever is passed and whoever is called; it must do nothing else."""
+        if isinstance(node.func, ast.Name):
+            made = self.facts.defs.get(node.func.id)
+            called = [made] if isinstance(made, Function) and node.func.id not in self.facts.shadowed else []
+        elif isinstance(node.func, ast.Attribute) and not self.facts.outside(node.func.attr):
+            called = [m for _, m in self.facts.methods[node.func.attr]]
+            called = [] if self.facts.stored[node.func.attr] else called
+        else:
+            called = []
+        results = [self.constant_result(one) for one in called] if called else []
+        return self.facts.agreed(results) if results and all(results) else None
+
+    def constant_result(self, function: Function) -> ast.expr | None:
+        if id(function) not in self.results:
+            self.results[id(function)] = self.find_result(function)
+        return self.results[id(function)]
+
+    def find_result(self, function: Function) -> ast.expr | None:
+        own = list(inside(function))
+        if any(isinstance(n, ast.Yield | ast.YieldFrom) for n in own) or not self.purity.definition(function):
+            return None
+        found = [n.value or ast.Constant(None) for n in own if isinstance(n, ast.Return)]
+        if not (function.body and isinstance(function.body[-1], ast.Return)):
+            found.append(ast.Constant(None))
+        agreed = self.facts.agreed(found)
+        return agreed if is_literal(agreed) and isinstance(agreed, ast.Constant) else None
+
+    def simplify_JoinedStr(self, node: ast.JoinedStr) -> ast.expr | None:
+        """Known parts become text; neighbouring texts are joined."""
+        parts, changed = list[ast.expr](), False
+        for part in node.values:
+            try:
+                text = ast.Constant(self.value(ast.JoinedStr([part]))) if isinstance(part, ast.FormattedValue) else part
+            except Unknown:
+                text = part
+            changed |= text is not part
+            if parts and isinstance(text, ast.Constant) and isinstance(parts[-1], ast.Constant):
+                parts[-1], changed = ast.Constant(parts[-1].value + text.value), True
+            elif not (isinstance(text, ast.Constant) and text.value == ""):
+                parts.append(text)
+        return ast.JoinedStr(parts) if changed else None
+
+    def simplify_BinOp(self, node: ast.BinOp) -> ast.expr | None:
+        """Texts and lists joined with empty ones, dicts with {}."""
+        for one, other in ((node.left, node.right), (node.right, node.left)):
+            if (
+                isinstance(node.op, ast.Add)
+                and isinstance(one, ast.Constant)
+                and one.value == ""
+                and isinstance(other, ast.JoinedStr)
+            ):
+                return other
+            if (
+                isinstance(node.op, ast.Add)
+                and isinstance(one, ast.List)
+                and not one.elts
+                and isinstance(other, ast.List | ast.ListComp)
+            ):
+                return other
+            if (
+                isinstance(node.op, ast.BitOr)
+                and isinstance(one, ast.Dict)
+                and not one.keys
+                and isinstance(other, ast.Dict | ast.DictComp)
+            ):
+                return other
+        return None
+
+    def simplify_Tuple(self, node: ast.Tuple | ast.List) -> ast.expr | None:
+        """Starred tuples and lists that are written out, put in."""
+        flat = [isinstance(e, ast.Starred) and isinstance(e.value, ast.Tuple | ast.List) for e in node.elts]
+        if not any(flat):
+            return None
+        elements = [p for e, f in zip(node.elts, flat) for p in (e.value.elts if f else [e])]  # type: ignore[attr-defined]
+        return type(node)(elements, ast.Load())
+
+    simplify_List = simplify_Tuple
+
+    def simplify_Dict(self, node: ast.Dict) -> ast.expr | None:
+        """{**{...}} put in."""
+        flat = [k is None and isinstance(v, ast.Dict) for k, v in zip(node.keys, node.values)]
+        if not any(flat):
+            return None
+        items = [p for k, v, f in zip(node.keys, node.values, flat) for p in (zip(v.keys, v.values) if f else [(k, v)])]  # type: ignore
+        return ast.Dict([k for k, _ in items], [v for _, v in items])
+
+    # -- scopes --
+
+    def visit_FunctionDef(self, node: Any) -> Any:
+        if is_opaque(node):
+            return node
+        node.decorator_list = [self.visit(d) for d in node.decorator_list]
+        self.defaults(node.args)
+        self.scopes.append(self.scope_of(node))
+        node.body = self.block(node.body)
+        self.scopes.pop()
+        return node
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def defaults(self, args: ast.arguments) -> None:
+        args.defaults = [self.visit(d) for d in args.defaults]
+        args.kw_defaults = [d and self.visit(d) for d in args.kw_defaults]
+
+    def scope_of(self, node: Function | ast.Lambda) -> Scope:
+        bound = bindings(node)
+        for arg in [*parameters(node.args), *starred(node.args)]:
+            bound[arg.arg].insert(0, arg)
+        for name in self.facts.nonlocals & set(bound):
+            bound[name] += [None, None]
+        known = self.facts.constants(node) if isinstance(node, Function) else {}
+        known = {name: value for name, value in known.items() if len(bound[name]) == 1}
+        configs = {a.arg for a in parameters(node.args) if is_config_arg(a)}
+        owner = self.facts.owner.get(id(node))
+        if owner == CONFIG_CLASS and not isinstance(node, ast.Lambda) and node.args.args:
+            configs.add(node.args.args[0].arg)
+        return Scope(bound, known, configs)
+
+    def visit_Lambda(self, node: ast.Lambda) -> ast.expr:
+        self.defaults(node.args)
+        self.scopes.append(self.scope_of(node))
+        node.body = self.visit(node.body)
+        self.scopes.pop()
+        return node
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> Any:
+        node.decorator_list = [self.visit(d) for d in node.decorator_list]
+        node.bases = [self.visit(b) for b in node.bases]
+        own = bindings(node)
+        body = list[ast.stmt]()
+        for one in node.body:
+            if isinstance(one, Function):  # a method does not see the class's names
+                body.append(self.visit(one))
+                continue
+            self.scopes.append(Scope(own, {}, set(), True))
+            body += self.statement(one)
+            self.scopes.pop()
+        node.body = body or [ast.Pass()]
+        return node
+
+    def comprehension(self, node: Any) -> ast.expr:
+        names = {n.id for g in node.generators for n in walk(g.target) if isinstance(n, ast.Name)}
+        node.generators[0].iter = self.visit(node.generators[0].iter)  # belongs to the scope around
+        self.scopes.append(Scope({name: [None, None] for name in names}, {}, set(), True))
+        for place, generator in enumerate(node.generators):
+            generator.iter = self.visit(generator.iter) if place else generator.iter
+            generator.ifs = [i for i in map(self.visit, generator.ifs) if self.truth(i) is not True]
+        for part in ("key", "value", "elt"):
+            if hasattr(node, part):
+                setattr(node, part, self.visit(getattr(node, part)))
+        self.scopes.pop()
+        iter_ = node.generators[0].iter
+        if self.truth_of_loop(iter_) and self.purity.expression(iter_):
+            if isinstance(node, ast.DictComp):
+                return self.changed(ast.Dict([], []))
+            return self.changed(ast.List([], ast.Load())) if isinstance(node, ast.ListComp) else node
+        return node
+
+    visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = comprehension
+
+    # -- statements --
+
+    def visit_Module(self, node: ast.Module) -> ast.Module:
+        node.body = [new for one in node.body for new in self.statement(one)]
+        return node
+
+    def block(self, body: Sequence[ast.stmt]) -> list[ast.stmt]:
+        """Statements up to the first that never lets the next one run."""
+        found = list[ast.stmt]()
+        for one in body:
+            found += self.statement(one)
+            if found and isinstance(found[-1], ast.Return | ast.Raise | ast.Continue | ast.Break):
+                break
+        return found or [ast.Pass()]
+
+    def statement(self, node: ast.stmt) -> list[ast.stmt]:
+        new = self.visit(node)
+        return new if isinstance(new, list) else [] if new is None else [new]
+
+    def visit_Expr(self, node: ast.Expr) -> Any:
+        node.value = self.visit(node.value)
+        return None if self.purity.expression(node.value) else node
+
+    def visit_Assert(self, node: ast.Assert) -> None:
+        return None
+
+    def visit_Pass(self, node: ast.Pass) -> None:
+        return None
+
+    def visit_If(self, node: ast.If) -> Any:
+        node.test = self.condition(self.visit(node.test))
+        truth = self.truth(node.test)
+        if truth is not None:
+            self.changes += 1
+            return self.spliced(node.body if truth else node.orelse)
+        if isinstance(node.test, ast.BoolOp) and self.truth(node.test.values[-1]) is isinstance(node.test.op, ast.Or):
+            parts = node.test.values[:-1]  # what they do still counts, what they are does not
+            first = ast.BoolOp(node.test.op, parts) if len(parts) > 1 else parts[0]
+            chosen = node.body if isinstance(node.test.op, ast.Or) else node.orelse
+            return self.changed([ast.Expr(first), *self.spliced(chosen)])
+        node.body, node.orelse = self.block(node.body), self.block(node.orelse) if node.orelse else []
+        if self.complains(node.body) and self.purity.expression(node.test):
+            return self.changed(node.orelse or None)
+        if self.complains(node.orelse) and self.purity.expression(node.test):
+            return self.changed(node.body)
+        empty = [all(isinstance(n, ast.Pass) for n in part) for part in (node.body, node.orelse)]
+        if all(empty):
+            return self.changed(None if self.purity.expression(node.test) else ast.Expr(node.test))
+        if empty[0]:
+            node.test, node.body, node.orelse = ast.UnaryOp(ast.Not(), node.test), node.orelse, []
+        elif empty[1]:
+            node.orelse = []
+        return node
+
+    def spliced(self, body: Sequence[ast.stmt]) -> list[ast.stmt]:
+        return [n for n in self.block(body) if not isinstance(n, ast.Pass)] if body else []
+
+    def condition(self, node: ast.expr) -> ast.expr:
+        """A condition without parts that do not change its truth."""
+        if isinstance(node, ast.BoolOp):
+            neutral = isinstance(node.op, ast.And)
+            kept = [p for p in map(self.condition, node.values) if self.truth(p) is not neutral]
+            if len(kept) < len(node.values):
+                self.changes += 1
+                return ast.BoolOp(node.op, kept) if len(kept) > 1 else kept[0] if kept else ast.Constant(neutral)
+        return node
+
+    def complains(self, body: Sequence[ast.stmt]) -> bool:
+        """Whether all that some statements do is to tell of a mistake of the user's."""
+        if not body or not isinstance(body[-1], ast.Raise) or not isinstance(body[-1].exc, ast.Call):
+            return False
+        known = dotted(body[-1].exc.func) in CHECKED
+        return known and all(isinstance(n, ast.Assign) and self.purity.statement(n, set()) for n in body[:-1])
+
+    def visit_For(self, node: ast.For) -> Any:
+        node.iter = self.visit(node.iter)
+        if self.truth_of_loop(node.iter):
+            return self.changed(self.spliced(node.orelse) or None)
+        node.body, node.orelse = self.block(node.body), self.block(node.orelse) if node.orelse else []
+        idle = all(isinstance(n, ast.Pass) for n in node.body) and not node.orelse
+        named = all(isinstance(target, ast.Name) for target, _ in stores(node))
+        return self.changed(None) if idle and named and self.purity.expression(node.iter) else node
+
+    def truth_of_loop(self, node: ast.expr) -> bool:
+        """Whether there is nothing to loop over."""
+        try:
+            return not list(self.value(node))
+        except (Unknown, TypeError):
+            return isinstance(node, ast.List | ast.Tuple) and not node.elts
+
+    def visit_While(self, node: ast.While) -> Any:
+        node.test = self.condition(self.visit(node.test))
+        if self.truth(node.test) is False:
+            return self.changed(self.spliced(node.orelse) or None)
+        node.body, node.orelse = self.block(node.body), self.block(node.orelse) if node.orelse else []
+        return node
+
+    def visit_With(self, node: ast.With) -> Any:
+        node.items = [self.visit(item) for item in node.items]
+        idle = [
+            i for i in node.items if dotted(getattr(i.context_expr, "func", i)) == "nullcontext" and not i.optional_vars
+        ]
+        node.body = self.block(node.body)
+        if idle:
+            node.items = [i for i in node.items if i not in idle]
+            return self.changed(node if node.items else node.body)
+        return node
+
+    def visit_Try(self, node: ast.Try) -> Any:
+        node.body = self.block(node.body)
+        handlers = [h for h in node.handlers if self.may_catch(h)]
+        for handler in handlers:
+            handler.body = self.block(handler.body)
+        handlers = [h for h in handlers if not self.complains(h.body)]
+        self.changes += len(node.handlers) - len(handlers)
+        node.handlers = handlers
+        node.orelse = self.block(node.orelse) if node.orelse else []
+        node.finalbody = [n for n in self.block(node.finalbody) if not isinstance(n, ast.Pass)]
+        if not node.handlers and not node.finalbody:
+            return self.changed([*node.body, *node.orelse])
+        if not node.handlers and node.orelse:
+            node.body, node.orelse = [*node.body, *node.orelse], []
+        return node
+
+    def may_catch(self, node: ast.ExceptHandler) -> bool:
+        """Whether an exception of a handler's kind can come: one of the program's own must be made somewhere."""
+        kind = dotted(node.type) if node.type else ""
+        return kind not in self.facts.classes or self.facts.made(kind)
+
+    def visit_Assign(self, node: ast.Assign) -> Any:
+        self.generic_visit(node)
+        value, target = node.value, node.targets[0]
+        alike = (
+            isinstance(value, ast.Name)
+            and isinstance(target, ast.Name)
+            and len(node.targets) == 1
+            and value.id == target.id
+        )
+        return self.changed(None) if alike else node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
+        node.value = node.value and self.visit(node.value)
+        return node
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> Any:
+        node.value = self.visit(node.value)
+        node.target = self.generic_visit(node.target)  # type: ignore[assignment]
+        nothing = isinstance(node.value, ast.Dict) and not node.value.keys and isinstance(node.op, ast.BitOr)
+        nothing |= isinstance(node.value, ast.List) and not node.value.elts and isinstance(node.op, ast.Add)
+        return self.changed(None) if nothing and isinstance(node.target, ast.Name) else node
+
+
+def is_replace(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and dotted(node.func) in ("dataclasses.replace", "replace") and bool(node.args)
+
+
+def is_config_arg(arg: ast.arg) -> bool:
+    """Whether a parameter is annotated as a configuration (a registry's lambdas by the registry's annotation)."""
+    return isinstance(arg.annotation, ast.Name) and arg.annotation.id == CONFIG_CLASS
+
+
+class Replace(ast.NodeTransformer):
+    """Put expressions in for names."""
+
+    def __init__(self, given: dict[str, ast.expr]) -> None:
+        self.given = given
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return copy.deepcopy(self.given[node.id]) if node.id in self.given and isinstance(node.ctx, ast.Load) else node
+
+
+class Closed:
+    """Checks that an expression can be evaluated at build time, and collects what its names mean."""
+
+    def __init__(self, fold: Fold) -> None:
+        self.fold, self.names = fold, dict[str, Any]()
+
+    def check(self, node: ast.AST, local: frozenset[str]) -> None:
+        """Raises Unknown for what cannot be known."""
+        if isinstance(node, ast.Name | ast.Attribute) and self.fold.is_config(node):
+            return
+        if isinstance(node, ast.Name):
+            if node.id not in local:
+                self.names[node.id] = self.fold.name_value(node.id)
+        elif isinstance(node, ast.Attribute):
+            self.attribute(node, local)
+        elif isinstance(node, ast.Call):
+            self.call(node, local)
+        elif isinstance(node, ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp):
+            for generator in node.generators:
+                self.check(generator.iter, local)
+                local |= {n.id for n in walk(generator.target) if isinstance(n, ast.Name)}
+                for test in generator.ifs:
+                    self.check(test, local)
+            for part in [node.key, node.value] if isinstance(node, ast.DictComp) else [node.elt]:
+                self.check(part, local)
+        elif isinstance(node, ast.Lambda):
+            self.check(node.body, local | {a.arg for a in parameters(node.args)})
+        elif isinstance(node, ast.NamedExpr | ast.Await | ast.Yield | ast.YieldFrom):
+            raise Unknown
+        elif isinstance(node, ast.expr | ast.keyword):
+            for child in children(node):
+                self.check(child, local)
+
+    def attribute(self, node: ast.Attribute, local: frozenset[str]) -> None:
+        """An attribute of a configuration, a constant of a pure module, or a method of a value that only looks."""
+        head = dotted(node).split(".")[0]
+        module = self.fold.facts.modules.get(head, "")
+        if module and self.fold.find(head) is self.fold.scopes[0]:
+            if module not in PURE_MODULES:
+                raise Unknown
+            self.names[head] = importlib.import_module(module)
+            return
+        if self.fold.is_config(node.value):
+            return
+        if node.attr not in PURE_METHODS:
+            raise Unknown
+        self.check(node.value, local)
+
+    def call(self, node: ast.Call, local: frozenset[str]) -> None:
+        name = dotted(node.func)
+        if name == "dataclasses.asdict" and len(node.args) == 1 and self.fold.is_config(node.args[0]):
+            return
+        if name in self.fold.facts.defs and name not in local and self.fold.find(name) is self.fold.scopes[0]:
+            self.names[name] = self.fold.program.pure_function(name)
+        elif isinstance(node.func, ast.Attribute) and not self.fold.is_config(node.func.value):
+            if dotted(node.func).split(".")[0] not in self.fold.facts.modules and node.func.attr not in PURE_METHODS:
+                raise Unknown
+            self.check(node.func, local)
+        else:
+            self.check(node.func, local)
+        for part in [*node.args, *(k.value for k in node.keywords)]:
+            self.check(part, local)
+
+
+class Spelled(ast.NodeTransformer):
+    """Expressions that are the configuration, as one name."""
+
+    def __init__(self, fold: Fold) -> None:
+        self.fold = fold
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        if dotted(node.func) == "dataclasses.asdict" and self.fold.is_config(node.args[0]):
+            return parsed("__config__.asdict()")
+        return self.generic_visit(node)  # type: ignore[return-value]
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Name("__config__", ast.Load()) if self.fold.is_config(node) else node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        return ast.Name("__config__", ast.Load()) if self.fold.is_config(node) else self.generic_visit(node)  # type: ignore
+
+
+# ==== sweeping: what nobody reads ====
+
+
+class Sweep(ast.NodeTransformer):
+    """One round of removal: local names, attributes, parameters and fields that are never read."""
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts, self.purity, self.changes = facts, Purity(facts), 0
+        self.local: list[tuple[set[str], Counter[str]]] = []  # own names and reads of the functions around
+
+    def dead(self, target: ast.expr) -> bool:
+        """Whether nothing reads a target."""
+        if isinstance(target, ast.Name):
+            own, reads = self.local[-1] if self.local else (set(), Counter())
+            return target.id in own and not reads[target.id]
+        if (
+            not isinstance(target, ast.Attribute)
+            or self.facts.loads["." + target.attr]
+            or target.attr in self.facts.texts
+        ):
+            return False
+        kind = self.facts.owner.get(id(target), "")
+        own_self = isinstance(target.value, ast.Name) and target.value.id == "self" and kind in self.facts.classes
+        if own_self and not self.facts.foreign_bases(kind):
+            return True
+        return not self.facts.outside(target.attr) and (own_self or self.purity.expression(target.value))
+
+    def visit_FunctionDef(self, node: Any) -> Any:
+        if is_opaque(node):
+            return node
+        if self.local and not self.local[-1][1][node.name] and not node.decorator_list:
+            self.changes += 1
+            return None
+        reads = Counter(n.id for n in walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load))
+        free = {name for n in walk(node) if isinstance(n, ast.Global | ast.Nonlocal) for name in n.names}
+        self.local.append((set(bindings(node)) | {a.arg for a in parameters(node.args)} - free, reads))
+        self.generic_visit(node)
+        self.local.pop()
+        node.body = node.body or [ast.Pass()]
+        return node
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
+        fields, outer, self.local = class_fields(node), self.local, []
+        node.body = [one for one in node.body if not self.idle(one, fields)]
+        self.generic_visit(node)
+        self.local = outer
+        node.body = node.body or [ast.Pass()]
+        return node
+
+    def idle(self, node: ast.stmt, fields: dict[str, Any]) -> bool:
+        """Whether a statement of a class's body gives nothing: a declaration, or a value that nobody reads."""
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
+            return False
+        targets = [t for t, _ in pairs(node.targets[0] if isinstance(node, ast.Assign) else node.target, None)]
+        names = [t.id for t in targets if isinstance(t, ast.Name)]
+        if any(name in fields or self.facts.loads["." + name] or name.startswith("__") for name in names):
+            return False
+        reads = any(self.facts.loads[name] for name in names)
+        return (isinstance(node, ast.AnnAssign) and node.value is None) or not (
+            reads or any(map(self.facts.outside, names))
+        )
+
+    def visit_Assign(self, node: ast.Assign) -> Any:
+        self.generic_visit(node)
+        kept = [t for t in node.targets if isinstance(t, ast.Tuple | ast.List) or not self.dead(t)]
+        if len(node.targets) > 1 and kept and len(kept) < len(node.targets):
+            self.changes, node.targets = self.changes + 1, kept
+        if len(node.targets) > 1:
+            return node
+        parts = list(pairs(node.targets[0], node.value))
+        if all(self.dead(target) for target, _ in parts):
+            self.changes += 1
+            return None if self.purity.expression(node.value) else ast.Expr(node.value)
+        if not all(
+            value is not None and not isinstance(value, ast.Subscript) or value is node.value for _, value in parts
+        ):
+            return node
+        if len(parts) == 1 or not isinstance(node.value, ast.Tuple) or len(parts) != len(node.value.elts):
+            return node
+        stay = [(t, v) for t, v in parts if not (self.dead(t) and self.purity.expression(v))]
+        if len(stay) == len(parts):
+            return node
+        self.changes += 1
+        if len(stay) == 1:
+            return ast.Assign([stay[0][0]], stay[0][1])
+        return ast.Assign([ast.Tuple([t for t, _ in stay], ast.Store())], ast.Tuple([v for _, v in stay], ast.Load()))
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
+        self.generic_visit(node)
+        if not self.local:
+            return node
+        return self.visit_Assign(ast.Assign([node.target], node.value)) if node.value else None
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> Any:
+        self.generic_visit(node)
+        if self.dead(node.target) and self.purity.expression(node.value):
+            self.changes += 1
+            return None
+        return node
+
+    def visit_NamedExpr(self, node: ast.NamedExpr) -> ast.expr:
+        self.generic_visit(node)
+        return node.value if self.dead(node.target) else node
+
+    def visit_ExceptHandler(self, node: ast.ExceptHandler) -> ast.ExceptHandler:
+        self.generic_visit(node)
+        if node.name and self.local and not self.local[-1][1][node.name]:
+            node.name = None
+        return node
+
+    def visit_Import(self, node: Any) -> Any:
+        if self.local:
+            reads = self.local[-1][1]
+            node.names = [a for a in node.names if reads[(a.asname or a.name).split(".")[0]]]
+        return node if node.names else None
+
+    visit_ImportFrom = visit_Import
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        super().generic_visit(node)
+        for name in ("body", "finalbody", "orelse"):
+            part = getattr(node, name, None)
+            if name == "body" and part == [] and not isinstance(node, ast.Module):
+                node.body = [ast.Pass()]  # type: ignore[attr-defined]
+        return node
+
+
+def shrink(facts: Facts) -> int:
+    """Drop parameters and fields that nothing reads, and what calls pass for them; how many. Changes the tree."""
+    purity, dropped = Purity(facts), 0
+    functions = [f for f in facts.defs.values() if isinstance(f, Function)]
+    groups = [[f] for f in functions] + [[f] for _, f in facts.methods["__init__"]]
+    groups += [[m for _, m in pairs_] for name, pairs_ in facts.methods.items() if not name.startswith("__")]
+    for group in groups:
+        sites = [facts.sites(f) for f in group]
+        if not group or any(s is None for s in sites):
+            continue
+        calls = {id(call): (call, skip) for found in sites for call, skip in found or ()}
+        for arg in list(parameters(group[0].args)):
+            if all(drops(f, arg.arg, group[0]) for f in group) and unpassed(
+                calls.values(), group[0].args, arg.arg, purity
+            ):
+                for call, skip in calls.values():
+                    strip_call(call, group[0].args, arg.arg, skip)
+                for f in group:
+                    strip_parameter(f.args, arg.arg)
+                dropped += 1
+    for name, kind in facts.classes.items():
+        dropped += shrink_fields(facts, purity, name, kind)
+    return dropped
+
+
+def drops(function: Function, name: str, model: Function) -> bool:
+    """Whether a function has a parameter where another one has it, and does not use it."""
+    place, own = ([a.arg for a in parameters(f.args)] for f in (model, function))
+    if is_opaque(function) or name not in own or own.index(name) != place.index(name):
+        return False
+    marks = {dotted(d) for d in function.decorator_list}
+    first = own.index(name) == 0 and name in ("self", "ctx", "cls")
+    forward = function.name in ("forward", "backward", "setup_context") and "staticmethod" in marks
+    read = any(isinstance(n, ast.Name) and n.id == name for part in function.body for n in walk(part))
+    return not (first or forward or read)
+
+
+def unpassed(calls: Any, args: ast.arguments, name: str, purity: Purity) -> bool:
+    """Whether what calls pass for a parameter is written out and may go."""
+    for call, skip in calls:
+        if any(isinstance(a, ast.Starred) for a in call.args) or any(k.arg is None for k in call.keywords):
+            return False
+        if not purity.expression(Facts.passed(call, args, skip).get(name)):
+            return False
+    return True
+
+
+def strip_call(call: ast.Call, args: ast.arguments, name: str, skip: int) -> None:
+    """Take a parameter's argument out of a call."""
+    names = [a.arg for a in [*args.posonlyargs, *args.args]]
+    place = names.index(name) - skip if name in names else len(call.args)
+    if place < len(call.args):
+        del call.args[place]
+    call.keywords = [k for k in call.keywords if k.arg != name]
+
+
+def strip_parameter(args: ast.arguments, name: str) -> None:
+    for group, defaults in ((args.posonlyargs, []), (args.args, args.defaults), (args.kwonlyargs, args.kw_defaults)):
+        for place, arg in enumerate(group):
+            if arg.arg == name:
+                behind = place - (len(group) - len(defaults))
+                if behind >= 0:
+                    del defaults[behind]
+                del group[place]
+                return
+
+
+def shrink_fields(facts: Facts, purity: Purity, name: str, kind: ast.ClassDef) -> int:
+    """Drop fields of a NamedTuple or dataclass that nothing reads, where every object is made in plain sight."""
+    fields = class_fields(kind)
+    selfless = [n for n in walk(kind) if isinstance(n, ast.Name) and n.id == "self" and isinstance(n.ctx, ast.Load)]
+    based = {id(n.value) for n in walk(kind) if isinstance(n, ast.Attribute)}
+    derived = any(name in facts.ancestors(c)[1:] for c in facts.classes)
+    whole = any(facts.loads[n] for n in (".asdict", ".astuple", "._asdict", "._fields", "asdict"))  # read by no name
+    if (
+        whole
+        or not fields
+        or facts.escaped[name]
+        or name in facts.shadowed
+        or derived
+        or any(id(n) not in based for n in selfless)
+    ):
+        return 0
+    dropped, changes = 0, [*facts.calls["._replace"], *facts.calls["replace"], *facts.calls[".replace"]]
+    for field in list(fields):
+        args = facts.field_args(name)
+        calls = [(call, 0) for call in facts.calls[name]]
+        given = [k.value for call in changes for k in call.keywords if k.arg == field]
+        read = facts.loads["." + field] or field in facts.texts or facts.stored[field]
+        if read or any(k.arg is None for c in changes for k in c.keywords) or not all(map(purity.expression, given)):
+            continue
+        if not unpassed(calls, args, field, purity) or len(class_fields(kind)) == 1:
+            continue
+        for call, skip in calls:
+            strip_call(call, args, field, skip)
+        for call in changes:
+            call.keywords = [k for k in call.keywords if k.arg != field]
+        kind.body = [n for n in kind.body if not (isinstance(n, ast.AnnAssign) and dotted(n.target) == field)]
+        facts.fields[name] = class_fields(kind)
+        dropped += 1
+    return dropped
+
+
+# ==== reachability ====
+
+
+class Reach:
+    """What a run can come to, from the statements that a module runs by itself."""
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts, self.names, self.attributes = facts, set[str](), set[str]()
+        self.kept, self.pending = set[int](), list[ast.AST]()
+        guarded = [node for node in facts.tree.body if isinstance(node, ast.If) and self.waits(node)]
+        self.guards = {id(inner): node.test for node in guarded for inner in definitions([node])}
+        self.units: dict[str, list[ast.stmt]] = defaultdict(list)
+        for node in definitions(facts.tree.body):
+            for name in self.defines(node):
+                self.units[name].append(node)
+        for node in facts.tree.body:
+            if not self.waits(node):
+                self.keep(node)
+        while self.pending:
+            self.look(self.pending.pop())
+
+    def defines(self, node: ast.stmt) -> list[str]:
+        """Names that a statement of the module makes, or configures: a call of a method of one of them."""
+        if isinstance(node, Definition):
+            return [node.name]
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            return [(a.asname or a.name).split(".")[0] for a in node.names]
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Call)
+            and isinstance(node.value.func, ast.Attribute)
+        ):
+            return [dotted(node.value.func).split(".")[0]]
+        return [target.id for target, _ in stores(node) if isinstance(target, ast.Name)]
+
+    def waits(self, node: ast.stmt) -> bool:
+        """Whether a statement only matters if something that it makes is used."""
+        if isinstance(node, ast.If):
+            return all(
+                isinstance(n, Definition | ast.Import | ast.ImportFrom | ast.Assign) for n in definitions([node])
+            )
+        return bool(self.defines(node)) or isinstance(node, ast.AnnAssign | ast.Expr)
+
+    def keep(self, node: ast.AST) -> None:
+        if id(node) not in self.kept:
+            self.kept.add(id(node))
+            self.pending += [node, self.guards[id(node)]] if id(node) in self.guards else [node]
+
+    def look(self, node: ast.AST) -> None:
+        """Note what a node that is kept reads."""
+        if isinstance(node, ast.ClassDef):
+            for part in [*node.bases, *node.decorator_list, *(n for n in node.body if not isinstance(n, Function))]:
+                self.read(part)
+            for method in (m for m in node.body if isinstance(m, Function)):
+                special = method.name.startswith("__") or self.facts.foreign(node.name, method.name)
+                if special or method.name in self.attributes:
+                    self.keep(method)
+            return
+        self.read(node)
+
+    def read(self, node: ast.AST) -> None:
+        """Note the names of the module, and attributes, that code reads. A local name is none of the module's."""
+        work: list[tuple[ast.AST, frozenset[str]]] = [(node, frozenset())]
+        while work:
+            one, bound = work.pop()
+            if isinstance(one, ast.Name):
+                if isinstance(one.ctx, ast.Load) and one.id not in bound:
+                    self.name(one.id)
+                continue
+            if isinstance(one, ast.Attribute):
+                self.attribute(one.attr)
+            parts, inner = children(one), bound
+            if isinstance(one, Function | ast.Lambda):
+                own = set(bindings(one)) | {a.arg for a in [*parameters(one.args), *starred(one.args)]}
+                own -= {name for n in inside(one) if isinstance(n, ast.Global) for name in n.names}
+                inner, outer = bound | own, [*one.args.defaults, *filter(None, one.args.kw_defaults)]
+                outer += [] if isinstance(one, ast.Lambda) else one.decorator_list
+                if isinstance(one, Function) and is_opaque(one):
+                    outer += [x for n in walk(one) for x in annotations(n)]
+                work += [(part, bound) for part in outer]
+                parts = [one.body] if isinstance(one, ast.Lambda) else list(one.body)
+            elif isinstance(one, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+                targets = {n.id for g in one.generators for n in walk(g.target) if isinstance(n, ast.Name)}
+                work.append((one.generators[0].iter, bound))
+                inner = bound | targets
+            elif isinstance(one, ast.AnnAssign):
+                parts = [part for part in (one.target, one.value) if part]
+            work += [(part, inner) for part in parts]
+
+    def name(self, name: str) -> None:
+        if name not in self.names:
+            self.names.add(name)
+            for unit in self.units.get(name, ()):
+                self.keep(unit)
+
+    def attribute(self, name: str) -> None:
+        if name not in self.attributes:
+            self.attributes.add(name)
+            for owner, method in self.facts.methods.get(name, ()):
+                if id(self.facts.classes[owner]) in self.kept:
+                    self.keep(method)
+
+    def prune(self) -> None:
+        """Delete what is not reached."""
+        self.facts.tree.body = self.left(self.facts.tree.body)
+
+    def left(self, body: Sequence[ast.stmt]) -> list[ast.stmt]:
+        found = list[ast.stmt]()
+        for node in body:
+            if isinstance(node, ast.If) and self.waits(node):
+                node.body, node.orelse = self.left(node.body), self.left(node.orelse)
+                if not node.body and not node.orelse:
+                    continue
+                node.body = node.body or [ast.Pass()]
+            elif id(node) not in self.kept:
+                continue
+            elif isinstance(node, ast.ClassDef):
+                node.body = [n for n in node.body if not isinstance(n, Function) or id(n) in self.kept] or [ast.Pass()]
+            elif isinstance(node, ast.Import | ast.ImportFrom) and not dotted_future(node):
+                node.names = [a for a in node.names if (a.asname or a.name).split(".")[0] in self.names]
+            found.append(node)
+        return found
+
+
+def dotted_future(node: ast.Import | ast.ImportFrom) -> bool:
+    return isinstance(node, ast.ImportFrom) and node.module == "__future__"
+
+
+# ==== the program as a whole ====
+
+
+class Program:
+    """A script under one configuration, evaluated round by round until nothing changes."""
+
+    def __init__(self, source: Source, h: Any, kept: Sequence[str], devices: Sequence[str], **marks: bool) -> None:
+        self.source, self.h = source, h
+        self.kept = frozenset(name.lower() for name in kept)
+        self.absent = {"cuda", "mps", "cpu"} - set(devices)
+        self.tree = copy.deepcopy(source.tree)
+        self.original = {n.name: n for n in definitions(source.tree.body) if isinstance(n, Definition)}
+        self.assigned = {
+            target.id: value
+            for node in definitions(source.tree.body)
+            for target, value in stores(node)
+            if isinstance(target, ast.Name) and value is not None
+        }
+        self.marks = {"PACKAGED": True, **marks}
+        source.config.__dict__.update(self.marks)
+        self.space: dict[str, Any] = {**source.config.__dict__, **self.marks}  # of functions run at build time
+        real = {name: vars(dataclasses)[name] for name in dataclasses.__all__}
+        self.space["dataclasses"] = types.SimpleNamespace(**{**real, "asdict": as_dict})
+        self.eligible: dict[str, bool] = {}
+        self.external = external_names(source.tree)
+        self.open: frozenset[str] = frozenset()
+        self.config_names, self.config_attributes = set[str](), set[str]()
+        self.specialize()
+
+    # -- the first step: the configuration's own place, and the registries --
+
+    def specialize(self) -> None:
+        used = self.h.used()
+        for node in definitions(self.tree.body):
+            if isinstance(node, Definition) and node.name == CONFIG_CLASS:
+                self.freeze(node)
+            elif isinstance(node, ast.FunctionDef) and node.name == LOADER:
+                node.body, node.args.args[1:], node.args.defaults = self.loading(), [], []
+            for target, value in stores(node):
+                if isinstance(target, ast.Name) and target.id in self.marks:
+                    node.value = ast.Constant(self.marks[target.id])  # type: ignore[attr-defined]
+                if isinstance(target, ast.Name) and target.id in used and isinstance(value, ast.Dict):
+                    kept = [(k, v) for k, v in zip(value.keys, value.values) if literal(k) in used[target.id]]
+                    value.keys, value.values = [k for k, _ in kept], [v for _, v in kept]
+            self.type_lambdas(node)
+        Marked(self.marks).visit(self.tree)
+
+    def type_lambdas(self, node: ast.stmt) -> None:
+        """Annotate the parameters of a registry's lambdas as the registry says."""
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.value, ast.Dict):
+            return
+        for kind in walk(node.annotation):
+            if (
+                isinstance(kind, ast.Subscript)
+                and dotted(kind.value) == "Callable"
+                and isinstance(kind.slice, ast.Tuple)
+            ):
+                types_ = kind.slice.elts[0]
+                for value in node.value.values if isinstance(types_, ast.List) else ():
+                    for arg, type_ in zip(parameters(value.args), types_.elts) if isinstance(value, ast.Lambda) else ():
+                        arg.annotation = type_
+
+    def freeze(self, node: ast.ClassDef) -> None:
+        """The configuration's fields with their values as defaults."""
+        values = dataclasses.asdict(self.h)
+        for one in node.body:
+            if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and one.target.id in values:
+                one.value = lifted(values[one.target.id])
+
+    def loading(self) -> list[ast.stmt]:
+        """What load_config does in the extracted script: read the variables that stay variables."""
+        parts = []
+        for field in dataclasses.fields(self.h):
+            if field.name in self.kept:
+                text = f"environ.get({field.name.upper()!r})"
+                read = f"{text} in ('1', 'true')" if field.type == "bool" else f"{field.type}({text})"
+                read = text if field.type == "str" else read
+                value = ast.unparse(lifted(dataclasses.asdict(self.h)[field.name]))
+                parts.append(
+                    f"{field.name}={text} or {value}" if read == text else f"{field.name}={read} if {text} else {value}"
+                )
+        return ast.parse(f"return {CONFIG_CLASS}({', '.join(parts)})").body
+
+    # -- what is known --
+
+    def survey(self, facts: Facts) -> None:
+        """Which fields may change during a run, and what holds configurations."""
+        self.config_names = set()
+        held: dict[str, set[bool]] = defaultdict(set)
+        for function in (n for n in facts.nodes if isinstance(n, Function)):
+            own = {a.arg for a in parameters(function.args) if is_config_arg(a)}
+            self.config_names |= own
+            for target, value in (pair for node in inside(function) for pair in stores(node)):
+                if isinstance(target, ast.Attribute):
+                    copied = isinstance(value, ast.Attribute) and value.attr == target.attr
+                    held[target.attr] |= set() if copied else {isinstance(value, ast.Name) and value.id in own}
+        for kind in facts.classes.values():
+            for one in kind.body:
+                if isinstance(one, ast.AnnAssign):
+                    held[dotted(one.target)].add(dotted(one.annotation) == CONFIG_CLASS)
+        self.config_attributes = {name for name, kinds in held.items() if kinds == {True}}
+        self.open = self.changing(facts)
+        self.frozen = Frozen(self.h, self.open)
+
+    def changing(self, facts: Facts) -> frozenset[str]:
+        """Fields that are variables, or that some dataclasses.replace of a configuration gives another value."""
+        found, values = set(self.kept), dataclasses.asdict(self.h)
+        makers = [c for c in facts.calls[CONFIG_CLASS] if not {k.arg for k in c.keywords} <= self.kept]
+        if any(k.arg is None for call in makers for k in call.keywords) or any(call.args for call in makers):
+            return frozenset(values)
+        for call in [*facts.calls[".replace"], *facts.calls["replace"]]:
+            first = call.args[0] if is_replace(call) else None
+            holds = isinstance(first, ast.Name) and first.id in self.config_names
+            holds |= isinstance(first, ast.Attribute) and first.attr in self.config_attributes
+            for keyword in call.keywords if holds else ():
+                if keyword.arg is None:
+                    return frozenset(values)
+                alike = is_literal(keyword.value) and same(literal(keyword.value), values.get(keyword.arg))
+                found |= set() if alike else {keyword.arg}
+        return frozenset(found)
+
+    def registry(self, name: str) -> ast.Dict | None:
+        """A dict that the module writes out, as it is by now."""
+        for node in definitions(self.tree.body):
+            for target, value in stores(node):
+                if isinstance(target, ast.Name) and target.id == name:
+                    return value if isinstance(value, ast.Dict) else None
+        return None
+
+    def entry(self, name: str, key: Any) -> ast.expr | None:
+        found = self.registry(name)
+        if found is None or not all(is_literal(k) for k in found.keys):
+            return None
+        return next((v for k, v in zip(found.keys, found.values) if same(literal(k), key)), None)
+
+    def module_value(self, name: str) -> Any:
+        """The value of a constant of the module, of plain types. Raises Unknown."""
+        if name in self.assigned and self.allowed(name):
+            value = self.space[name]
+            if is_plain(value):
+                return value
+        raise Unknown
+
+    def pure_function(self, name: str) -> Callable:
+        """A function of the program that can be run at build time. Raises Unknown."""
+        if isinstance(self.original.get(name), Function) and self.allowed(name):
+            return self.space[name]
+        raise Unknown
+
+    def allowed(self, name: str) -> bool:
+        """Whether a definition uses nothing but plain Python and its like; it is then in `space`."""
+        if name not in self.eligible:
+            self.eligible[name] = name in self.marks  # while it is asked, it is not
+            self.eligible[name] = name in self.marks or self.admit(name)
+        return self.eligible[name]
+
+    def admit(self, name: str) -> bool:
+        node: ast.AST | None = self.original.get(name) or self.assigned.get(name)
+        if node is None or name in (LOADER, CONFIG_CLASS) or (isinstance(node, Function) and node.decorator_list):
+            return name in self.source.config.__dict__ and isinstance(node, ast.ClassDef)
+        if isinstance(node, ast.ClassDef) and not is_tuple_class(node):
+            return name in self.space
+        own = {n.arg for n in walk(node) if isinstance(n, ast.arg)} | {name}
+        own |= {n.id for n in walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        own |= {n.name for n in walk(node) if isinstance(n, Definition)}
+        skipped = {id(x) for n in walk(node) for a in annotations(n) for x in walk(a)}
+        free = {n.id for n in walk(node) if isinstance(n, ast.Name) and id(n) not in skipped} - own
+        if any(isinstance(n, ast.Import | ast.ImportFrom | ast.Yield) for n in walk(node)) or not all(
+            map(self.known, free)
+        ):
+            return False
+        if name not in self.space:
+            text = ast.unparse(node)
+            text = text if isinstance(node, Definition) else f"{name} = {text}"
+            try:
+                exec("from __future__ import annotations\n" + text, self.space)
+            except Exception:  # noqa: BLE001 (what cannot be run at build time is left to run time)
+                return False
+        return True
+
+    def known(self, name: str) -> bool:
+        """Whether a free name of a definition means something harmless."""
+        if name in PURE_BUILTINS or name in self.original or name in self.assigned:
+            return name in PURE_BUILTINS or self.allowed(name)
+        modules = {
+            a.asname or a.name: a.name for n in self.source.tree.body if isinstance(n, ast.Import) for a in n.names
+        }
+        froms = {
+            a.asname or a.name: n.module
+            for n in self.source.tree.body
+            if isinstance(n, ast.ImportFrom)
+            for a in n.names
+        }
+        module = modules.get(name) or froms.get(name)
+        if module in (*PURE_MODULES, "numpy", "collections", "typing"):
+            made = importlib.import_module(module or "")
+            self.space.setdefault(name, made if name in modules else getattr(made, name))
+            return True
+        return (
+            hasattr(builtins, name)
+            and isinstance(getattr(builtins, name), type)
+            and issubclass(getattr(builtins, name), Exception)
+        )
+
+    # -- rounds --
+
+    def run(self, limit: int = 60) -> ast.Module:
+        """Rounds until nothing changes; the tree."""
+        before = ""
+        for _ in range(limit):
+            Reach(Facts(self.tree, self.external)).prune()
+            facts = Facts(self.tree, self.external).scan()
+            self.survey(facts)
+            Fold(self, facts).visit(self.tree)
+            facts = Facts(self.tree, self.external).scan()
+            Sweep(facts).visit(self.tree)
+            shrink(facts)
+            after = ast.dump(self.tree)
+            if after == before:
+                break
+            before = after
+        return finished(self.tree)
+
+
+class Marked(ast.NodeTransformer):
+    """Conditions on the markers alone, decided before anything else: most of a script then is out of reach."""
+
+    def __init__(self, marks: dict[str, bool]) -> None:
+        self.marks = marks
+
+    def truth(self, node: ast.expr) -> bool | None:
+        if isinstance(node, ast.Name):
+            return self.marks.get(node.id)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            inner = self.truth(node.operand)
+            return None if inner is None else not inner
+        if isinstance(node, ast.BoolOp):
+            first = self.truth(node.values[0])  # what comes before a marker might have effects
+            return first if first is isinstance(node.op, ast.Or) else None
+        return None
+
+    def visit_If(self, node: ast.If) -> Any:
+        self.generic_visit(node)
+        truth = self.truth(node.test)
+        chosen = node.body if truth else node.orelse
+        return node if truth is None else chosen or ast.Pass()
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
+        self.generic_visit(node)
+        truth = self.truth(node.test)
+        return node if truth is None else node.body if truth else node.orelse
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is made of numbers, texts and containers of them alone."""
+    if isinstance(value, dict):
+        return all(map(is_plain, [*value, *value.values()]))
+    if type(value) in (tuple, list, set, frozenset):
+        return all(map(is_plain, value))
+    return value is None or type(value) in (bool, int, float, str, bytes, range)
+
+
+class Finish(ast.NodeTransformer):
+    """Annotations and documentation go, but where a decorator or a class needs them."""
+
+    def visit_FunctionDef(self, node: Any) -> Any:
+        if ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+        if not is_opaque(node):
+            node.returns = None
+            for arg in [*parameters(node.args), *starred(node.args)]:
+                arg.annotation = None
+            self.generic_visit(node)
+        return node
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def visit_Lambda(self, node: ast.Lambda) -> Any:
+        for arg in parameters(node.args):
+            arg.annotation = None
+        return self.generic_visit(node)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> Any:
+        if ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+        fields = class_fields(node)
+        for place, one in enumerate(node.body):
+            if isinstance(one, ast.AnnAssign) and dotted(one.target) in fields:
+                one.annotation = ast.Name("object", ast.Load())
+            elif isinstance(one, ast.AnnAssign) and one.value is not None:
+                node.body[place] = ast.Assign([one.target], one.value)
+        return self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
+        self.generic_visit(node)
+        return (
+            node
+            if dotted(node.annotation) == "object"
+            else ast.Assign([node.target], node.value)
+            if node.value
+            else None
+        )
+
+
+def finished(tree: ast.Module) -> ast.Module:
+    if ast.get_docstring(tree, clean=False) is not None:
+        tree.body = tree.body[1:]
+    tree = Finish().visit(tree)
+    left = any(is_opaque(n) for n in walk(tree) if isinstance(n, Function))
+    tree.body = [n for n in tree.body if left or not (isinstance(n, ast.ImportFrom) and dotted_future(n))]
+    for node in walk(tree):  # a body that lost all its statements
+        if isinstance(getattr(node, "body", None), list) and not node.body and not isinstance(node, ast.Module):  # type: ignore
+            node.body = [ast.Pass()]  # type: ignore[attr-defined]
+    return ast.fix_missing_locations(tree)
+
+
+# ==== minifying and wrapping ====
+
+RAW_LZMA = [
+    {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": lc, "lp": lp, "pb": pb}
+    for lc, lp, pb in ((3, 0, 0), (4, 0, 0), (2, 0, 0), (1, 0, 0), (0, 0, 0), (3, 0, 2), (3, 1, 0), (0, 0, 2))
+]
+OPEN = "lzma.decompress({data},3,None,[{{'id':33}}])"  # a decoder needs no more of the filter than its name
+# Kernels are compiled from their source: a program without a file hands it to linecache.
+LISTED = "import linecache\nlinecache.cache['t']=len(s),None,s.splitlines(1),'t'\n"
+
+
+def minified(text: str) -> str:
+    """The same program in fewer characters. Raises BuildError where python-minifier is not installed."""
+    try:
+        import python_minifier
+    except ImportError:
+        raise BuildError(
+            "minifying needs python-minifier: pip install -r requirements-dev.txt, or --no-minify"
+        ) from None
+    options = {"rename_globals": True, "remove_literal_statements": True, "hoist_literals": False}
+    return python_minifier.minify(text, **options)
+
+
+def packed(text: str) -> bytes:
+    """The smallest raw LZMA stream of a text."""
+    return min((lzma.compress(text.encode(), lzma.FORMAT_RAW, filters=[f]) for f in RAW_LZMA), key=len)
+
+
+def wrap_none(text: str) -> bytes:
+    return text.encode()
+
+
+def loader(data: str, listed: bool) -> str:
+    start = "exec(compile(s,'t','exec'))" if listed else "exec(s)"
+    return f"import lzma\ns={OPEN.format(data=data)}.decode()\n{LISTED if listed else ''}{start}\n"
+
+
+def wrap_latin1(text: str) -> bytes:
+    """A Latin-1 source whose one string is the stream; what ends a string or a line is escaped."""
+    escapes = {0: "\\0", 10: "\\n", 13: "\\r", 39: "\\'", 92: "\\\\"}
+    stream = packed(text)
+    parts = [escapes.get(byte, chr(byte)) for byte in stream]
+    for place in range(len(parts) - 1):  # \0 before a digit would be another escape
+        if parts[place] == "\\0" and parts[place + 1] in "01234567":
+            parts[place] = "\\x00"
+    data = "'" + "".join(parts) + "'.encode('l1')"
+    return ("#coding:l1\n" + loader(data, is_listed(text))).encode("latin-1")
+
+
+def wrap_base85(text: str) -> bytes:
+    data = f"base64.b85decode('{base64.b85encode(packed(text)).decode()}')"
+    return ("import base64\n" + loader(data, is_listed(text))).encode()
+
+
+def wrap_zip(text: str) -> bytes:
+    """A zip file with a __main__.py, which Python runs as it is."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as file:
+        member = zipfile.ZipInfo("__main__.py", (1980, 1, 1, 0, 0, 0))
+        member.compress_type = zipfile.ZIP_DEFLATED
+        file.writestr(member, "import sys\n__file__=sys.argv[0]\n" + text, compresslevel=9)
+    return buffer.getvalue()
+
+
+WRAPPERS: dict[str, Callable[[str], bytes]] = {
+    "none": wrap_none, "latin1": wrap_latin1, "zip": wrap_zip, "base85": wrap_base85,
+}  # fmt: skip
+
+
+def is_listed(text: str) -> bool:
+    """Whether a program has kernels that are compiled from its source."""
+    return ".jit" in text
+
+
+def wrapped(text: str, how: str) -> tuple[str, bytes]:
+    """(wrapper, script): the one that is asked for, or the smallest."""
+    made = {name: wrap(text) for name, wrap in WRAPPERS.items() if how in ("", name)}
+    name = min(made, key=lambda name: (len(made[name]), name))
+    return name, made[name]
+
+
+# ==== extraction of one configuration ====
+
+
+@dataclasses.dataclass(frozen=True)
+class Extracted:
+    """A script for one configuration: to read, minified, and as it is shipped."""
+
+    h: Any
+    text: str
+    short: str
+    wrapper: str
+    script: bytes
+
+
+def folds(h: Any) -> bool:
+    """Whether the data at hand may be case-folded: as its manifest says; where it is not here, it may be."""
+    folder = Path(h.data_path)
+    if not folder.is_dir():
+        return True
+    manifest = folder / "manifest.json"
+    return manifest.is_file() and bool(json.loads(manifest.read_text()).get("tokenizer", {}).get("casefold"))
+
+
+def extract(source: Source, environ: dict[str, str], options: Any) -> Extracted:
+    """Specialize, minify and wrap. Raises BuildError."""
+    h = source.load(environ)
+    if not options.dce:
+        short = source.text if options.no_minify else minified(source.text)
+        return Extracted(h, source.text, short, *wrapped(short, options.wrapper))
+    kept = (*ALWAYS_KEPT, *options.keep_env)
+    unknown = [name for name in kept if name.lower() not in dataclasses.asdict(h)]
+    if unknown:
+        raise BuildError(f"--keep-env {unknown[0]} is not a variable of {source.path.name}")
+    marks = {"EVAL_ONLY": options.eval_only, "FOLDS": folds(h)}
+    tree = Program(source, h, kept, options.devices.split(","), **marks).run()
+    text = ast.unparse(tree) + "\n"
+    short = text if options.no_minify else minified(text)
+    for part in (text, short):
+        compile(part, "train_gpt.py", "exec")
+    name, script = wrapped(short, options.wrapper)
+    return Extracted(h, text, short, name, script)
+
+
+# ==== the proof ====
+
+
+def small_job(h: Any) -> dict[str, str]:
+    """Variables that make a configuration a job of seconds in which all that it switches on still happens."""
+    v = dataclasses.asdict(h)
+    layers, heads = min(v["num_layers"], 4), 2
+    orders = len(v["bigram_hash_orders"].split(",")) * v["bigram_hash_heads"]
+    sizes: dict[str, Any] = {
+        "num_layers": layers, "model_dim": 32, "num_heads": heads,
+        "num_kv_heads": 1 if v["num_kv_heads"] < v["num_heads"] else heads, "holdout_tokens": 256,
+        "train_seq_len": 32, "train_batch_tokens": 256, "micro_batch_tokens": 128, "val_batch_size": 256,
+        "max_val_tokens": 700, "eval_streams": 3, "iterations": 8, "max_wallclock_seconds": 0, "train_log_every": 2,
+        "sinkhorn_iters": 3, "capsule_dim": 8, "capsule_num": min(v["capsule_num"], 3), "skc_block_size": 8,
+        "feedback_dim": 8,
+        "bigram_hash_dim": 4 * orders, "nsa_block": 8, "nsa_stride": 4, "nsa_select_block": 8, "nsa_select": 3,
+        "nsa_window": 8, "induction_window": 16, "calib_max_evals": 4, "calib_proxy_tokens": 64, "gptq_batches": 2,
+        "val_loss_every": 4 if v["val_loss_every"] else 0, "shared_blocks": min(v["shared_blocks"], 2),
+        "xsa_layers": layers if v["xsa_layers"] >= v["num_layers"] else min(v["xsa_layers"], 1), "ttt_rank": 2,
+        "ngram_cache_tokens": 128, "eval_engram_tokens": 128, "eval_engram_buckets": 64, "sliding_eval_stride": 16,
+        "rmt_tokens": 2,
+        "precision": "fp32", "save_every": 0,
+    }  # fmt: skip
+    least = {
+        "partial_rope_dims": 8,
+        "embed_dim": 16,
+        "bigram_hash_buckets": 64,
+        "attn_window": 16,
+        "rmt_segment": 8,
+        "hc_start": 2,
+    }
+    least |= {
+        "attn_gate": 4,
+        "smear_gate": 4,
+        "muon_momentum_warmup_steps": 4,
+        "eval_seq_len": 32,
+        "ttt_chunk_tokens": 32,
+    }
+    least |= {
+        "group_size": 16,
+        "yarn_original": 16,
+        "value_embed": 1,
+        "warmdown_iters": 4,
+        "grad_checkpoint": 2,
+        "export_proxy_eval": 3,
+    }
+    sizes |= {name: min(value, v[name]) for name, value in least.items() if v[name]}
+    sizes |= {"engram_inject_layer": 1} if v["engram_inject_layer"] > 1 else {}
+    sizes |= {"backout": 1} if v["backout"] > 1 else {}
+    sizes |= {"recurrence_layers": "1-2"} if v["recurrence_layers"] else {}
+    sizes |= {"curriculum_stages": "0:4,0.3:2,0.6:1"} if v["curriculum_stages"] else {}
+    sizes |= {"batch_stages": "0:128,0.3:192,0.6:256"} if v["batch_stages"] else {}
+    return {name.upper(): str(int(x) if isinstance(x, bool) else x) for name, x in sizes.items() if name in v}
+
+
+DRIVER = """
+import contextlib, runpy, sys
+with contextlib.suppress(ImportError):
+    import torch
+    notes, backward = open("losses.txt", "w"), torch.Tensor.backward
+    def noted(self, *args, **options):
+        notes.write(self.item().hex() + "\\n")
+        notes.flush()
+        return backward(self, *args, **options)
+    torch.Tensor.backward = noted
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a job left: each loss to the last bit, its log without times, its artifact."""
+
+    losses: list[str]
+    log: list[str]
+    artifact: bytes
+
+
+def run_job(folder: Path, script: bytes, environ: dict[str, str], coverage: bool = False) -> Run:
+    """Run a script in a folder of its own. Raises BuildError with its last words when it fails."""
+    folder.mkdir(parents=True)
+    (folder / "train_gpt.py").write_bytes(script)
+    (folder / "driver.py").write_text(DRIVER)
+    tool = ["-m", "coverage", "run", "--include=*/train_gpt.py"] if coverage else []
+    command = [sys.executable, *tool, "driver.py", "train_gpt.py"]
+    plain = {
+        n: v for n, v in os.environ.items() if n in ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV", "OMP_NUM_THREADS")
+    }
+    environ = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **plain, **environ, "RUN_ID": "proof"}
+    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(
+            f"{folder.name}: the job ended with {done.returncode}: {(done.stderr or done.stdout).strip()[-1500:]}"
+        )
+    run = folder / "runs" / "proof"
+    log = (run / "train.log").read_text().splitlines()
+    losses = folder / "losses.txt"
+    return Run(losses.read_text().split() if losses.is_file() else [], log, (run / "model.pgz").read_bytes())
+
+
+MEASURED = re.compile(r"(step:\d+/\d+ |final_\w+ )?(?:train_loss|val_loss):\S+( val_bpb:\S+)?")
+
+
+def first_difference(full: Run, other: Run) -> str:
+    """Where two runs of a job part, in words; nothing if they agree."""
+    for number, (a, b) in enumerate(itertools.zip_longest(full.losses, other.losses), 1):
+        if a != b:
+            return f"loss {number} of {len(full.losses)} is {b}, not {a}"
+    one, two = ([m[0] for line in run.log if (m := MEASURED.match(line))] for run in (full, other))
+    for a, b in itertools.zip_longest(one, two):
+        if a != b:
+            return f"the log says {b!r}, not {a!r}"
+    if full.artifact != other.artifact:
+        return f"the artifact differs ({len(other.artifact)} bytes, {len(full.artifact)})"
+    return "" if full.losses or one else "neither run has any loss"
+
+
+def shape(text: str) -> dict[str, str]:
+    """Each definition of a program without its numbers and texts."""
+    tree = ast.parse(text)
+    for node in walk(tree):
+        if isinstance(node, ast.Constant) and not isinstance(node.value, bool | None):
+            node.value = 0
+    return {getattr(n, "name", "") or ast.unparse(n)[:40]: ast.dump(n) for n in tree.body}
+
+
+def suspects(one: str, two: str) -> list[str]:
+    """Definitions of two programs that differ in more than numbers and texts."""
+    a, b = shape(one), shape(two)
+    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+
+
+def covered(folder: Path) -> tuple[float, list[str]]:
+    """Share of the script's lines that a job ran, and the others by the definition that they are in."""
+    command = [sys.executable, "-m", "coverage", "json", "-q", "-o", "coverage.json"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    (found,) = json.loads((folder / "coverage.json").read_text())["files"].values()
+    missing: dict[str, int] = Counter()
+    lines = (folder / "train_gpt.py").read_text().splitlines()
+    places = {n: node for node in walk(ast.parse("\n".join(lines))) if isinstance(node, Function)
+              for n in range(node.lineno, (node.end_lineno or node.lineno) + 1)}  # fmt: skip
+    for line in found["missing_lines"]:
+        missing[places[line].name if line in places else "module"] += 1
+    return found["summary"]["percent_covered"], [f"{name} ({count})" for name, count in missing.items()]
+
+
+def prove(source: Source, environ: dict[str, str], whole: Extracted, options: Any) -> list[str]:
+    """Run the full script and the extracted one on a small job; what was shown. Raises BuildError for a difference."""
+    data = {
+        "DATA_PATH": str(Path(options.proof_data).resolve()),
+        "TOKENIZER_PATH": str(Path(options.proof_tokenizer).resolve()),
+    }
+    small = {**dataclasses_env(source, whole.h), **small_job(whole.h), **data, "VOCAB_SIZE": str(options.proof_vocab)}
+    if whole.h.vocab_size in source.config.BYTE_VOCABULARIES:
+        small["VOCAB_SIZE"] = str(whole.h.vocab_size)
+    made = extract(source, small, argparse.Namespace(**{**vars(options), "wrapper": whole.wrapper}))
+    keeps = {name: small[name] for name in (*ALWAYS_KEPT, *options.keep_env) if name in small}
+    with tempfile.TemporaryDirectory(prefix="proof_") as name:
+        folder = Path(name)
+        full = run_job(folder / "full", source.path.read_bytes(), small)
+        for kind, script, coverage in (("readable", made.text.encode(), True), ("shipped", made.script, False)):
+            run = run_job(folder / kind, script, keeps, coverage)
+            if difference := first_difference(full, run):
+                blamed = ", ".join(suspects(made.text, whole.text)) or "unknown: compare the scripts' definitions"
+                raise BuildError(f"the {kind} script is not the full one: {difference}; suspected: {blamed}")
+        share, missing = covered(folder / "readable")
+    apart = suspects(made.text, whole.text)
+    told = [
+        f"proof: {len(full.losses)} losses, log and artifact ({len(full.artifact)} bytes) of the full and the "
+        "extracted script agree to the last bit on a small job"
+    ]
+    told.append(f"coverage: {share:.1f}% of the extracted script's lines; not run: {', '.join(missing) or 'none'}")
+    told.append(
+        f"the small job's script and the shipped one differ in numbers alone, but for: {', '.join(apart) or 'nothing'}"
+    )
+    return told
+
+
+def dataclasses_env(source: Source, h: Any) -> dict[str, str]:
+    """All values of a configuration as variables."""
+    skipped = {"preset", "env_file", "run_id", "resume", "eval_protocol"}
+    values = {n: v for n, v in dataclasses.asdict(h).items() if n not in skipped and v != ""}
+    return {n.upper(): str(int(v) if isinstance(v, bool) else v) for n, v in values.items()}
+
+
+# ==== what it tells ====
+
+
+def section_sizes(source: Source, text: str) -> list[str]:
+    """Bytes by section of the source, before and after; a definition belongs where it stood."""
+    lines = source.text.split("\n")
+    homes, left = dict[str, str](), Counter[str]()
+    sections = source.sections()
+    for node in definitions(source.tree.body):
+        home = next(name for name, (first, last) in sections.items() if first <= node.lineno <= last)
+        names = [node.name] if isinstance(node, Definition) else [dotted(t) for t, _ in stores(node)]
+        homes |= dict.fromkeys(names, home)
+    for one in definitions(ast.parse(text).body):
+        names = [one.name] if isinstance(one, Definition) else [dotted(t) for t, _ in stores(one)]
+        left[homes.get(names[0], "HEAD") if names else "HEAD"] += len(ast.unparse(one)) + 1
+    rows = [f"{'section':<14}{'before':>9}{'after':>9}"]
+    for name, (first, last) in sections.items():
+        rows.append(f"{name:<14}{len(chr(10).join(lines[first - 1 : last]).encode()):>9}{left[name]:>9}")
+    return rows
+
+
+def explained(source: Source, text: str, h: Any) -> list[str]:
+    """Definitions that were dropped, each with what used it and was dropped as well, or kept without it."""
+    kept = {n.name for n in definitions(ast.parse(text).body) if isinstance(n, Definition)}
+    users: dict[str, list[str]] = defaultdict(list)
+    nodes = {n.name: n for n in definitions(source.tree.body) if isinstance(n, Definition)}
+    for name, node in nodes.items():
+        for used in {n.id for n in walk(node) if isinstance(n, ast.Name)} & (nodes.keys() - {name}):
+            users[used].append(name)
+    registries = {entry: name for name, entries in h.used().items() for entry in entries}
+    rows = []
+    for name in nodes.keys() - kept - set(registries):
+        near = [f"{user} ({'where a condition is decided' if user in kept else 'dropped'})" for user in users[name][:4]]
+        rows.append(f"dropped {name}: used by {', '.join(near) or 'registries, commands or nothing'}")
+    return sorted(rows)
+
+
+# ==== the record folder ====
+
+
+def refusals(folder: Path, whole: Extracted) -> tuple[list[str], dict[str, Any]]:
+    """Why a run's folder must not be packaged, and its results."""
+    why, log = list[str](), (folder / "train.log").read_text().splitlines()
+    found: dict[str, Any] = {}
+    for line in log:
+        if m := re.match(r"final_roundtrip_exact val_loss:(\S+) val_bpb:(\S+)", line):
+            found |= {"val_loss": float(m[1]), "val_bpb": float(m[2])}
+        if m := re.match(r"training done: steps:(\d+) train_time:(\d+)ms", line):
+            found |= {"steps": int(m[1]), "train_seconds": int(m[2]) / 1e3}
+        if m := re.match(r"model_bytes:(\d+) ", line):
+            found["logged_bytes"] = int(m[1])
+    artifact = folder / "model.pgz"
+    if not artifact.is_file() or "val_bpb" not in found:
+        return [f"{folder} has no finished run: an artifact and its final score are wanted"], found
+    found |= {"bytes_model": artifact.stat().st_size, "bytes_code": len(whole.script)}
+    found["bytes_total"] = found["bytes_model"] + found["bytes_code"]
+    found["sha256"] = hashlib.sha256(artifact.read_bytes()).hexdigest()
+    if found["bytes_total"] > whole.h.hard_budget_bytes:
+        why.append(f"budget: {found['bytes_total']} bytes are more than HARD_BUDGET_BYTES={whole.h.hard_budget_bytes}")
+    if 0 < whole.h.max_wallclock_seconds < found.get("train_seconds", math.inf):
+        took, limit = found.get("train_seconds"), whole.h.max_wallclock_seconds
+        why.append(f"time: training took {took} s of MAX_WALLCLOCK_SECONDS={limit:g}")
+    if found.get("logged_bytes") != found["bytes_model"]:
+        why.append(
+            f"log: it tells of an artifact of {found.get('logged_bytes')} bytes, there is one of {found['bytes_model']}"
+        )
+    audit = folder / "model.pgz.audit.json"
+    report = json.loads(audit.read_text()) if audit.is_file() else {}
+    if not report.get("ok"):
+        why.append(f"audit: {'it failed' if report else 'there is none'}; python train_gpt.py audit {artifact}")
+    elif report["artifact_sha256"] != found["sha256"]:
+        why.append("audit: it was of another artifact")
+    return why, found
+
+
+def readme(name: str, whole: Extracted, rows: list[dict[str, Any]], told: list[str]) -> str:
+    """README.md of a record."""
+    defaults = {f.name: f.default for f in dataclasses.fields(whole.h)}
+    own = {
+        n.upper(): v
+        for n, v in dataclasses.asdict(whole.h).items()
+        if v != defaults[n] and n not in ("run_id", "env_file")
+    }
+    lines = [
+        f"# {name}",
+        "",
+        "| seed | val_loss | val_bpb | steps | training s | artifact bytes | total bytes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [
+            str(row.get(k))
+            for k in ("seed", "val_loss", "val_bpb", "steps", "train_seconds", "bytes_model", "bytes_total")
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"Code: {len(whole.script)} bytes (`{whole.wrapper}` wrapper around {len(whole.short)} characters).",
+        "",
+    ]
+    lines += [
+        "## Configuration",
+        "",
+        "Variables that are not at their default:",
+        "",
+        "| variable | value |",
+        "|---|---|",
+    ]
+    lines += [f"| {n} | {v} |" for n, v in own.items()]
+    lines += ["", "## To reproduce", "", "```", "pip install -r requirements.txt",
+              "torchrun --standalone --nproc_per_node=8 train_gpt.py  # with DATA_PATH, TOKENIZER_PATH and SEED",
+              "```", "", "## How the script was made", "", *[f"- {line}" for line in told], ""]  # fmt: skip
+    return "\n".join(lines)
+
+
+def write_record(out: Path, runs: list[Path], whole: Extracted, told: list[str], options: Any) -> None:
+    """Fill a record folder from finished runs. Raises BuildError with every reason against it."""
+    rows, reasons = list[dict[str, Any]](), list[str]()
+    for run in runs:
+        why, found = refusals(run, whole)
+        reasons += [f"{run.name}: {reason}" for reason in why]
+        rows.append({"seed": seed_of(run, whole), **found})
+    if reasons:
+        raise BuildError("not packaged; " + "; ".join(reasons))
+    best = min(rows, key=lambda row: row["val_bpb"])
+    for run, row in zip(runs, rows):
+        (out / f"train_seed{row['seed']}.log").write_bytes((run / "train.log").read_bytes())
+    chosen = runs[rows.index(best)]
+    (out / "model.pgz.audit.json").write_bytes((chosen / "model.pgz.audit.json").read_bytes())
+    if best["bytes_model"] <= options.largest_artifact:
+        (out / "model.pgz").write_bytes((chosen / "model.pgz").read_bytes())
+    else:
+        (out / "model.pgz.sha256").write_text(f"{best['sha256']}  model.pgz\n")
+    mean = {k: round(sum(row[k] for row in rows) / len(rows), 8) for k in ("val_loss", "val_bpb")}
+    submission = {"name": options.name or out.name, "author": options.author, "github_id": options.github_id,
+        "blurb": options.blurb, "date": options.date, **mean, "seeds": [row["seed"] for row in rows],
+        **{k: best[k] for k in ("bytes_total", "bytes_code", "bytes_model")}}  # fmt: skip
+    (out / "submission.json").write_text(json.dumps(submission, indent=2) + "\n")
+    (out / "README.md").write_text(readme(submission["name"], whole, rows, told))
+
+
+def seed_of(run: Path, whole: Extracted) -> int:
+    """The seed of a run, from its config.env, or its name (seed_42), or the configuration."""
+    config = run / "config.env"
+    found = (
+        re.search(r"^SEED=(\d+)", config.read_text(), re.M) if config.is_file() else re.search(r"seed_?(\d+)", run.name)
+    )
+    return int(found[1]) if found else whole.h.seed
+
+
+def launch(source: Source, environ: dict[str, str], out: Path, whole: Extracted, seeds: list[str]) -> list[Path]:
+    """Run the extracted script once for each seed, from the record folder, and audit what it made with the full one.
+
+    Returns the runs' folders. Raises BuildError.
+    """
+    runs = [out / whole.h.out_dir / f"seed_{seed}" for seed in seeds]
+    for seed in seeds:
+        environ = {**os.environ, "SEED": seed, "RUN_ID": f"seed_{seed}"}
+        if subprocess.run([sys.executable, "train_gpt.py"], cwd=out, env=environ).returncode:
+            raise BuildError(f"the run with SEED={seed} failed; see {out}/{whole.h.out_dir}/seed_{seed}")
+    for run in runs:
+        command = [sys.executable, str(source.path), "audit", str(run / "model.pgz")]
+        subprocess.run(command, env={**os.environ, **environ})
+    return runs
+
+
+# ==== the command ====
+
+
+def options_of(argv: list[str]) -> Any:
+    parser = argparse.ArgumentParser(prog="build_submission.py", description="cut a script down to one configuration")
+    add = parser.add_argument
+    add("assignments", nargs="*", metavar="VARIABLE=VALUE", help="the configuration, e.g. PRESET=attn")
+    add("--dce", action="store_true", help="extract (without it, the script is only minified and wrapped)")
+    add("--from", dest="run", default="", metavar="RUN_DIR", help="configuration and results of a finished run")
+    add("--out", required=True, metavar="FOLDER", help="the record folder to make")
+    add("--target", default="gpt", choices=("gpt", "mlx"), help="which script")
+    add("--source", default="", help="another script with the same conventions")
+    add("--devices", default="cuda,cpu", help="kinds of device that the script must run on")
+    add(
+        "--keep-env", default=[], type=lambda text: text.upper().split(","), metavar="NAMES", help="also stay variables"
+    )
+    add("--wrapper", default="", choices=("", *WRAPPERS), help="smallest by default")
+    add("--no-minify", action="store_true", help="leave the script readable")
+    add("--eval-only", action="store_true", help="only what scores an artifact")
+    add("--explain", action="store_true", help="tell what was dropped, and bytes by section")
+    add("--no-proof", action="store_true", help="do not run the small job; the record says so")
+    add("--proof-data", default="data/datasets/dev_sp1024", help="token shards of the small job")
+    add("--proof-tokenizer", default="data/tokenizers/fineweb_1024_bpe.model")
+    add("--proof-vocab", type=int, default=1024)
+    add("--seeds", default="", help="run the extracted script with these seeds, e.g. 1337,42,7")
+    add(
+        "--largest-artifact",
+        type=int,
+        default=20_000_000,
+        help="bytes above which only the artifact's checksum goes in",
+    )
+    for name in ("name", "author", "github-id", "blurb", "date"):
+        add(f"--{name}", default="", help=f"{name} in submission.json")
+    return parser.parse_args(argv)
+
+
+def build(options: Any) -> list[str]:
+    """Make a record folder; the lines to tell. Raises BuildError."""
+    root = Path(__file__).resolve().parent
+    source = Source(
+        Path(options.source) if options.source else root / f"train_gpt{'_mlx' * (options.target == 'mlx')}.py"
+    )
+    environ = dict(word.split("=", 1) for word in options.assignments if "=" in word)
+    if len(environ) < len(options.assignments):
+        raise BuildError(f"{[w for w in options.assignments if '=' not in w][0]} is not VARIABLE=value")
+    if options.run:
+        environ["ENV_FILE"] = str(Path(options.run) / "config.env")
+    whole = extract(source, environ, options)
+    told = [
+        f"{source.path.name}: {len(source.text)} bytes; {len(whole.text.splitlines())} lines and "
+        f"{len(whole.text)} bytes extracted, {len(whole.short)} minified, {len(whole.script)} wrapped ({whole.wrapper})"
+    ]
+    told += [*section_sizes(source, whole.text), *explained(source, whole.text, whole.h)] if options.explain else []
+    shown = (
+        ["the extracted script was not proved (--no-proof)"]
+        if options.no_proof
+        else prove(source, environ, whole, options)
+    )
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "train_gpt.py").write_bytes(whole.script)
+    (out / "train_gpt_readable.py").write_text(whole.text)
+    (out / "requirements.txt").write_bytes((root / "requirements.txt").read_bytes())
+    runs = (
+        launch(source, environ, out, whole, options.seeds.split(","))
+        if options.seeds
+        else [Path(options.run)]
+        if options.run
+        else []
+    )
+    if runs:
+        write_record(out, runs, whole, shown, options)
+    return [*told, *shown, f"written: {out}"]
+
+
+def main(argv: list[str]) -> int:
+    """Build; returns the exit code, 2 for what cannot or must not be built."""
+    try:
+        for line in build(options_of(argv)):
+            print(line)
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

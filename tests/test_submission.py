@@ -1,0 +1,246 @@
+# ruff: noqa: E501 (programs are one string each)
+"""build_submission.py: rules of the evaluator on small programs, expressions at random, wrappers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import build_submission as b  # noqa: E402
+
+HEAD = '''"""A small program with the conventions of the large one."""
+from __future__ import annotations
+import dataclasses
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Callable, ClassVar, NamedTuple
+PACKAGED = False
+
+
+class UserError(Exception):
+    """A mistake."""
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    seed: int = 7
+    width: int = 4
+    mode: str = "left"
+    on: bool = False
+    rate: float = 0.5
+
+    @property
+    def double(self) -> int:
+        return 2 * self.width
+
+    @property
+    def shifted(self) -> int:
+        return self.seed + self.width
+
+    def used(self) -> dict[str, tuple[str, ...]]:
+        return {"KINDS": (self.mode,)}
+
+
+def load_config(environ: dict[str, str]) -> Hyperparameters:
+    return Hyperparameters(seed=int(environ.get("SEED") or 7))
+
+
+# ==== 2. REST ====
+'''
+FOOT = """
+
+if __name__ == "__main__":
+    main(load_config({"SEED": "11"}))
+"""
+
+
+def cut(tmp_path: Path, body: str) -> str:
+    """The extracted program; it must print what the whole one prints."""
+    path = tmp_path / "program.py"
+    path.write_text(HEAD + body + FOOT)
+    source = b.Source(path)
+    tree = b.Program(source, source.load({}), ["SEED"], ["cuda", "cpu"]).run()
+    text = b.ast.unparse(tree)
+    told = run_in_process(HEAD + body + FOOT)
+    assert run_in_process(text) == told, text
+    return text
+
+
+def run_in_process(text: str) -> list[str]:
+    """What a program prints."""
+    told: list[str] = []
+    exec(
+        compile(text, "program", "exec"),
+        {"__name__": "__main__", "print": lambda *a: told.append(" ".join(map(str, a)))},
+    )
+    return told
+
+
+# name -> (program, texts that must be gone, texts that must be there)
+RULES: dict[str, tuple[str, list[str], list[str]]] = {
+    "a condition on a frozen field": (
+        "def main(h: Hyperparameters) -> None:\n    if h.on:\n        print('gone')\n    else:\n        print(h.double)\n",
+        ["gone", "double", "if h"], ["print(8)"]),
+    "a variable stays one": (
+        "def main(h: Hyperparameters) -> None:\n    print(h.seed, h.shifted)\n", ["width"], ["h.seed", "SEED"]),
+    "effects in a condition stay": (
+        "def noisy() -> bool:\n    print('heard')\n    return True\n\n"
+        "def main(h: Hyperparameters) -> None:\n    if noisy() and h.on:\n        print('gone')\n",
+        ["gone"], ["noisy()"]),
+    "effects of arguments stay": (
+        "def noisy() -> int:\n    print('heard')\n    return 1\n\ndef idle(x: int) -> None:\n    return None\n\n"
+        "def main(h: Hyperparameters) -> None:\n    idle(noisy())\n", [], ["noisy()"]),
+    "a parameter that is always the same": (
+        "def grow(x: int, by: int = 3, times: int = 1) -> int:\n    return x + by * times\n\n"
+        "def main(h: Hyperparameters) -> None:\n    print(grow(h.seed, times=5), grow(h.seed + 1, 3, 5))\n",
+        ["times", "by"], ["def grow(x)"]),
+    "a default that one call overrides": (
+        "def grow(x: int, by: int = 3) -> int:\n    return x + by\n\n"
+        "def main(h: Hyperparameters) -> None:\n    print(grow(h.seed), grow(h.seed, 4))\n", [], ["by"]),
+    "a function that is passed around keeps its parameters": (
+        "def grow(x: int, by: int = 3) -> int:\n    return x + by\n\n"
+        "def main(h: Hyperparameters) -> None:\n    print(grow(h.seed), list(map(grow, [1], [2])))\n", [], ["by"]),
+    "a local name hides a definition": (
+        "def width(x: int) -> int:\n    return x\n\n"
+        "def main(h: Hyperparameters) -> None:\n    print(width(1))\n    def inner(width: Callable) -> int:\n"
+        "        return width(2)\n    print(inner(lambda x: 10 * x * h.seed))\n", [], ["width"]),
+    "a name that changes": (
+        "def main(h: Hyperparameters) -> None:\n    x = 1\n    for i in range(h.seed):\n        x = x + i\n    print(x)\n",
+        [], ["x + i"]),
+    "a name of a comprehension is its own": (
+        "def main(h: Hyperparameters) -> None:\n    x = 5\n    print([x + h.seed for x in range(2)], x)\n", [], ["for x in range(2)"]),
+    "a walrus binds in the function": (
+        "def main(h: Hyperparameters) -> None:\n    y = 1\n    print([y := i for i in range(h.seed)][-1], y)\n", [], [":="]),
+    "a closure that writes": (
+        "def main(h: Hyperparameters) -> None:\n    n = 0\n    def more() -> None:\n        nonlocal n\n        n = n + h.seed\n"
+        "    more()\n    print(n)\n", [], ["nonlocal n"]),
+    "a registry's entries": (
+        "def left(h: Hyperparameters) -> int:\n    return h.seed\n\ndef right(h: Hyperparameters) -> int:\n    return 0\n\n"
+        "KINDS: dict[str, Callable[[Hyperparameters], int]] = {'left': lambda h: left(h) + h.width, 'right': right}\n\n"
+        "def main(h: Hyperparameters) -> None:\n    print(KINDS[h.mode](h))\n", ["right", "KINDS", "width"], ["left(h) + 4"]),
+    "an attribute that is always the same": (
+        "class Box:\n    def __init__(self, h: Hyperparameters) -> None:\n        self.top, self.seed_ = h.width, h.seed\n\n"
+        "    def show(self) -> int:\n        return self.top + self.seed_ if self.top else 0\n\n"
+        "def main(h: Hyperparameters) -> None:\n    print(Box(h).show())\n", ["top"], ["4 + self.seed_"]),
+    "an attribute that is set from outside": (
+        "class Box:\n    def __init__(self) -> None:\n        self.top = 1\n\n"
+        "def main(h: Hyperparameters) -> None:\n    box = Box()\n    print(box.top)\n    box.top = h.seed\n    print(box.top)\n",
+        [], ["box.top = "]),
+    "a method of a derived class and super": (
+        "class A:\n    def f(self, x: int) -> int:\n        return x + 1\n\nclass B(A):\n    def f(self, x: int) -> int:\n"
+        "        return super().f(x) * 2\n\n    def never(self) -> None:\n        print('gone')\n\n"
+        "def main(h: Hyperparameters) -> None:\n    print(B().f(h.seed))\n", ["gone"], ["super()"]),
+    "a class that is never made": (
+        "class A:\n    pass\n\nclass B(A):\n    pass\n\n"
+        "def main(h: Hyperparameters) -> None:\n    x = A()\n    print('b' if isinstance(x, B) else 'a')\n", ["isinstance", "class B"], []),
+    "a subclass counts as its base": (
+        "class A:\n    pass\n\nclass B(A):\n    pass\n\n"
+        "def main(h: Hyperparameters) -> None:\n    x = B()\n    print(isinstance(x, A))\n", [], ["isinstance"]),
+    "a configuration that changes": (
+        "def other(h: Hyperparameters) -> Hyperparameters:\n    return dataclasses.replace(h, on=True, width=4)\n\n"
+        "def tell(h: Hyperparameters) -> None:\n    print(h.on, h.width)\n\n"
+        "def main(h: Hyperparameters) -> None:\n    tell(h)\n    tell(other(h))\n", ["width"], ["h.on", "on=True"]),
+    "a complaint about input goes": (
+        "def main(h: Hyperparameters) -> None:\n    if h.seed > 100:\n        raise UserError('gone')\n    print(h.seed)\n",
+        ["gone", "UserError"], []),
+    "a complaint behind an effect stays": (
+        "def main(h: Hyperparameters) -> None:\n    seen = [h.seed]\n    if seen.pop() > 100:\n        raise UserError('kept')\n"
+        "    print(seen)\n", [], ["seen.pop()"]),
+    "numbers keep their type": (
+        "def main(h: Hyperparameters) -> None:\n    flag, one = True, 1.0\n    print(flag, one, -0.0 if h.on else 0.0, 1 == True)\n",
+        [], ["1.0"]),
+    "what is computed at build time": (
+        "def table(n: int) -> tuple[float, ...]:\n    return tuple(math.sqrt(i) for i in range(n))\n\n"
+        "def main(h: Hyperparameters) -> None:\n    print(table(h.width))\n", ["sqrt"], ["1.7320508075688772"]),
+    "precedence": (
+        "def main(h: Hyperparameters) -> None:\n    shift = -h.width\n    print((shift) ** 2, h.seed - shift, -(h.width ** 2))\n", [], []),
+    "a loop over nothing": (
+        "NAMES: tuple[str, ...] = ()\n\ndef main(h: Hyperparameters) -> None:\n    for name in NAMES:\n        print('gone')\n    print(h.seed)\n",
+        ["gone"], []),
+    "what stands behind a return": (
+        "def main(h: Hyperparameters) -> None:\n    print(h.seed)\n    if not h.on:\n        return\n    print('gone')\n", ["gone"], []),
+    "what is written into an argument": (
+        "import numpy as np\n\ndef main(h: Hyperparameters) -> None:\n    held = np.zeros(2)\n    np.add(held, h.seed, out=held)\n"
+        "    print(held)\n", [], ["out=held"]),
+    "an unread field": (
+        "class Pair(NamedTuple):\n    a: int\n    b: int = 0\n\n"
+        "def main(h: Hyperparameters) -> None:\n    print(Pair(h.seed, 5).a)\n", ["b: "], ["Pair"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rule(name: str, tmp_path: Path) -> None:
+    body, gone, there = RULES[name]
+    text = cut(tmp_path, body)
+    assert not [part for part in gone if part in text], text
+    assert all(part in text for part in there), text
+
+
+VALUES = st.one_of(st.booleans(), st.integers(-9, 9), st.floats(-4, 4), st.sampled_from(["", "a", "left"]), st.none())
+LEAVES = st.one_of(
+    VALUES.map(repr),
+    st.sampled_from(
+        ["h.seed", "h.width", "h.on", "h.mode", "h.rate", "h.double", "x", "note(1)", "note(0)", "f'{h.width}-{x}'"]
+    ),
+)
+
+
+def compound(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    two = st.tuples(inner, inner)
+    return st.one_of(
+        two.map(lambda p: f"({p[0]} and {p[1]})"), two.map(lambda p: f"({p[0]} or {p[1]})"), inner.map(lambda p: f"(not {p})"),
+        two.map(lambda p: f"({p[0]} == {p[1]})"), two.map(lambda p: f"({p[0]} is not {p[1]})"), two.map(lambda p: f"[{p[0]}, {p[1]}]"),
+        st.tuples(inner, inner, inner).map(lambda p: f"({p[0]} if {p[1]} else {p[2]})"), inner.map(lambda p: f"str({p})"),
+        two.map(lambda p: f"({p[0]}, *[{p[1]}])"), two.map(lambda p: f"{{'a': {p[0]}, **{{'b': {p[1]}}}}}"),
+    )  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.recursive(LEAVES, compound, max_leaves=12))
+def test_any_expression_keeps_its_value_and_its_effects(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    body = "def note(x: int) -> int:\n    print('note', x)\n    return x\n\n"
+    body += f"def main(h: Hyperparameters) -> None:\n    x = 3\n    print(repr({text}))\n    if {text}:\n        print('yes')\n"
+    path = tmp_path_factory.getbasetemp() / "expression.py"
+    path.write_text(HEAD + body + FOOT)
+    source = b.Source(path)
+    tree = b.Program(source, source.load({}), ["SEED"], ["cpu"]).run()
+    assert run_in_process(b.ast.unparse(tree)) == run_in_process(HEAD + body + FOOT)
+
+
+# ---- wrappers ----
+
+
+@pytest.mark.parametrize("how", b.WRAPPERS)
+def test_wrapped_script_runs_and_knows_its_file(how: str, tmp_path: Path) -> None:
+    text = (
+        "import os,sys\nprint(__name__,os.path.getsize(__file__),sys.argv[1],'\\'\\\\\\0\\r\\n\\u00e9'.encode())\n"
+        + "#" * 300
+    )
+    name, script = b.wrapped(text, how)
+    path = tmp_path / "train_gpt.py"
+    path.write_bytes(script)
+    said = subprocess.run([sys.executable, path, "word"], capture_output=True, text=True)
+    assert name == how and said.stdout.split()[:3] == ["__main__", str(len(script)), "word"], said.stderr
+    assert b.wrapped(text, how)[1] == script
+
+
+def test_smallest_wrapper_is_taken() -> None:
+    text = (ROOT / "build_submission.py").read_text()[:20000]
+    sizes = {how: len(wrap(text)) for how, wrap in b.WRAPPERS.items()}
+    assert len(b.wrapped(text, "")[1]) == min(sizes.values()) == sizes["latin1"] < sizes["base85"] < sizes["none"]
+
+
+def test_kernels_find_their_source(tmp_path: Path) -> None:
+    text = "import inspect\nclass triton:\n    jit=staticmethod(inspect.getsource)\n@triton.jit\ndef kernel(x):\n    return x+1\nprint(kernel)\n"
+    path = tmp_path / "train_gpt.py"
+    path.write_bytes(b.wrapped(text, "latin1")[1])
+    said = subprocess.run([sys.executable, path], capture_output=True, text=True)
+    assert "return x+1" in said.stdout, said.stderr
