@@ -179,7 +179,7 @@ def literal(node: ast.AST | None) -> Any:
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
-        return -node.operand.value
+        return -literal(node.operand)
     if isinstance(node, ast.Tuple):
         return tuple(literal(element) for element in node.elts)
     raise Unknown
@@ -714,7 +714,7 @@ def type_places(node: ast.AST) -> list[ast.expr]:
         return [node.type] if node.type else []
     if isinstance(node, ast.Call) and dotted(node.func) == "isinstance":
         return node.args[1:]
-    return node.bases if isinstance(node, ast.ClassDef) else annotations(node)
+    return node.bases if isinstance(node, ast.ClassDef) else hints(node)
 
 
 PLAIN_DECORATORS = {"property", "staticmethod", "classmethod", "torch.no_grad", "dataclass", "dataclasses.dataclass"}
@@ -726,7 +726,7 @@ def is_opaque(node: Definition) -> bool:
     return not set(marks) <= PLAIN_DECORATORS
 
 
-def annotations(node: ast.AST) -> list[ast.expr]:
+def hints(node: ast.AST) -> list[ast.expr]:
     """Type annotations of one node."""
     if isinstance(node, ast.AnnAssign):
         return [node.annotation]
@@ -1142,11 +1142,8 @@ class Fold(ast.NodeTransformer):
             kind = dotted(node.args[1])
             if kind in self.facts.classes and self.visible(node.args[1]) and not self.facts.made(kind):
                 return ast.Constant(False)
-        if (
-            (kind := dotted(node.func).split("."))
-            and kind[-1] == "is_available"
-            and kind[-2:-1] in [[d] for d in self.program.absent]
-        ):
+        path = dotted(node.func).split(".")
+        if path[-1] == "is_available" and path[-2:-1] in [[d] for d in self.program.absent]:
             return ast.Constant(False)
         result = self.result(node)
         pure = all(map(self.purity.expression, [*node.args, *(k.value for k in node.keywords)]))
@@ -1200,15 +1197,17 @@ class Fold(ast.NodeTransformer):
 
     def simplify_JoinedStr(self, node: ast.JoinedStr) -> ast.expr | None:
         """Known parts become text; neighbouring texts are joined."""
-        parts, changed = list[ast.expr](), False
+        parts, changed = list[Any](), False
         for part in node.values:
             try:
-                text = ast.Constant(self.value(ast.JoinedStr([part]))) if isinstance(part, ast.FormattedValue) else part
+                text: ast.expr = (
+                    ast.Constant(self.value(ast.JoinedStr([part]))) if isinstance(part, ast.FormattedValue) else part
+                )
             except Unknown:
                 text = part
             changed |= text is not part
             if parts and isinstance(text, ast.Constant) and isinstance(parts[-1], ast.Constant):
-                parts[-1], changed = ast.Constant(parts[-1].value + text.value), True
+                parts[-1], changed = ast.Constant(literal(parts[-1]) + literal(text)), True
             elif not (isinstance(text, ast.Constant) and text.value == ""):
                 parts.append(text)
         return ast.JoinedStr(parts) if changed else None
@@ -1665,7 +1664,7 @@ class Sweep(ast.NodeTransformer):
             return node
         if len(parts) == 1 or not isinstance(node.value, ast.Tuple) or len(parts) != len(node.value.elts):
             return node
-        stay = [(t, v) for t, v in parts if not (self.dead(t) and self.purity.expression(v))]
+        stay = [(t, v) for t, v in parts if v is not None and not (self.dead(t) and self.purity.expression(v))]
         if len(stay) == len(parts):
             return node
         self.changes += 1
@@ -1894,7 +1893,7 @@ class Reach:
                 inner, outer = bound | own, [*one.args.defaults, *filter(None, one.args.kw_defaults)]
                 outer += [] if isinstance(one, ast.Lambda) else one.decorator_list
                 if isinstance(one, Function) and is_opaque(one):
-                    outer += [x for n in walk(one) for x in annotations(n)]
+                    outer += [x for n in walk(one) for x in hints(n)]
                 work += [(part, bound) for part in outer]
                 parts = [one.body] if isinstance(one, ast.Lambda) else list(one.body)
             elif isinstance(one, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
@@ -1978,7 +1977,7 @@ class Program:
     def specialize(self) -> None:
         used = self.h.used()
         for node in definitions(self.tree.body):
-            if isinstance(node, Definition) and node.name == CONFIG_CLASS:
+            if isinstance(node, ast.ClassDef) and node.name == CONFIG_CLASS:
                 self.freeze(node)
             elif isinstance(node, ast.FunctionDef) and node.name == LOADER:
                 node.body, node.args.args[1:], node.args.defaults = self.loading(), [], []
@@ -2002,7 +2001,9 @@ class Program:
                 and isinstance(kind.slice, ast.Tuple)
             ):
                 types_ = kind.slice.elts[0]
-                for value in node.value.values if isinstance(types_, ast.List) else ():
+                if not isinstance(types_, ast.List):
+                    continue
+                for value in node.value.values:
                     for arg, type_ in zip(parameters(value.args), types_.elts) if isinstance(value, ast.Lambda) else ():
                         arg.annotation = type_
 
@@ -2109,7 +2110,7 @@ class Program:
         own = {n.arg for n in walk(node) if isinstance(n, ast.arg)} | {name}
         own |= {n.id for n in walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         own |= {n.name for n in walk(node) if isinstance(n, Definition)}
-        skipped = {id(x) for n in walk(node) for a in annotations(n) for x in walk(a)}
+        skipped = {id(x) for n in walk(node) for a in hints(n) for x in walk(a)}
         free = {n.id for n in walk(node) if isinstance(n, ast.Name) and id(n) not in skipped} - own
         if any(isinstance(n, ast.Import | ast.ImportFrom | ast.Yield) for n in walk(node)) or not all(
             map(self.known, free)
@@ -2279,8 +2280,7 @@ def minified(text: str) -> str:
         raise BuildError(
             "minifying needs python-minifier: pip install -r requirements-dev.txt, or --no-minify"
         ) from None
-    options = {"rename_globals": True, "remove_literal_statements": True, "hoist_literals": False}
-    return python_minifier.minify(text, **options)
+    return python_minifier.minify(text, rename_globals=True, remove_literal_statements=True, hoist_literals=False)
 
 
 def packed(text: str) -> bytes:
