@@ -36,6 +36,7 @@ import subprocess
 import sys
 import tempfile
 import types
+import warnings
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -323,7 +324,7 @@ class Frozen:
 
 def as_dict(value: Any) -> dict[str, Any]:
     """dataclasses.asdict, of a frozen configuration, too."""
-    return value.asdict() if isinstance(value, Frozen) else dataclasses.asdict(value)
+    return Frozen.asdict(value) if isinstance(value, Frozen) else dataclasses.asdict(value)
 
 
 class Partly(dict):
@@ -900,7 +901,8 @@ class Fold(ast.NodeTransformer):
         closed = Closed(self)
         closed.check(node, frozenset())
         plain = Spelled(self).visit(copy.deepcopy(node))
-        code = compile(ast.fix_missing_locations(ast.Expression(plain)), "<build>", "eval")
+        with warnings.catch_warnings(action="ignore"):  # an expression that makes no sense is left to run time
+            code = compile(ast.fix_missing_locations(ast.Expression(plain)), "<build>", "eval")
         try:
             return eval(code, {"__builtins__": {}, **closed.names, "__config__": self.program.frozen})
         except Unknown:
@@ -1416,7 +1418,7 @@ class Fold(ast.NodeTransformer):
     def truth_of_loop(self, node: ast.expr) -> bool:
         """Whether there is nothing to loop over."""
         try:
-            return not list(self.value(node))
+            return not any(True for _ in self.value(node))  # it may be endless
         except (Unknown, TypeError):
             return isinstance(node, ast.List | ast.Tuple) and not node.elts
 
@@ -1962,10 +1964,9 @@ class Program:
             if isinstance(target, ast.Name) and value is not None
         }
         self.marks = {"PACKAGED": True, **marks}
-        source.config.__dict__.update(self.marks)
-        self.space: dict[str, Any] = {**source.config.__dict__, **self.marks}  # of functions run at build time
         real = {name: vars(dataclasses)[name] for name in dataclasses.__all__}
-        self.space["dataclasses"] = types.SimpleNamespace(**{**real, "asdict": as_dict})
+        source.config.__dict__.update(self.marks, dataclasses=types.SimpleNamespace(**{**real, "asdict": as_dict}))
+        self.space: dict[str, Any] = dict(source.config.__dict__)  # of functions run at build time
         self.eligible: dict[str, bool] = {}
         self.external = external_names(source.tree)
         self.open: frozenset[str] = frozenset()
@@ -2439,6 +2440,7 @@ def small_job(h: Any) -> dict[str, str]:
     return {name.upper(): str(int(x) if isinstance(x, bool) else x) for name, x in sizes.items() if name in v}
 
 
+JOB_SECONDS = 90  # a small job takes ten to thirty
 DRIVER = """
 import contextlib, runpy, sys
 with contextlib.suppress(ImportError):
@@ -2474,7 +2476,11 @@ def run_job(folder: Path, script: bytes, environ: dict[str, str], coverage: bool
         n: v for n, v in os.environ.items() if n in ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV", "OMP_NUM_THREADS")
     }
     environ = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **plain, **environ, "RUN_ID": "proof"}
-    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=JOB_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        said = (error.stdout or b"").decode(errors="replace").strip()[-500:]
+        raise BuildError(f"{folder.name}: the job took more than {JOB_SECONDS} s; it last said: {said}") from None
     if done.returncode:
         raise BuildError(
             f"{folder.name}: the job ended with {done.returncode}: {(done.stderr or done.stdout).strip()[-1500:]}"
@@ -2531,15 +2537,21 @@ def covered(folder: Path) -> tuple[float, list[str]]:
     return found["summary"]["percent_covered"], [f"{name} ({count})" for name, count in missing.items()]
 
 
-def prove(source: Source, environ: dict[str, str], whole: Extracted, options: Any) -> list[str]:
-    """Run the full script and the extracted one on a small job; what was shown. Raises BuildError for a difference."""
+def job_environment(source: Source, h: Any, options: Any) -> dict[str, str]:
+    """All variables of a configuration's small job."""
     data = {
         "DATA_PATH": str(Path(options.proof_data).resolve()),
         "TOKENIZER_PATH": str(Path(options.proof_tokenizer).resolve()),
     }
-    small = {**dataclasses_env(source, whole.h), **small_job(whole.h), **data, "VOCAB_SIZE": str(options.proof_vocab)}
-    if whole.h.vocab_size in source.config.BYTE_VOCABULARIES:
-        small["VOCAB_SIZE"] = str(whole.h.vocab_size)
+    small = {**dataclasses_env(source, h), **small_job(h), **data, "VOCAB_SIZE": str(options.proof_vocab)}
+    if h.vocab_size in source.config.BYTE_VOCABULARIES:
+        small["VOCAB_SIZE"] = str(h.vocab_size)
+    return small
+
+
+def prove(source: Source, environ: dict[str, str], whole: Extracted, options: Any) -> list[str]:
+    """Run the full script and the extracted one on a small job; what was shown. Raises BuildError for a difference."""
+    small = job_environment(source, whole.h, options)
     made = extract(source, small, argparse.Namespace(**{**vars(options), "wrapper": whole.wrapper}))
     keeps = {name: small[name] for name in (*ALWAYS_KEPT, *options.keep_env) if name in small}
     with tempfile.TemporaryDirectory(prefix="proof_") as name:

@@ -244,3 +244,27 @@ def test_kernels_find_their_source(tmp_path: Path) -> None:
     path.write_bytes(b.wrapped(text, "latin1")[1])
     said = subprocess.run([sys.executable, path], capture_output=True, text=True)
     assert "return x+1" in said.stdout, said.stderr
+
+
+# ---- the proof, on the real script ----
+
+PROVED = ["--proof-data", str(ROOT / "data/datasets/dev_sp1024")]
+PROVED += ["--proof-tokenizer", str(ROOT / "data/tokenizers/fineweb_1024_bpe.model")]
+
+
+@pytest.mark.slow  # a real extraction (20 s on a free core) and three jobs: nothing smaller shows that they agree
+def test_extracted_script_does_what_the_whole_one_does_and_a_fault_is_found(tmp_path: Path) -> None:
+    source = b.Source(ROOT / "train_gpt.py")
+    options = b.options_of(["--dce", "--out", str(tmp_path / "record"), *PROVED])
+    small = b.job_environment(source, source.load({"PRESET": "tiny"}), options)
+    made = b.extract(source, small, options)
+    keeps = {name: small[name] for name in b.ALWAYS_KEPT if name in small}
+    full = b.run_job(tmp_path / "full", source.path.read_bytes(), small)
+    assert len(full.losses) >= 8 and len(full.artifact) > 1000
+    assert b.first_difference(full, b.run_job(tmp_path / "shipped", made.script, keeps)) == ""
+    right = "momentum = muon_momentum(h, state.step)"
+    wrong = made.text.replace(right, "momentum = 0.5")
+    assert wrong != made.text
+    difference = b.first_difference(full, b.run_job(tmp_path / "wrong", wrong.encode(), keeps))
+    assert difference.startswith("loss ")
+    assert b.suspects(made.text, wrong) == ["train_loop"]
