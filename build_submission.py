@@ -9,7 +9,7 @@ arguments and attributes, and deletes what nothing reaches any more, to a fixed 
 knows no function of the script by name; what it relies on is written in the source's CONFIG section:
 
 - `Hyperparameters` (a frozen dataclass), `load_config` and `used()`; a configuration changes by dataclasses.replace.
-- `PACKAGED` and `EVAL_ONLY`, constants that are set to True: code that a submission does not need stands behind them.
+- `PACKAGED`, a constant that is set to True: code that a submission does not need stands behind it.
 - `UserError`: a mistake of the user's. A packaged script runs where the full one ran, and does not look for them.
 - No dynamic attributes, no changing globals; properties and assertions have no effects beside their value.
 """
@@ -2375,8 +2375,7 @@ def extract(source: Source, environ: dict[str, str], options: Any) -> Extracted:
     unknown = [name for name in kept if name.lower() not in dataclasses.asdict(h)]
     if unknown:
         raise BuildError(f"--keep-env {unknown[0]} is not a variable of {source.path.name}")
-    marks = {"EVAL_ONLY": options.eval_only, "FOLDS": folds(h)}
-    tree = Program(source, h, kept, options.devices.split(","), **marks).run()
+    tree = Program(source, h, kept, options.devices.split(","), FOLDS=folds(h)).run()
     text = ast.unparse(tree) + "\n"
     short = text if options.no_minify else minified(text)
     for part in (text, short):
@@ -2440,7 +2439,7 @@ def small_job(h: Any) -> dict[str, str]:
     return {name.upper(): str(int(x) if isinstance(x, bool) else x) for name, x in sizes.items() if name in v}
 
 
-JOB_SECONDS = 90  # a small job takes ten to thirty
+JOB_SECONDS = 300  # a small job takes ten to thirty on a free core
 DRIVER = """
 import contextlib, runpy, sys
 with contextlib.suppress(ImportError):
@@ -2732,19 +2731,20 @@ def seed_of(run: Path, whole: Extracted) -> int:
     return int(found[1]) if found else whole.h.seed
 
 
-def launch(source: Source, environ: dict[str, str], out: Path, whole: Extracted, seeds: list[str]) -> list[Path]:
+def launch(source: Source, out: Path, whole: Extracted, seeds: list[str]) -> list[Path]:
     """Run the extracted script once for each seed, from the record folder, and audit what it made with the full one.
 
     Returns the runs' folders. Raises BuildError.
     """
     runs = [out / whole.h.out_dir / f"seed_{seed}" for seed in seeds]
+    data = {"DATA_PATH": whole.h.data_path, "TOKENIZER_PATH": whole.h.tokenizer_path}
     for seed in seeds:
-        environ = {**os.environ, "SEED": seed, "RUN_ID": f"seed_{seed}"}
-        if subprocess.run([sys.executable, "train_gpt.py"], cwd=out, env=environ).returncode:
+        own = {**os.environ, "SEED": seed, "RUN_ID": f"seed_{seed}"}
+        if subprocess.run([sys.executable, "train_gpt.py"], cwd=out, env=own).returncode:
             raise BuildError(f"the run with SEED={seed} failed; see {out}/{whole.h.out_dir}/seed_{seed}")
     for run in runs:
         command = [sys.executable, str(source.path), "audit", str(run / "model.pgz")]
-        subprocess.run(command, env={**os.environ, **environ})
+        subprocess.run(command, env={**os.environ, **data})
     return runs
 
 
@@ -2758,7 +2758,6 @@ def options_of(argv: list[str]) -> Any:
     add("--dce", action="store_true", help="extract (without it, the script is only minified and wrapped)")
     add("--from", dest="run", default="", metavar="RUN_DIR", help="configuration and results of a finished run")
     add("--out", required=True, metavar="FOLDER", help="the record folder to make")
-    add("--target", default="gpt", choices=("gpt", "mlx"), help="which script")
     add("--source", default="", help="another script with the same conventions")
     add("--devices", default="cuda,cpu", help="kinds of device that the script must run on")
     add(
@@ -2766,7 +2765,6 @@ def options_of(argv: list[str]) -> Any:
     )
     add("--wrapper", default="", choices=("", *WRAPPERS), help="smallest by default")
     add("--no-minify", action="store_true", help="leave the script readable")
-    add("--eval-only", action="store_true", help="only what scores an artifact")
     add("--explain", action="store_true", help="tell what was dropped, and bytes by section")
     add("--no-proof", action="store_true", help="do not run the small job; the record says so")
     add("--proof-data", default="data/datasets/dev_sp1024", help="token shards of the small job")
@@ -2787,9 +2785,7 @@ def options_of(argv: list[str]) -> Any:
 def build(options: Any) -> list[str]:
     """Make a record folder; the lines to tell. Raises BuildError."""
     root = Path(__file__).resolve().parent
-    source = Source(
-        Path(options.source) if options.source else root / f"train_gpt{'_mlx' * (options.target == 'mlx')}.py"
-    )
+    source = Source(Path(options.source) if options.source else root / "train_gpt.py")
     environ = dict(word.split("=", 1) for word in options.assignments if "=" in word)
     if len(environ) < len(options.assignments):
         raise BuildError(f"{[w for w in options.assignments if '=' not in w][0]} is not VARIABLE=value")
@@ -2812,7 +2808,7 @@ def build(options: Any) -> list[str]:
     (out / "train_gpt_readable.py").write_text(whole.text)
     (out / "requirements.txt").write_bytes((root / "requirements.txt").read_bytes())
     runs = (
-        launch(source, environ, out, whole, options.seeds.split(","))
+        launch(source, out, whole, options.seeds.split(","))
         if options.seeds
         else [Path(options.run)]
         if options.run

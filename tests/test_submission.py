@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -268,3 +270,20 @@ def test_extracted_script_does_what_the_whole_one_does_and_a_fault_is_found(tmp_
     difference = b.first_difference(full, b.run_job(tmp_path / "wrong", wrong.encode(), keeps))
     assert difference.startswith("loss ")
     assert b.suspects(made.text, wrong) == ["train_loop"]
+    record_of(source, made, tmp_path / "record", options)
+
+
+def record_of(source: b.Source, made: b.Extracted, out: Path, options: Any) -> None:
+    """Run the extracted script for a seed; its record is whole, and refused when its audit is of another artifact."""
+    out.mkdir()
+    (out / "train_gpt.py").write_bytes(made.script)
+    (run,) = b.launch(source, out, made, ["7"])
+    b.write_record(out, [run], made, ["a line"], options)
+    wanted = {"README.md", "submission.json", "train_seed7.log", "model.pgz", "model.pgz.audit.json"}
+    assert wanted <= {path.name for path in out.iterdir()}
+    told = json.loads((out / "submission.json").read_text())
+    assert told["bytes_code"] == len(made.script) and told["seeds"] == [7] and told["val_bpb"] > 1
+    audit = json.loads((run / "model.pgz.audit.json").read_text())
+    (run / "model.pgz.audit.json").write_text(json.dumps({**audit, "artifact_sha256": "0"}))
+    with pytest.raises(b.BuildError, match="audit: it was of another artifact"):
+        b.write_record(out, [run], made, [], options)
