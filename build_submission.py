@@ -9,7 +9,7 @@ arguments and attributes, and deletes what nothing reaches any more, to a fixed 
 knows no function of the script by name; what it relies on is written in the source's CONFIG section:
 
 - `Hyperparameters` (a frozen dataclass), `load_config` and `used()`; a configuration changes by dataclasses.replace.
-- `PACKAGED` and `EVAL_ONLY`, constants that are set to True: code that a submission does not need stands behind them.
+- `PACKAGED`, a constant that is set to True: code that a submission does not need stands behind it.
 - `UserError`: a mistake of the user's. A packaged script runs where the full one ran, and does not look for them.
 - No dynamic attributes, no changing globals; properties and assertions have no effects beside their value.
 """
@@ -36,6 +36,7 @@ import subprocess
 import sys
 import tempfile
 import types
+import warnings
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -179,7 +180,7 @@ def literal(node: ast.AST | None) -> Any:
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
-        return -node.operand.value
+        return -literal(node.operand)
     if isinstance(node, ast.Tuple):
         return tuple(literal(element) for element in node.elts)
     raise Unknown
@@ -323,7 +324,7 @@ class Frozen:
 
 def as_dict(value: Any) -> dict[str, Any]:
     """dataclasses.asdict, of a frozen configuration, too."""
-    return value.asdict() if isinstance(value, Frozen) else dataclasses.asdict(value)
+    return Frozen.asdict(value) if isinstance(value, Frozen) else dataclasses.asdict(value)
 
 
 class Partly(dict):
@@ -714,7 +715,7 @@ def type_places(node: ast.AST) -> list[ast.expr]:
         return [node.type] if node.type else []
     if isinstance(node, ast.Call) and dotted(node.func) == "isinstance":
         return node.args[1:]
-    return node.bases if isinstance(node, ast.ClassDef) else annotations(node)
+    return node.bases if isinstance(node, ast.ClassDef) else hints(node)
 
 
 PLAIN_DECORATORS = {"property", "staticmethod", "classmethod", "torch.no_grad", "dataclass", "dataclasses.dataclass"}
@@ -726,7 +727,7 @@ def is_opaque(node: Definition) -> bool:
     return not set(marks) <= PLAIN_DECORATORS
 
 
-def annotations(node: ast.AST) -> list[ast.expr]:
+def hints(node: ast.AST) -> list[ast.expr]:
     """Type annotations of one node."""
     if isinstance(node, ast.AnnAssign):
         return [node.annotation]
@@ -900,7 +901,8 @@ class Fold(ast.NodeTransformer):
         closed = Closed(self)
         closed.check(node, frozenset())
         plain = Spelled(self).visit(copy.deepcopy(node))
-        code = compile(ast.fix_missing_locations(ast.Expression(plain)), "<build>", "eval")
+        with warnings.catch_warnings(action="ignore"):  # an expression that makes no sense is left to run time
+            code = compile(ast.fix_missing_locations(ast.Expression(plain)), "<build>", "eval")
         try:
             return eval(code, {"__builtins__": {}, **closed.names, "__config__": self.program.frozen})
         except Unknown:
@@ -1142,11 +1144,8 @@ class Fold(ast.NodeTransformer):
             kind = dotted(node.args[1])
             if kind in self.facts.classes and self.visible(node.args[1]) and not self.facts.made(kind):
                 return ast.Constant(False)
-        if (
-            (kind := dotted(node.func).split("."))
-            and kind[-1] == "is_available"
-            and kind[-2:-1] in [[d] for d in self.program.absent]
-        ):
+        path = dotted(node.func).split(".")
+        if path[-1] == "is_available" and path[-2:-1] in [[d] for d in self.program.absent]:
             return ast.Constant(False)
         result = self.result(node)
         pure = all(map(self.purity.expression, [*node.args, *(k.value for k in node.keywords)]))
@@ -1200,15 +1199,17 @@ class Fold(ast.NodeTransformer):
 
     def simplify_JoinedStr(self, node: ast.JoinedStr) -> ast.expr | None:
         """Known parts become text; neighbouring texts are joined."""
-        parts, changed = list[ast.expr](), False
+        parts, changed = list[Any](), False
         for part in node.values:
             try:
-                text = ast.Constant(self.value(ast.JoinedStr([part]))) if isinstance(part, ast.FormattedValue) else part
+                text: ast.expr = (
+                    ast.Constant(self.value(ast.JoinedStr([part]))) if isinstance(part, ast.FormattedValue) else part
+                )
             except Unknown:
                 text = part
             changed |= text is not part
             if parts and isinstance(text, ast.Constant) and isinstance(parts[-1], ast.Constant):
-                parts[-1], changed = ast.Constant(parts[-1].value + text.value), True
+                parts[-1], changed = ast.Constant(literal(parts[-1]) + literal(text)), True
             elif not (isinstance(text, ast.Constant) and text.value == ""):
                 parts.append(text)
         return ast.JoinedStr(parts) if changed else None
@@ -1417,7 +1418,7 @@ class Fold(ast.NodeTransformer):
     def truth_of_loop(self, node: ast.expr) -> bool:
         """Whether there is nothing to loop over."""
         try:
-            return not list(self.value(node))
+            return not any(True for _ in self.value(node))  # it may be endless
         except (Unknown, TypeError):
             return isinstance(node, ast.List | ast.Tuple) and not node.elts
 
@@ -1665,7 +1666,7 @@ class Sweep(ast.NodeTransformer):
             return node
         if len(parts) == 1 or not isinstance(node.value, ast.Tuple) or len(parts) != len(node.value.elts):
             return node
-        stay = [(t, v) for t, v in parts if not (self.dead(t) and self.purity.expression(v))]
+        stay = [(t, v) for t, v in parts if v is not None and not (self.dead(t) and self.purity.expression(v))]
         if len(stay) == len(parts):
             return node
         self.changes += 1
@@ -1894,7 +1895,7 @@ class Reach:
                 inner, outer = bound | own, [*one.args.defaults, *filter(None, one.args.kw_defaults)]
                 outer += [] if isinstance(one, ast.Lambda) else one.decorator_list
                 if isinstance(one, Function) and is_opaque(one):
-                    outer += [x for n in walk(one) for x in annotations(n)]
+                    outer += [x for n in walk(one) for x in hints(n)]
                 work += [(part, bound) for part in outer]
                 parts = [one.body] if isinstance(one, ast.Lambda) else list(one.body)
             elif isinstance(one, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
@@ -1963,10 +1964,9 @@ class Program:
             if isinstance(target, ast.Name) and value is not None
         }
         self.marks = {"PACKAGED": True, **marks}
-        source.config.__dict__.update(self.marks)
-        self.space: dict[str, Any] = {**source.config.__dict__, **self.marks}  # of functions run at build time
         real = {name: vars(dataclasses)[name] for name in dataclasses.__all__}
-        self.space["dataclasses"] = types.SimpleNamespace(**{**real, "asdict": as_dict})
+        source.config.__dict__.update(self.marks, dataclasses=types.SimpleNamespace(**{**real, "asdict": as_dict}))
+        self.space: dict[str, Any] = dict(source.config.__dict__)  # of functions run at build time
         self.eligible: dict[str, bool] = {}
         self.external = external_names(source.tree)
         self.open: frozenset[str] = frozenset()
@@ -1978,7 +1978,7 @@ class Program:
     def specialize(self) -> None:
         used = self.h.used()
         for node in definitions(self.tree.body):
-            if isinstance(node, Definition) and node.name == CONFIG_CLASS:
+            if isinstance(node, ast.ClassDef) and node.name == CONFIG_CLASS:
                 self.freeze(node)
             elif isinstance(node, ast.FunctionDef) and node.name == LOADER:
                 node.body, node.args.args[1:], node.args.defaults = self.loading(), [], []
@@ -2002,7 +2002,9 @@ class Program:
                 and isinstance(kind.slice, ast.Tuple)
             ):
                 types_ = kind.slice.elts[0]
-                for value in node.value.values if isinstance(types_, ast.List) else ():
+                if not isinstance(types_, ast.List):
+                    continue
+                for value in node.value.values:
                     for arg, type_ in zip(parameters(value.args), types_.elts) if isinstance(value, ast.Lambda) else ():
                         arg.annotation = type_
 
@@ -2109,7 +2111,7 @@ class Program:
         own = {n.arg for n in walk(node) if isinstance(n, ast.arg)} | {name}
         own |= {n.id for n in walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         own |= {n.name for n in walk(node) if isinstance(n, Definition)}
-        skipped = {id(x) for n in walk(node) for a in annotations(n) for x in walk(a)}
+        skipped = {id(x) for n in walk(node) for a in hints(n) for x in walk(a)}
         free = {n.id for n in walk(node) if isinstance(n, ast.Name) and id(n) not in skipped} - own
         if any(isinstance(n, ast.Import | ast.ImportFrom | ast.Yield) for n in walk(node)) or not all(
             map(self.known, free)
@@ -2279,8 +2281,7 @@ def minified(text: str) -> str:
         raise BuildError(
             "minifying needs python-minifier: pip install -r requirements-dev.txt, or --no-minify"
         ) from None
-    options = {"rename_globals": True, "remove_literal_statements": True, "hoist_literals": False}
-    return python_minifier.minify(text, **options)
+    return python_minifier.minify(text, rename_globals=True, remove_literal_statements=True, hoist_literals=False)
 
 
 def packed(text: str) -> bytes:
@@ -2374,8 +2375,7 @@ def extract(source: Source, environ: dict[str, str], options: Any) -> Extracted:
     unknown = [name for name in kept if name.lower() not in dataclasses.asdict(h)]
     if unknown:
         raise BuildError(f"--keep-env {unknown[0]} is not a variable of {source.path.name}")
-    marks = {"EVAL_ONLY": options.eval_only, "FOLDS": folds(h)}
-    tree = Program(source, h, kept, options.devices.split(","), **marks).run()
+    tree = Program(source, h, kept, options.devices.split(","), FOLDS=folds(h)).run()
     text = ast.unparse(tree) + "\n"
     short = text if options.no_minify else minified(text)
     for part in (text, short):
@@ -2439,6 +2439,7 @@ def small_job(h: Any) -> dict[str, str]:
     return {name.upper(): str(int(x) if isinstance(x, bool) else x) for name, x in sizes.items() if name in v}
 
 
+JOB_SECONDS = 300  # a small job takes ten to thirty on a free core
 DRIVER = """
 import contextlib, runpy, sys
 with contextlib.suppress(ImportError):
@@ -2474,7 +2475,11 @@ def run_job(folder: Path, script: bytes, environ: dict[str, str], coverage: bool
         n: v for n, v in os.environ.items() if n in ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV", "OMP_NUM_THREADS")
     }
     environ = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **plain, **environ, "RUN_ID": "proof"}
-    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=JOB_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        said = (error.stdout or b"").decode(errors="replace").strip()[-500:]
+        raise BuildError(f"{folder.name}: the job took more than {JOB_SECONDS} s; it last said: {said}") from None
     if done.returncode:
         raise BuildError(
             f"{folder.name}: the job ended with {done.returncode}: {(done.stderr or done.stdout).strip()[-1500:]}"
@@ -2531,15 +2536,21 @@ def covered(folder: Path) -> tuple[float, list[str]]:
     return found["summary"]["percent_covered"], [f"{name} ({count})" for name, count in missing.items()]
 
 
-def prove(source: Source, environ: dict[str, str], whole: Extracted, options: Any) -> list[str]:
-    """Run the full script and the extracted one on a small job; what was shown. Raises BuildError for a difference."""
+def job_environment(source: Source, h: Any, options: Any) -> dict[str, str]:
+    """All variables of a configuration's small job."""
     data = {
         "DATA_PATH": str(Path(options.proof_data).resolve()),
         "TOKENIZER_PATH": str(Path(options.proof_tokenizer).resolve()),
     }
-    small = {**dataclasses_env(source, whole.h), **small_job(whole.h), **data, "VOCAB_SIZE": str(options.proof_vocab)}
-    if whole.h.vocab_size in source.config.BYTE_VOCABULARIES:
-        small["VOCAB_SIZE"] = str(whole.h.vocab_size)
+    small = {**dataclasses_env(source, h), **small_job(h), **data, "VOCAB_SIZE": str(options.proof_vocab)}
+    if h.vocab_size in source.config.BYTE_VOCABULARIES:
+        small["VOCAB_SIZE"] = str(h.vocab_size)
+    return small
+
+
+def prove(source: Source, environ: dict[str, str], whole: Extracted, options: Any) -> list[str]:
+    """Run the full script and the extracted one on a small job; what was shown. Raises BuildError for a difference."""
+    small = job_environment(source, whole.h, options)
     made = extract(source, small, argparse.Namespace(**{**vars(options), "wrapper": whole.wrapper}))
     keeps = {name: small[name] for name in (*ALWAYS_KEPT, *options.keep_env) if name in small}
     with tempfile.TemporaryDirectory(prefix="proof_") as name:
@@ -2720,19 +2731,20 @@ def seed_of(run: Path, whole: Extracted) -> int:
     return int(found[1]) if found else whole.h.seed
 
 
-def launch(source: Source, environ: dict[str, str], out: Path, whole: Extracted, seeds: list[str]) -> list[Path]:
+def launch(source: Source, out: Path, whole: Extracted, seeds: list[str]) -> list[Path]:
     """Run the extracted script once for each seed, from the record folder, and audit what it made with the full one.
 
     Returns the runs' folders. Raises BuildError.
     """
     runs = [out / whole.h.out_dir / f"seed_{seed}" for seed in seeds]
+    data = {"DATA_PATH": whole.h.data_path, "TOKENIZER_PATH": whole.h.tokenizer_path}
     for seed in seeds:
-        environ = {**os.environ, "SEED": seed, "RUN_ID": f"seed_{seed}"}
-        if subprocess.run([sys.executable, "train_gpt.py"], cwd=out, env=environ).returncode:
+        own = {**os.environ, "SEED": seed, "RUN_ID": f"seed_{seed}"}
+        if subprocess.run([sys.executable, "train_gpt.py"], cwd=out, env=own).returncode:
             raise BuildError(f"the run with SEED={seed} failed; see {out}/{whole.h.out_dir}/seed_{seed}")
     for run in runs:
         command = [sys.executable, str(source.path), "audit", str(run / "model.pgz")]
-        subprocess.run(command, env={**os.environ, **environ})
+        subprocess.run(command, env={**os.environ, **data})
     return runs
 
 
@@ -2746,7 +2758,6 @@ def options_of(argv: list[str]) -> Any:
     add("--dce", action="store_true", help="extract (without it, the script is only minified and wrapped)")
     add("--from", dest="run", default="", metavar="RUN_DIR", help="configuration and results of a finished run")
     add("--out", required=True, metavar="FOLDER", help="the record folder to make")
-    add("--target", default="gpt", choices=("gpt", "mlx"), help="which script")
     add("--source", default="", help="another script with the same conventions")
     add("--devices", default="cuda,cpu", help="kinds of device that the script must run on")
     add(
@@ -2754,7 +2765,6 @@ def options_of(argv: list[str]) -> Any:
     )
     add("--wrapper", default="", choices=("", *WRAPPERS), help="smallest by default")
     add("--no-minify", action="store_true", help="leave the script readable")
-    add("--eval-only", action="store_true", help="only what scores an artifact")
     add("--explain", action="store_true", help="tell what was dropped, and bytes by section")
     add("--no-proof", action="store_true", help="do not run the small job; the record says so")
     add("--proof-data", default="data/datasets/dev_sp1024", help="token shards of the small job")
@@ -2775,9 +2785,7 @@ def options_of(argv: list[str]) -> Any:
 def build(options: Any) -> list[str]:
     """Make a record folder; the lines to tell. Raises BuildError."""
     root = Path(__file__).resolve().parent
-    source = Source(
-        Path(options.source) if options.source else root / f"train_gpt{'_mlx' * (options.target == 'mlx')}.py"
-    )
+    source = Source(Path(options.source) if options.source else root / "train_gpt.py")
     environ = dict(word.split("=", 1) for word in options.assignments if "=" in word)
     if len(environ) < len(options.assignments):
         raise BuildError(f"{[w for w in options.assignments if '=' not in w][0]} is not VARIABLE=value")
@@ -2800,7 +2808,7 @@ def build(options: Any) -> list[str]:
     (out / "train_gpt_readable.py").write_text(whole.text)
     (out / "requirements.txt").write_bytes((root / "requirements.txt").read_bytes())
     runs = (
-        launch(source, environ, out, whole, options.seeds.split(","))
+        launch(source, out, whole, options.seeds.split(","))
         if options.seeds
         else [Path(options.run)]
         if options.run

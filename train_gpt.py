@@ -63,7 +63,6 @@ from typing import Any, ClassVar, NamedTuple, TextIO, cast
 # build_submission.py sets these in the script that it extracts for one configuration. Such a script counts its own
 # bytes, and what a submission does not need stands behind `not PACKAGED`; UserError and ValueError are not looked for.
 PACKAGED = False
-EVAL_ONLY = False  # all that it does is to score an artifact
 FOLDS = True  # its data may be case-folded
 
 
@@ -11441,11 +11440,9 @@ def leave_code(code: int, environ: dict[str, str]) -> int:
     return code
 
 
-def run_packaged(argv: list[str], environ: dict[str, str]) -> int:
-    """All that a packaged script does: train, or score the artifact that is named."""
+def run_packaged(_: list[str], environ: dict[str, str]) -> int:
+    """All that a packaged script does: train."""
     try:
-        if EVAL_ONLY:
-            return evaluate_command(argv[0], environ)
         h = load_config(environ)
         return train(h, start_runtime(h))
     finally:

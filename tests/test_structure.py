@@ -317,7 +317,7 @@ def test_every_argument_is_used() -> None:
             ("build", "open", "prepare", "read", "gather", "write", "spread", "close", "measured"),
             "residual topologies",
         ),
-        **dict.fromkeys(("begin", "lora", "weights", "wrap", "learn", "memory"), "adapters"),
+        **dict.fromkeys(("begin", "lora", "weights", "wrap", "learn", "memory", "work", "merge"), "adapters"),
         **dict.fromkeys(("quantize", "decode", "decode_numpy", "scale_shape"), "codecs"),
         **dict.fromkeys(("__init__", "init_state"), "sites are built and started alike"),
         **dict.fromkeys((f.__name__ for f in t.BATCH_MODES.values()), "batch modes"),

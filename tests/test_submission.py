@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -244,3 +246,44 @@ def test_kernels_find_their_source(tmp_path: Path) -> None:
     path.write_bytes(b.wrapped(text, "latin1")[1])
     said = subprocess.run([sys.executable, path], capture_output=True, text=True)
     assert "return x+1" in said.stdout, said.stderr
+
+
+# ---- the proof, on the real script ----
+
+PROVED = ["--proof-data", str(ROOT / "data/datasets/dev_sp1024")]
+PROVED += ["--proof-tokenizer", str(ROOT / "data/tokenizers/fineweb_1024_bpe.model")]
+
+
+@pytest.mark.slow  # a real extraction (20 s on a free core) and three jobs: nothing smaller shows that they agree
+def test_extracted_script_does_what_the_whole_one_does_and_a_fault_is_found(tmp_path: Path) -> None:
+    source = b.Source(ROOT / "train_gpt.py")
+    options = b.options_of(["--dce", "--out", str(tmp_path / "record"), *PROVED])
+    small = b.job_environment(source, source.load({"PRESET": "tiny"}), options)
+    made = b.extract(source, small, options)
+    keeps = {name: small[name] for name in b.ALWAYS_KEPT if name in small}
+    full = b.run_job(tmp_path / "full", source.path.read_bytes(), small)
+    assert len(full.losses) >= 8 and len(full.artifact) > 1000
+    assert b.first_difference(full, b.run_job(tmp_path / "shipped", made.script, keeps)) == ""
+    right = "momentum = muon_momentum(h, state.step)"
+    wrong = made.text.replace(right, "momentum = 0.5")
+    assert wrong != made.text
+    difference = b.first_difference(full, b.run_job(tmp_path / "wrong", wrong.encode(), keeps))
+    assert difference.startswith("loss ")
+    assert b.suspects(made.text, wrong) == ["train_loop"]
+    record_of(source, made, tmp_path / "record", options)
+
+
+def record_of(source: b.Source, made: b.Extracted, out: Path, options: Any) -> None:
+    """Run the extracted script for a seed; its record is whole, and refused when its audit is of another artifact."""
+    out.mkdir()
+    (out / "train_gpt.py").write_bytes(made.script)
+    (run,) = b.launch(source, out, made, ["7"])
+    b.write_record(out, [run], made, ["a line"], options)
+    wanted = {"README.md", "submission.json", "train_seed7.log", "model.pgz", "model.pgz.audit.json"}
+    assert wanted <= {path.name for path in out.iterdir()}
+    told = json.loads((out / "submission.json").read_text())
+    assert told["bytes_code"] == len(made.script) and told["seeds"] == [7] and told["val_bpb"] > 1
+    audit = json.loads((run / "model.pgz.audit.json").read_text())
+    (run / "model.pgz.audit.json").write_text(json.dumps({**audit, "artifact_sha256": "0"}))
+    with pytest.raises(b.BuildError, match="audit: it was of another artifact"):
+        b.write_record(out, [run], made, [], options)
