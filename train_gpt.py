@@ -4184,7 +4184,6 @@ class Attention(Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = h.num_heads, h.num_kv_heads, h.head_dim
         self.window, self.doc_mask, self.qk_norm = h.attn_window, h.doc_mask, h.qk_norm
-        self.keeps_values = h.value_residual
         self.backend = "sdpa" if h.attn_impl == "auto" else h.attn_impl
         self.qkv = Linear(name + ".qkv", h.model_dim, (h.num_heads + 2 * h.num_kv_heads) * h.head_dim)
         projection = NormedLinear if h.proj_norm else Linear
@@ -4208,8 +4207,8 @@ class Attention(Module):
     def forward(self, x: Tensor, ctx: Ctx, state: AttentionState | None) -> Out:
         qkv = self.qkv(x, ctx).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 Hkv, Dh)
         q, k, v = QKVFunction.apply(qkv, self.q_gain, *ctx.rotary, self.qk_norm)
-        v0 = (v if ctx.v0 is None else ctx.v0) if self.keeps_values else None
-        if self.v_mix is not None and v0 is not None and ctx.v0 is not None:
+        v0 = v if ctx.v0 is None else ctx.v0
+        if self.v_mix is not None and ctx.v0 is not None:
             share = torch.sigmoid(self.v_mix).to(v.dtype)
             v = share * v + (1 - share) * v0
         if self.v_rows is not None:
@@ -7621,13 +7620,13 @@ class Expander:
         return index
 
 
-CONTEXT_VALUES = 256  # at most of a byte
+CONTEXT_VALUES = 64  # at most of a byte
 
 
 def unpack_context(data: bytes, count: int, shapes: list[list[int]], largest: int) -> np.ndarray:
     """The inverse of pack_context, (count,) int8. Raises ValueError for what it cannot have made.
 
-    A value takes a 32nd of a bit at least: time and memory stay in proportion to the bytes read.
+    A value takes an eighth of a bit at least: time and memory stay in proportion to the bytes read.
     """
     if (
         sum(map(math.prod, shapes)) != count

@@ -65,7 +65,10 @@ FINAL_LINE = re.compile(r"^final_roundtrip val_loss:(\d+\.\d{4}) val_bpb:(\d+\.\
 SIZE_LINE = re.compile(r"^model_bytes:(\d+) code_bytes:(\d+) .*total_bytes:(\d+) budget_bytes:(\d+)$", re.MULTILINE)
 EVAL_LINE = re.compile(r"^final_eval val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+)$", re.MULTILINE)
 UNITS = ("_nats", "_bpb", "_s", "_per_s", "_mib", "_bytes", "_tokens", "_steps", "seconds")
-WITHOUT_UNIT = {"kind", "name", "step", "rate_scale", "streams"}
+WITHOUT_UNIT = {
+    "kind", "name", "step", "rate_scale", "streams", "data", "tokenizer", "protocol", "seed", "parameters", "device",
+    "flops_per_token",
+}  # fmt: skip
 
 
 def error_line(text: str) -> str:
@@ -111,6 +114,7 @@ def test_run_prints_and_leaves_everything(run_cli: Run, tiny_env: dict[str, str]
     assert (folder / "checkpoints" / "latest").read_text() == "step_0000020.pt"
     left = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     files = {"train.log", "metrics.jsonl", "config.env", "train_gpt.py", "model.pgz", "lock", "heartbeat_rank0.json"}
+    files |= {"model.pgz.reference.npz"}
     assert left == files | {"checkpoints/latest", "checkpoints/step_0000020.pt"}
     (final,) = read_metrics(folder, "final")
     assert final["model_bytes"] == int(model) and final["total_bytes"] == int(total)
