@@ -67,7 +67,7 @@ EVAL_LINE = re.compile(r"^final_eval val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+)$", r
 UNITS = ("_nats", "_bpb", "_s", "_per_s", "_mib", "_bytes", "_tokens", "_steps", "seconds")
 WITHOUT_UNIT = {
     "kind", "name", "step", "rate_scale", "streams", "data", "tokenizer", "protocol", "seed", "parameters", "device",
-    "flops_per_token",
+    "flops_per_token", "tokens",
 }  # fmt: skip
 
 
