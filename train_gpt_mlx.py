@@ -5,7 +5,7 @@ the other, and equal weights give equal scores. What needs neither torch nor MLX
 test compares it; what differs is how arrays are computed.
 
     python train_gpt_mlx.py                             train, export, reload, score
-    python train_gpt_mlx.py preflight                   check configuration, data, disk and device; train nothing
+    python train_gpt_mlx.py preflight [--full] [--json] check data, disk, device, memory and time; --full: artifact, too
     python train_gpt_mlx.py plan                        print the site list, the role table and the packed size
     python train_gpt_mlx.py fit [VARIABLE=VALUE ...]    the largest model that fits the bytes, and its steps in the time
     python train_gpt_mlx.py eval ARTIFACT               score an artifact on the validation split
@@ -20,8 +20,10 @@ Sections: 1 CONFIG, 2 RUNTIME, 3 DATA, 4 CODECS, 5 LAYERS, 6 MIXERS, 7 RESIDUAL,
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import difflib
+import faulthandler
 import functools
 import hashlib
 import io
@@ -33,7 +35,10 @@ import operator
 import os
 import re
 import shlex
+import signal
+import subprocess
 import sys
+import threading
 import time
 import zipfile
 import zlib
@@ -43,13 +48,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TextIO
+from types import FunctionType
+from typing import Any, ClassVar, NamedTuple, TextIO, cast
 
 # ==== 1. CONFIG ==============================================================
 # Gives: `Hyperparameters`, one frozen dataclass read from environment variables, presets, validation, `--help`.
 # Needs: the standard library only, so that help and configuration errors answer before torch is imported.
+
+# build_submission.py sets these in the script that it extracts for one configuration. Such a script counts its own
+# bytes, and what a submission does not need stands behind `not PACKAGED`; UserError and ValueError are not looked for.
+PACKAGED = False
+EVAL_ONLY = False  # all that it does is to score an artifact
+FOLDS = True  # its data may be case-folded
 
 
 class UserError(Exception):
@@ -58,6 +71,10 @@ class UserError(Exception):
 
 class AgreedError(UserError):
     """A UserError that all ranks raise alike; rank 0 prints it."""
+
+
+class Interrupted(AgreedError):
+    """An evaluation was cut short because a signal asks the run to end."""
 
 
 def var(
@@ -85,6 +102,7 @@ MIXER_LETTERS = {"A": "attn", "N": "nsa", "K": "koopman", "S": "skc", "P": "skc"
 # Where a backend of NSA other than gather was measured to be the fastest, by compute capability (records/gpu_todo.md).
 NSA_FASTEST: dict[tuple[int, int], str] = {}
 PATTERNS = {"attn": "A", "nsa": "N", "skc": "S", "hybrid": "KA", "skc_competition": "PPPA"}  # layer patterns, repeated
+MATCH_QUANTITIES = ("params", "bytes", "flops")
 INT_CODECS = ("int4", "int5", "int6", "int7", "int8")
 GROUPED_CODECS = ("ternary", "binary", *INT_CODECS, "fp4")
 FLOAT_CODECS = ("bf16", "fp16", "exact")
@@ -105,6 +123,8 @@ class Hyperparameters:
     # Run
     preset: str = var("", "run", "named set of the values below; explicit variables override it")
     env_file: str = var("", "run", "file of KEY=VALUE lines read before the environment (a run's config.env)")
+    match: str = var("", "run", "choose MODEL_DIM so that parameters, packed bytes or FLOPs of a token are nearest to "
+        "a preset's, with this vocabulary: params, bytes or flops, a colon, its name; empty: MODEL_DIM as it is")
     run_id: str = var("", "run", "name of the run folder; default: date and time")
     out_dir: str = var("runs", "run", "folder of run folders")
     seed: int = var(1337, "run", "seed of initial weights and noise", low=0, high=2**63 - 1)
@@ -119,6 +139,19 @@ class Hyperparameters:
         choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"))
     cpu_threads: int = var(0, "run", "threads of one process on a CPU; 0: torch's choice", low=0, high=1024)
     strict_config: bool = var(False, "run", "fail when a variable is set that has no effect")
+    deterministic: bool = var(False, "run", "the same bits in every run on one kind of device, slower there")
+    watchdog_seconds: float = var(600.0, "run", "no step for so long is a hang: all stacks are written, the process "
+        "ends; 0: never", "s", low=0)
+    watchdog_grace_seconds: float = var(1800.0, "run", "more time for what is no step: compilation, saving, export",
+        "s", low=0, when=lambda h: h.watchdog_seconds > 0)
+    max_nonfinite_steps: int = var(10, "run", "steps in a row without a finite loss and gradient, all left out, that "
+        "end the run", "steps", low=1)
+    long_run_steps: int = var(5000, "run", "a run of more steps, or of more than an hour, is long: it must have "
+        "checkpoints and make use of its GPU", "steps", low=1)
+    allow_toy_run: bool = var(False, "run", "let a long run begin that has no checkpoints or wastes its GPU")
+    require_free_gpu: bool = var(False, "run", "fail when other processes use the GPU")
+    tensorboard: bool = var(False, "run", "metrics also for TensorBoard, in the run folder; needs its package")
+    wandb: bool = var(False, "run", "metrics also for Weights & Biases, offline in the run folder; needs its package")
     sample_tokens: int = var(160, "run", "tokens of sample text in the closing summary; 0: none", "tokens", low=0)
 
     # Data
@@ -358,8 +391,8 @@ class Hyperparameters:
         when=lambda h: h.any_grouped)
     int_group: int = var(-1, "weights", "the same of integer codecs; 0: a whole row, -1: GROUP_SIZE", low=-1,
         when=lambda h: h.any_integers)
-    clip_sigma: float = var(0.0, "weights", "integers clip at so many root mean squares of a group; 0: its largest",
-        low=0, when=lambda h: h.any_integers)
+    clip_sigma: float = var(0.0, "weights", "integers clip at so many root mean squares of a group, beyond its largest,"
+        " too: coarser steps, of fewer bits when coded; 0: at its largest", low=0, when=lambda h: h.any_integers)
     clip_search: bool = var(False, "weights", "integers clip where the squared error of their group is least",
         when=lambda h: h.any_integers)
     ternary_scale: str = var("absmean", "weights",
@@ -632,7 +665,27 @@ class Hyperparameters:
         stride = f",stride={self.sliding_eval_stride}" if self.sliding_eval else ""
         carry = ",carry=1" if self.carry_eval else ""
         adapters = f",adapters={'+'.join(names)}" if names else ""
-        return f"window={self.eval_window}{stride}{carry},streams={self.eval_streams}{adapters}"
+        settings = f",settings={self.settings}" if self.settings else ""
+        return f"window={self.eval_window}{stride}{carry},streams={self.eval_streams}{adapters}{settings}"
+
+    @property
+    def settings(self) -> str:
+        """A short digest of all else that a score depends on and that is not the default; empty where all is."""
+        values, named = dataclasses.asdict(self), (*PROTOCOL_PARTS.values(), *PROTOCOL_SWITCHES, *NOT_OF_THE_SCORE)
+        found = [
+            f"{name}={values[spec.name]}"
+            for name, spec in FIELDS.items()
+            if (spec.metadata["group"] == "evaluation" or name.startswith("YARN")) and spec.name not in named
+            and values[spec.name] != spec.default and not h_ineffective(self, name)
+        ]  # fmt: skip
+        return hashlib.sha256("\n".join(found).encode()).hexdigest()[:8] if found else ""
+
+    @property
+    def named(self) -> bool:
+        """Whether EVAL_PROTOCOL, in whatever order, says all that this score depends on."""
+        own, said = (protocol_parts(text).get("settings") for text in (self.protocol, self.eval_protocol))
+        same = protocol_values(self.protocol) == protocol_values(self.eval_protocol)
+        return bool(self.eval_protocol) and same and own == said
 
     @property
     def letters(self) -> str:
@@ -652,7 +705,13 @@ class Hyperparameters:
     @property
     def measured_every(self) -> tuple[int, ...]:
         """Numbers of steps after which something is measured."""
-        return tuple(n for n in (self.diag_every, self.mhc_log_every * (self.residual == "mhc")) if n)
+        every = (self.diag_every, self.mhc_log_every * (self.residual == "mhc"))
+        return tuple(n for n in every if n and not PACKAGED)
+
+    @property
+    def switches(self) -> bool:
+        """Whether the network's structure may change during a run."""
+        return self.untie_at_fraction > 0 or self.moe_experts > 0 or bool(self.looped)
 
     @property
     def has_skips(self) -> bool:
@@ -724,7 +783,7 @@ class Hyperparameters:
             first, last = ends if len(ends) == 2 else ends * 2
         except ValueError:
             raise UserError(f"RECURRENCE_LAYERS={self.recurrence_layers} is not first-last, like 3-5") from None
-        return tuple(range(first, last + 1))
+        return tuple(range(first, min(last, self.num_layers) + 1))  # one beyond the last is refused below
 
     @property
     def stages(self) -> tuple[tuple[float, int], ...]:
@@ -789,18 +848,32 @@ PROTOCOL_ADAPTERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Fields that the other parts set, what they switch off where they do not name it, and what changes no score.
+PROTOCOL_PARTS = {"window": "eval_seq_len", "stride": "sliding_eval_stride", "streams": "eval_streams",
+    "carry": "carry_eval"}  # fmt: skip
+PROTOCOL_SWITCHES: dict[str, Any] = {"temp_scaling": False, "eval_engram": False, "ngram_cache": False,
+    "ttt_scope": "off", "sliding_eval": False}  # fmt: skip
+NOT_OF_THE_SCORE = ("eval_protocol", "max_eval_seconds", "val_batch_size", "val_loss_every", "train_log_every",
+    "diag_every", "mhc_log_every", "freeze_check_strict", "calib_max_seconds")  # fmt: skip
+
+
+def protocol_parts(text: str) -> dict[str, str]:
+    """The parts of an EVAL_PROTOCOL by name. Raises UserError when one is there twice."""
+    pairs = [part.partition("=")[::2] for part in text.split(",")] if text else []
+    adapters = [name.split("_")[0] for part, names in pairs if part == "adapters" for name in names.split("+")]
+    for listed in ([name for name, _ in pairs], adapters):
+        if twice := [name for name, count in Counter(listed).items() if count > 1]:
+            raise UserError(f"EVAL_PROTOCOL={text} says {twice[0]} twice; name each part and adapter once")
+    return dict(pairs)
+
+
 def protocol_values(text: str) -> dict[str, Any]:
     """The fields that an EVAL_PROTOCOL fixes; what it does not name is off. Raises UserError."""
     if not text:
         return {}
-    parts = dict(part.partition("=")[::2] for part in text.split(","))
+    parts, known = protocol_parts(text), PROTOCOL_PARTS
+    parts.pop("settings", None)
     names = parts.pop("adapters").split("+") if "adapters" in parts else []
-    known = {
-        "window": "eval_seq_len",
-        "stride": "sliding_eval_stride",
-        "streams": "eval_streams",
-        "carry": "carry_eval",
-    }
     wrong = [name for name in parts if name not in known] + [name for name in names if name not in PROTOCOL_ADAPTERS]
     if wrong or not {"window", "streams"} <= parts.keys():
         raise UserError(
@@ -808,8 +881,7 @@ def protocol_values(text: str) -> dict[str, Any]:
             f"known: {', '.join(known)}, adapters of {', '.join(PROTOCOL_ADAPTERS)}; "
             "e.g. window=1024,stride=64,streams=8,adapters=ngram"
         )
-    values: dict[str, Any] = {"temp_scaling": False, "eval_engram": False, "ngram_cache": False, "ttt_scope": "off"}
-    values |= {"sliding_eval": "stride" in parts, "carry_eval": False}
+    values = PROTOCOL_SWITCHES | {"sliding_eval": "stride" in parts, "carry_eval": False}
     values |= {known[name]: parse_value(known[name].upper(), number) for name, number in parts.items()}
     return functools.reduce(lambda found, name: found | PROTOCOL_ADAPTERS[name], names, values)
 
@@ -820,8 +892,8 @@ def rising_orders(name: str, text: str) -> tuple[int, ...]:
         orders = tuple(int(order) for order in text.split(","))
     except ValueError:
         raise UserError(f"{name}={text} is not a list like 2,3") from None
-    if list(orders) != sorted(set(orders)) or orders[0] < 1:
-        raise UserError(f"{name}={text} must rise from at least 1")
+    if list(orders) != sorted(set(orders)) or orders[0] < 1 or orders[-1] > 255:
+        raise UserError(f"{name}={text[:40]} must rise from at least 1 to at most 255")
     return orders
 
 
@@ -890,13 +962,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "frontier": {
         "vocab_size": 8192, "data_path": "./data/datasets/fineweb10B_sp8192_casefold",
-        "tokenizer_path": "./data/tokenizers/fineweb10B_8192_casefold_bpe.model", "fp_storage": "int7",
-        "matrix_codec": "int6", "num_layers": 11, "mlp_mult": 4.0, "mlp_act": "leaky_relu2", "partial_rope_dims": 16,
+        "tokenizer_path": "./data/tokenizers/fineweb10B_8192_casefold_bpe.model", "export_mode": "competition_gptq",
+        "int_group": 0, "clip_sigma": 12.0, "num_layers": 11, "mlp_mult": 4.0, "mlp_act": "leaky_relu2",
+        "partial_rope_dims": 16,
         "ln_scale": True, "qk_gain_init": 5.0, "xsa_layers": 11, "attn_gate": 12, "smear_gate": 12, "doc_mask": True,
         "recurrence_layers": "3-5", "residual": "hc", "hc_learn": "write,mix", "hc_start": 8, "hc_keep_init": 1.0,
         "muon_coeffs": "polar_express", "muon_momentum": 0.97, "muon_momentum_warmup_steps": 1500,
         "muon_wd": 0.09, "muon_wd_taper_start": 0.7, "matrix_lr": 0.025, "warmdown_fraction": 0.7, "lr_floor": 0.1,
-        "ema_decay": 0.9965, "train_seq_len": 2048, "train_batch_tokens": 786432,
+        "holdout_tokens": 2**20, "ema_decay": 0.9965, "train_seq_len": 2048, "train_batch_tokens": 786432,
     },
     "skc": {**SKC_STACK, "num_layers": 12, "model_dim": 768, "num_heads": 12, "num_kv_heads": 6},
     "skc_proxy": {
@@ -1044,7 +1117,10 @@ def validate(h: Hyperparameters) -> None:
     windows = [length for _, length in h.lengths]
     shortest = min(windows)
     # fmt: off
+    quantity, _, preset = h.match.partition(":")
     problems = (
+        (h.match and (quantity not in MATCH_QUANTITIES or preset not in PRESETS),
+            f"MATCH={h.match} is not one of {', '.join(MATCH_QUANTITIES)}, a colon and a preset, like params:skc"),
         (h.model_dim % h.num_heads, f"MODEL_DIM={h.model_dim} must be a multiple of NUM_HEADS={h.num_heads}"),
         (h.num_heads % kv, f"NUM_HEADS={h.num_heads} must be a multiple of NUM_KV_HEADS={kv}"),
         (head % 2, f"MODEL_DIM/NUM_HEADS={head} must be even for rotary positions"),
@@ -1151,6 +1227,8 @@ def validate(h: Hyperparameters) -> None:
         (h.export_mode == "competition_gptq" and not {h.matrix_codec, h.fp_storage} <= set(FLOAT_CODECS),
             f"EXPORT_MODE=competition_gptq trains in float: MATRIX_CODEC={h.matrix_codec} and "
             f"FP_STORAGE={h.fp_storage} must be of {', '.join(FLOAT_CODECS)}; CODEC_MAP says what they become"),
+        (h.export_mode == "competition_gptq" and h.calibrates,
+            "CALIBRATE and CALIB_AT_FRACTION tune codes, which EXPORT_MODE=competition_gptq fixes: unset one of them"),
         (h.export_mode == "competition_gptq" and h.max_wallclock_seconds
             and not 0 < h.gptq_reserve_seconds < h.max_wallclock_seconds - bool(h.fitted) * h.calib_max_seconds,
             f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds} must be more than 0 and, with CALIB_MAX_SECONDS where "
@@ -1178,7 +1256,8 @@ def check_memory(h: Hyperparameters) -> None:
 def least_weights(h: Hyperparameters) -> int:
     """A lower bound on a network's weights, known before it is built."""
     hidden = max(h.model_dim, round(h.mlp_mult * h.model_dim))
-    return h.num_layers * h.model_dim * hidden + h.embed_width * max(h.vocab_size, h.embed_dim and h.model_dim)
+    layers = h.num_layers + h.feeds.count("moe") * (h.moe_experts - 1)
+    return layers * h.model_dim * hidden + h.embed_width * max(h.vocab_size, h.embed_dim and h.model_dim)
 
 
 def load_config(environ: dict[str, str], base: dict[str, Any] | None = None) -> Hyperparameters:
@@ -1200,6 +1279,10 @@ def load_config(environ: dict[str, str], base: dict[str, Any] | None = None) -> 
         near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.0)[0]
         raise UserError(f"PRESET={preset} is unknown; nearest: {near}; known: {', '.join(PRESETS)}")
     fixed = protocol_values(values.get("eval_protocol", PRESETS.get(preset, {}).get("eval_protocol", "")))
+    if values.get("match") and "model_dim" in values:
+        raise UserError(
+            f"MODEL_DIM={values['model_dim']} contradicts MATCH={values['match']}, which chooses it; unset one"
+        )
     for name in sorted(fixed.keys() & values.keys()):
         if values[name] != fixed[name]:
             raise UserError(
@@ -1207,6 +1290,12 @@ def load_config(environ: dict[str, str], base: dict[str, Any] | None = None) -> 
             )
     h = Hyperparameters(**{**(base or {}), **PRESETS.get(preset, {}), **values, **fixed})
     validate(h)
+    said = protocol_parts(h.eval_protocol).get("settings") if fixed else None
+    if said not in (None, h.settings):
+        raise UserError(
+            f"EVAL_PROTOCOL={h.eval_protocol} was named for other evaluation variables (TTT_*, NGRAM_CACHE_*, …); "
+            f"these make {h.protocol}"
+        )
     ineffective = [n for n in texts if h_ineffective(h, n)]
     if ineffective and h.strict_config:
         raise UserError(f"{', '.join(ineffective)} has no effect under this configuration (STRICT_CONFIG=1)")
@@ -1227,7 +1316,7 @@ def ineffective_variables(h: Hyperparameters) -> list[str]:
 
 def config_env(h: Hyperparameters) -> str:
     """The text of a config.env that reproduces this configuration with ENV_FILE=."""
-    skip = {"preset", "env_file", "run_id", "resume"}
+    skip = {"preset", "env_file", "match", "run_id", "resume"}  # MODEL_DIM is what MATCH has chosen
     lines = []
     for name, spec in FIELDS.items():
         value = dataclasses.asdict(h)[spec.name]
@@ -1284,7 +1373,7 @@ def answer_early(argv: list[str], environ: dict[str, str]) -> None:
         sys.exit(2)
 
 
-if __name__ == "__main__":
+if not PACKAGED and __name__ == "__main__":
     answer_early(sys.argv[1:], dict(os.environ))
 
 import mlx.core as mx  # noqa: E402
@@ -1356,6 +1445,9 @@ def check_supported(h: Hyperparameters) -> None:
         (h.cpu_threads, f"CPU_THREADS={h.cpu_threads} has no effect on MLX; set OMP_NUM_THREADS for the BLAS"),
         (h.compile_mode != "default", f"COMPILE_MODE={h.compile_mode} is of train_gpt.py; MLX compiles in one way"),
         (h.attn_impl not in ("auto", "sdpa"), f"ATTN_IMPL={h.attn_impl} is of train_gpt.py; try ATTN_IMPL=auto"),
+        (h.deterministic, "DETERMINISTIC=1: MLX promises no fixed order of sums on a GPU; unset it"),
+        (h.require_free_gpu, "REQUIRE_FREE_GPU=1: an Apple GPU does not tell who uses it; unset it"),
+        (h.tensorboard, "TENSORBOARD=1 is of train_gpt.py; metrics.jsonl has the same numbers"),
     )
     for found, message in unsupported:
         if found:
@@ -1375,6 +1467,11 @@ def bound_memory() -> None:
 def agree(rt: Runtime, *values: float) -> tuple[float, ...]:
     """Rank 0's values, on every rank: the only way in which a wall-clock reading may steer a run."""
     return values
+
+
+def largest_of(rt: Runtime, number: int) -> int:
+    """The largest of the ranks' numbers, of which there is one."""
+    return number
 
 
 def on_main(rt: Runtime, action: Callable[[], Any]) -> Any:
@@ -1421,6 +1518,35 @@ def peak_memory_bytes(rt: Runtime) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def held_memory_bytes(rt: Runtime) -> tuple[int, int]:
+    """Memory in use and memory reserved for it: of the GPU's arrays, or twice this process's resident memory."""
+    if rt.device == mx.Device(mx.gpu):
+        return mx.get_active_memory(), mx.get_active_memory() + mx.get_cache_memory()
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # not Linux: the most so far is the next best
+        return (peak_memory_bytes(rt),) * 2
+    return (pages * os.sysconf("SC_PAGE_SIZE"),) * 2
+
+
+def ask_gpu(*query: str) -> list[list[str]]:
+    """Rows of nvidia-smi's answer to a query, cells stripped; none where it is missing or does not answer."""
+    try:
+        command = ["nvidia-smi", *query, "--format=csv,noheader,nounits"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
+
+
+def throttled() -> str:
+    """What holds the clock of a GPU down, of heat and power; empty where nothing does or there is none."""
+    reasons = ("hw_thermal_slowdown", "sw_thermal_slowdown", "hw_power_brake_slowdown")
+    rows = ask_gpu("--query-gpu=" + ",".join(f"clocks_throttle_reasons.{reason}" for reason in reasons))
+    active = {reason for row in rows for reason, state in zip(reasons, row, strict=False) if state == "Active"}
+    return ", ".join(sorted(active))
 
 
 def leaves(tree: Any) -> list[Tensor]:
@@ -1484,9 +1610,16 @@ class Log:
         self.bar_width, self.bar_time = 0, 0.0
         self.file: TextIO | None = None
         self.metrics: TextIO | None = None
+        self.sinks: list[Callable[[str, dict[str, Any]], None]] = []  # of other programs' formats
         if active and folder is not None:
-            self.file = open(folder / "train.log", "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-            self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+            try:
+                self.file = open(folder / "train.log", "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+                if not PACKAGED:
+                    self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+            except OSError as error:
+                raise UserError(
+                    f"{error.filename} cannot be written: {error.strerror}; choose another OUT_DIR"
+                ) from None
 
     def line(self, text: str) -> None:
         if not self.active:
@@ -1498,8 +1631,12 @@ class Log:
 
     def metric(self, kind: str, **values: Any) -> None:
         """Append one JSON object; units are part of the names."""
+        if PACKAGED:
+            return
         finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
         self.append(self.metrics, json.dumps({"kind": kind, **finite}, allow_nan=False) + "\n")
+        for sink in self.sinks:
+            sink(kind, {n: v for n, v in values.items() if isinstance(v, int | float)})
 
     def append(self, sink: TextIO | None, text: str) -> None:
         """Write to a file at once; a full disk costs lines of it and not the run."""
@@ -1514,7 +1651,7 @@ class Log:
 
     def progress(self, fraction: float, text: str) -> None:
         """Redraw the progress line, at most five times a second."""
-        if self.active and sys.stdout.isatty() and time.monotonic() - self.bar_time > 0.2:
+        if not PACKAGED and self.active and sys.stdout.isatty() and time.monotonic() - self.bar_time > 0.2:
             self.bar_time = time.monotonic()
             filled = round(24 * min(1.0, fraction))
             bar = f"[{'#' * filled}{'.' * (24 - filled)}] {fraction:4.0%} {text}"
@@ -1533,6 +1670,124 @@ class Log:
             if sink:
                 with suppress(OSError):
                     sink.close()
+
+
+def open_sinks(h: Hyperparameters, folder: Path) -> list[Callable[[str, dict[str, Any]], None]]:
+    """Where metrics also go: called with a kind and its numbers. Raises UserError where a package is missing."""
+    if not h.wandb:
+        return []
+    if find_spec("wandb") is None:
+        raise UserError("WANDB=1 needs the package wandb: pip install wandb, or unset it")
+    place = {"mode": "offline", "dir": str(folder), "id": folder.name, "resume": "allow"}
+    run = import_module("wandb").init(project="train_gpt", config=dataclasses.asdict(h), **place)
+    return [lambda kind, numbers: run.log({f"{kind}/{name}": value for name, value in numbers.items()})]  # of MLX
+
+
+class Guard:
+    """Watches over one process of a run: signals that ask it to end, its heartbeat file, a watchdog against hangs.
+
+    While training is at work the first SIGTERM or SIGINT is kept in `signal`, for the loop to save and end; before and
+    after that nothing would be lost, and it ends the process. A second one always does. The watchdog counts seconds
+    of its own, so a suspended or stopped process is not taken for a hang.
+    """
+
+    HANG = 5  # exit code
+
+    def __init__(self, h: Hyperparameters, rt: Runtime, folder: Path) -> None:
+        self.h, self.rt, self.folder = h, rt, folder
+        self.signal, self.working = 0, False
+        self.idle, self.patience, self.heard = 0.0, math.inf, -math.inf
+        self.state: Any = None  # of the run, with step, tokens and training seconds
+        self.figures: dict[str, Any] = {}
+        self.since, self.speed = (0, 0.0), 0.0  # tokens and training seconds at the last heartbeat, and their ratio
+        self.throttled = ""  # why the GPU's clock is held down, as far as heat or power do it
+        self.over = threading.Event()
+        self.before: list[Any] = []
+
+    def start(self, state: Any) -> None:
+        """Listen and watch over a run from now on; `end` undoes it."""
+        self.state, self.since = state, (state.tokens, state.seconds)
+        self.before = [signal.signal(number, self.hear) for number in (signal.SIGTERM, signal.SIGINT)]
+        self.beat(slow=True)
+        threading.Thread(target=self.watch, name="watchdog", daemon=True).start()
+
+    def end(self) -> None:
+        self.over.set()
+        if self.before:
+            self.pulse()
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), self.before, strict=False):
+            signal.signal(number, handler)
+
+    @property
+    def resuming(self) -> str:
+        """The command that continues this run."""
+        how = "python" if self.rt.world == 1 else f"torchrun --standalone --nproc_per_node={self.rt.world}"
+        settings = f"ENV_FILE={self.folder / 'config.env'} RUN_ID={self.folder.name} RESUME=auto"
+        return f"{settings} {how} train_gpt_mlx.py"
+
+    def say(self, text: str) -> None:
+        """Straight to stderr: a signal may have come in the middle of a line of the log."""
+        os.write(2, f"{text}\n".encode())
+
+    def hear(self, number: int, _: Any) -> None:
+        """The signal handler."""
+        name, again = signal.Signals(number).name, self.signal
+        if again and time.monotonic() - self.heard < 1.0:
+            return  # a terminal and a launcher both pass one on
+        self.signal, self.heard = number, time.monotonic()
+        if again or not self.working:
+            if self.rt.main:
+                self.say(f"{name}: ended at once; to resume: {self.resuming}")
+            os._exit(128 + number)
+        if self.rt.main:
+            self.say(f"{name}: saving a checkpoint after this step; a second signal ends at once")
+
+    def beat(self, slow: bool = False) -> bool:
+        """Something went on; the next time will be within WATCHDOG_SECONDS, or `slow`. Whether a signal came."""
+        limit = self.h.watchdog_seconds + slow * self.h.watchdog_grace_seconds
+        self.idle, self.patience = 0.0, limit if self.h.watchdog_seconds else math.inf
+        return self.signal > 0
+
+    def watch(self) -> None:
+        """The watchdog's thread: a heartbeat each second; once a minute it asks the GPU about its clock."""
+        for second in itertools.count():
+            if self.over.wait(1.0):
+                return
+            self.idle += 1.0
+            self.pulse()
+            if self.idle > self.patience:
+                self.hang()
+            if second % 60 == 30 and self.rt.main and self.rt.device.type == "cuda":
+                self.throttled = throttled()
+
+    def hang(self) -> None:
+        """Write all stacks and end the process; the wait lets the other ranks, which hang as well, write theirs."""
+        path = self.folder / f"hang_rank{self.rt.rank}.txt"
+        self.say(
+            f"error: rank {self.rt.rank}: nothing went on for {self.idle:.0f} s (WATCHDOG_SECONDS="
+            f"{self.h.watchdog_seconds:g}), stacks are in {path}; to resume: {self.resuming}"
+        )
+        with suppress(OSError), open(path, "w", encoding="utf-8") as handle:
+            faulthandler.dump_traceback(handle, all_threads=True)
+        time.sleep(min(5.0, self.h.watchdog_seconds))
+        os._exit(self.HANG)
+
+    def pulse(self) -> None:
+        """Write the heartbeat file: where the run stands, and the figures that were last reported."""
+        state, (used, reserved) = self.state, held_memory_bytes(self.rt)
+        if state.tokens > self.since[0]:
+            self.speed = (state.tokens - self.since[0]) / max(1e-9, state.seconds - self.since[1])
+            self.since = state.tokens, state.seconds
+        told = {"step": state.step, "time_unix_s": time.time(), "train_time_s": state.seconds, "pid": os.getpid()}
+        told |= {"tokens_per_s": round(self.speed, 1), **self.figures}
+        told |= {"allocated_mib": round(used / MIB, 1), "reserved_mib": round(reserved / MIB, 1)}
+        path = self.folder / f"heartbeat_rank{self.rt.rank}.json"
+        with suppress(OSError):  # no run folder on this rank's machine, or a full disk
+            try:
+                path.with_suffix(".tmp").write_text(json.dumps(told) + "\n")
+                path.with_suffix(".tmp").replace(path)
+            except OSError:
+                path.with_suffix(".tmp").unlink()
 
 
 def lock_folder(folder: Path) -> int:
@@ -1633,7 +1888,7 @@ class TokenStream:
         parts, index = [np.zeros(0, np.uint16)], int(np.searchsorted(self.ends, start, side="right"))
         while count > 0:
             offset = start - (int(self.ends[index - 1]) if index else 0)
-            part = self.shards[index][offset : offset + count]
+            part = self.piece(index, offset, min(count, len(self.shards[index]) - offset))
             parts.append(part)
             start, count, index = start + len(part), count - len(part), index + 1
         tokens = np.concatenate(parts).astype(np.int64)
@@ -1642,6 +1897,17 @@ class TokenStream:
                 f"{self.paths[0].parent}: token {int(tokens.max())} is outside VOCAB_SIZE={self.vocab_size}; "
                 "do the shards belong to this tokenizer?"
             )
+        return tokens
+
+    def piece(self, index: int, offset: int, count: int) -> np.ndarray:
+        """Tokens of one shard, read and not mapped: one that was cut short would end the process by SIGBUS."""
+        path = self.paths[index]
+        try:
+            tokens = np.fromfile(path, "<u2", count, offset=SHARD_HEADER_BYTES + 2 * offset)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read any more: {error.strerror}; put it back and resume") from None
+        if len(tokens) < count:
+            raise UserError(f"{path} was cut short while it was in use; put it back and resume")
         return tokens
 
     def fingerprint(self) -> str:
@@ -2003,10 +2269,10 @@ def load_tokenizer(h: Hyperparameters) -> Tokenizer:
     manifest = read_manifest(h.data_path).get("tokenizer", {})
     byte = h.vocab_size in BYTE_VOCABULARIES
     tokenizer = ByteTokenizer(h.vocab_size) if byte else SentencePieceTokenizer(h.tokenizer_path, h.vocab_size)
-    if not manifest and isinstance(tokenizer, SentencePieceTokenizer):
+    if not PACKAGED and not manifest and isinstance(tokenizer, SentencePieceTokenizer):
         check_text(h, tokenizer)
     made_with = manifest.get("sha256") if manifest else tokenizer.fingerprint
-    folds = bool(manifest.get("casefold"))
+    folds = FOLDS and bool(manifest.get("casefold"))
     if manifest.get("kind") == "byte":
         made_with = ByteTokenizer(manifest.get("vocab_size", 256)).fingerprint
     if made_with != tokenizer.fingerprint:
@@ -2199,6 +2465,7 @@ class BinaryCodec(GroupedCodec):
 
     stream = "signs"
     bits = 1.0
+    tunes = ("multiplier",)
 
     def quantize(self, w: Tensor, tuning: Tuning) -> Codes:
         grouped = group_view(w, self.group)
@@ -2212,8 +2479,9 @@ class BinaryCodec(GroupedCodec):
 class IntCodec(GroupedCodec):
     """Symmetric k-bit integers, scale = what the group clips at / (2^(k-1) - 1).
 
-    That is its largest |w|; with CLIP_SIGMA at most so many root mean squares; with CLIP_SEARCH that times the one of
-    SHRINKS whose codes have the least squared error: a GPTQ without Hessian.
+    That is its largest |w|; with CLIP_SIGMA so many root mean squares, beyond the largest, too: the records take 11 to
+    14 for six bits, which is a coarser step for the entropy coder; with CLIP_SEARCH that times the one of SHRINKS
+    whose codes have the least squared error: a GPTQ without Hessian.
     """
 
     bits = 8.0  # one symbol a byte: packing below a byte costs 20% after compression
@@ -2234,7 +2502,7 @@ class IntCodec(GroupedCodec):
         grouped, size = group_view(w, self.group), self.sizes(w)
         alive, clip = grouped.abs().sum(-1) / size >= 1e-12, grouped.abs().max(-1)
         if self.sigma:
-            clip = mx.minimum(clip, self.sigma * (grouped.square().sum(-1) / size).sqrt())
+            clip = self.sigma * (grouped.square().sum(-1) / size).sqrt()
         best, least = mx.zeros(clip.shape), mx.full(clip.shape, math.inf)
         for shrink in self.shrinks:
             stored = round_to(clip * shrink / self.top * tuning.multiplier, mx.bfloat16) * alive
@@ -2258,6 +2526,7 @@ class Fp4Codec(GroupedCodec):
 
     stream = "fours"
     bits = 4.0
+    tunes = ("multiplier",)
     SIZES: ClassVar[tuple[float, ...]] = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # OCP microscaling formats, table 5
     TABLE: ClassVar[np.ndarray] = np.array((*SIZES, *(-size for size in SIZES)), np.float32)
 
@@ -3542,6 +3811,7 @@ class Attention(Module):
     def __init__(self, h: Hyperparameters, layer: int, name: str) -> None:
         self.heads, self.kv_heads, self.head_dim = h.num_heads, h.num_kv_heads, h.head_dim
         self.window, self.doc_mask, self.qk_norm = h.attn_window, h.doc_mask, h.qk_norm
+        self.keeps_values = h.value_residual
         self.qkv = Linear(name + ".qkv", h.model_dim, (h.num_heads + 2 * h.num_kv_heads) * h.head_dim)
         projection = NormedLinear if h.proj_norm else Linear
         self.proj = projection(name + ".proj", h.num_heads * h.head_dim, h.model_dim)
@@ -3564,8 +3834,8 @@ class Attention(Module):
     def forward(self, x: Tensor, ctx: Ctx, state: AttentionState | None) -> Out:
         qkv = self.qkv(x, ctx).reshape(*x.shape[:2], -1, self.head_dim)  # (B, T, H + 2 Hkv, Dh)
         q, k, v = queries_keys_values(qkv, self.q_gain, *ctx.rotary, self.qk_norm)
-        v0 = v if ctx.v0 is None else ctx.v0
-        if self.v_mix is not None and ctx.v0 is not None:
+        v0 = (v if ctx.v0 is None else ctx.v0) if self.keeps_values else None
+        if self.v_mix is not None and v0 is not None and ctx.v0 is not None:
             share = mx.sigmoid(self.v_mix).astype(v.dtype)
             v = share * v + (1 - share) * v0
         if self.v_rows is not None:
@@ -5638,6 +5908,24 @@ class Weights:
             bank.latent, bank.state["ema"] = bank.state["ema"], bank.latent
         return bool(averaged)
 
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Within it banks have the file's codecs and round to the nearest; `materialize` gives parameters these."""
+        before = {key: (bank.role, bank.codec) for key, bank in self.banks.items() if bank.role.export}
+        for key in before:
+            self.banks[key].settle(self.h)
+        yield
+        for key, (role, codec) in before.items():
+            self.banks[key].role, self.banks[key].codec = role, codec
+
+    def check_finite(self) -> None:
+        """Raise AgreedError where a weight is NaN or infinite."""
+        wrong = [bank.names[0] for bank in self.banks.values() if not mx.isfinite(bank.latent).all().item()]
+        if wrong:
+            raise AgreedError(
+                f"training diverged: {', '.join(wrong[:3])} are not finite; nothing is exported, try lower rates"
+            )
+
     def forms(self) -> dict[str, Form]:
         """Each bank's form by its key; arrays never change, so it stays as it is."""
         return {key: Form(b.latent, b.tuning, b.state.get("ema")) for key, b in self.banks.items()}
@@ -5777,6 +6065,7 @@ class Optimizer:
         compiled = mx.compile if rt.compile else lambda rule: rule
         self.move_muon, self.move_adamw = compiled(self.muon_rule), compiled(adamw_rule)
         self.move_adagrad = compiled(adagrad_rule)
+        self.finite = mx.array(True)  # whether the last step's gradient was
 
     def step(
         self,
@@ -5789,7 +6078,7 @@ class Optimizer:
     ) -> dict[str, Tensor]:
         """Move all latents by gradients, then quantize them into the model; diagnostics if wanted."""
         banks = list(self.weights.banks.values())
-        stacked = [bank.gradient(grads) for bank in banks]
+        stacked = self.only_finite([bank.gradient(grads) for bank in banks])
         metrics = gradient_sizes(banks, stacked) if measures else {}
         if self.h.grad_clip_norm:
             norm = mx.stack([grad.square().sum() for grad, _ in stacked]).sum().sqrt()
@@ -5812,6 +6101,14 @@ class Optimizer:
         self.weights.materialize(progress)
         self.weights.evaluate()
         return metrics | (self.code_metrics(banks, before) if before else {})
+
+    def only_finite(self, grads: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """The gradients; if a number in them is not finite, zeros that no weight has, and the step changes nothing.
+
+        NaN and infinity survive a sum.
+        """
+        self.finite = mx.isfinite(mx.stack([grad.sum() for grad, _ in grads])).all()
+        return [(mx.where(self.finite, grad, 0.0), has * self.finite) for grad, has in grads]
 
     def code_metrics(self, banks: list[Bank], before: list[Tensor]) -> dict[str, Tensor]:
         """Scales of ternary weights, and the shares of their codes that have changed and that are zero."""
@@ -5955,6 +6252,21 @@ def brotli_expand(data: bytes, size: int) -> bytes:
     return b"".join(parts)
 
 
+def zstd_compress(data: bytes) -> bytes:
+    import zstandard
+
+    return zstandard.ZstdCompressor(22, write_content_size=False).compress(data)
+
+
+def zstd_expand(data: bytes, size: int) -> bytes:
+    import zstandard
+
+    try:
+        return zstandard.ZstdDecompressor(max_window_size=2 * CHUNK_BYTES).stream_reader(data).read(size + 1)
+    except zstandard.ZstdError:
+        raise ValueError("zstd stream is damaged") from None
+
+
 def lzma_compress(data: bytes) -> bytes:
     return lzma.compress(data, lzma.FORMAT_RAW, filters=LZMA_FILTERS)
 
@@ -5968,8 +6280,9 @@ COMPRESSORS: dict[str, tuple[Callable[[bytes, str], bytes], Callable[[bytes, int
     "none": (lambda data, kind: data, lambda data, size: data),
     "lzma": (lambda data, kind: lzma_compress(data), lzma_expand),
     "brotli": (brotli_compress, brotli_expand),
+    "zstd": (lambda data, kind: zstd_compress(data), zstd_expand),
 }
-COMPRESSOR_PACKAGES = {"brotli": "brotli"}
+COMPRESSOR_PACKAGES = {"brotli": "brotli", "zstd": "zstandard"}
 # stream kinds -> names of packings; a packing is (pack, unpack to `count` values of `dtype`)
 PACKINGS: dict[str, tuple[Callable[[np.ndarray], bytes], Callable[[bytes, int, np.dtype], np.ndarray]]] = {
     "base3": (pack_base3, lambda data, count, dtype: unpack_base3(data, count)),
@@ -6125,12 +6438,20 @@ class Expander:
         return index
 
 
+CONTEXT_VALUES = 256  # at most of a byte
+
+
 def unpack_context(data: bytes, count: int, shapes: list[list[int]], largest: int) -> np.ndarray:
     """The inverse of pack_context, (count,) int8. Raises ValueError for what it cannot have made.
 
-    A value takes an eighth of a bit at least: time and memory stay in proportion to the bytes read.
+    A value takes a 32nd of a bit at least: time and memory stay in proportion to the bytes read.
     """
-    if sum(map(math.prod, shapes)) != count or count > 64 * len(data) or len(data) < 45 or max(data[1:3]) > 2:
+    if (
+        sum(map(math.prod, shapes)) != count
+        or count > CONTEXT_VALUES * len(data)
+        or len(data) < 45
+        or max(data[1:3]) > 2
+    ):
         raise ValueError("context-coded stream does not hold the values it should")
     form, values = (data[0], data[1], data[2], int.from_bytes(data[3:5], "little")), np.empty(count, np.int8)
     if form[0] > largest or form[3] > 2**12:
@@ -6169,9 +6490,11 @@ def compress_best(kind: str, values: np.ndarray, shapes: list[list[int]]) -> tup
             if best is None or len(stored) < len(best[3]):
                 best = (packing, tool, len(data), stored)
     assert best is not None
-    if "context" in packings_of(kind) and len(best[3]) * 56 > values.size:  # sparser ones are no work for it
+    if (
+        "context" in packings_of(kind) and len(best[3]) * CONTEXT_VALUES > values.size
+    ):  # sparser ones are no work for it
         data = pack_context(values, shapes)
-        if 64 * len(data) >= values.size and len(data) < len(best[3]):
+        if CONTEXT_VALUES * len(data) >= values.size and len(data) < len(best[3]):
             best = ("context", "none", len(data), data)
     return best
 
@@ -6369,10 +6692,11 @@ def write_artifact(
 def most_elements(config: dict[str, Any], size: int) -> int:
     """Bound on the weights of a file of `size` bytes, which bounds what a hostile one can make us allocate.
 
-    A byte holds at most 11 untrained ternary weights; rows of tables that no n-gram has met take next to nothing.
+    A byte holds at most 11 untrained ternary weights, some more if few are not zero; rows of tables that no n-gram has
+    met take next to nothing.
     """
     tables = config.get("bigram_hash_buckets", 0) * config.get("bigram_hash_dim", 0)
-    return 2**22 + min(tables, MAX_TABLE_WEIGHTS) + 128 * size
+    return 2**22 + min(tables, MAX_TABLE_WEIGHTS) + 32 * size
 
 
 def read_header(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -6464,9 +6788,9 @@ def decode_artifact(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]
     """Header and float32 weights by name. Needs no torch arithmetic. Raises UserError for any file it cannot read."""
     header, payload = read_header(data)
     try:
-        config = check_header(header, len(data))
-        base = Hyperparameters(**config)
-        streams = read_streams(header, payload, most_elements(config, len(data)), base)
+        # A packaged script reads what it has written itself.
+        base = load_config({}) if PACKAGED else Hyperparameters(**check_header(header, len(data)))
+        streams = read_streams(header, payload, most_elements(header["config"], len(data)), base)
         weights, used = {}, dict[str, int]()
         for name, codec_name, *shape in header["tensors"]:
             codec = CODECS[codec_name](base)
@@ -6648,9 +6972,6 @@ class Budget(NamedTuple):
         return self.model_bytes + self.code_bytes
 
 
-PACKAGED = False  # build_submission.py sets this in the script it extracts, which then counts its own bytes
-
-
 def account(h: Hyperparameters, model_bytes: int) -> Budget:
     """Exact budget of an artifact: with this script's own size if it is a packaged one, else with the reserve."""
     code = len(Path(__file__).read_bytes()) if PACKAGED else h.code_bytes_reserve
@@ -6723,8 +7044,9 @@ class Adapter:
     parameters; `wrap` turns the distribution of a chunk into another normalized one; `learn` is called after the chunk
     has been scored, with what `wrap` returned, unless it was its span's last. All that an adapter remembers is in these
     states, of numbers, arrays, tensors, and dicts and tuples of them, which the audit compares. An adapter that learns
-    across spans sets `phases` > 1: the spans are then walked in that many parts, and between two parts `merge` sees the
-    states of all spans of all ranks. One that gives every span weights of its own sets `together` to 1.
+    across spans sets `phases` > 1: the spans are then walked in that many parts, and between two parts `merge` sees
+    what all spans of all ranks `offer` of their states, on the CPU. One that gives every span weights of its own sets
+    `together` to 1.
     """
 
     phases: int = 1
@@ -6732,6 +7054,10 @@ class Adapter:
 
     def memory(self, scorer: Scorer) -> int:
         """Bytes that a span's state will take, where they matter."""
+        return 0
+
+    def work(self, scorer: Scorer, rows: int) -> int:
+        """Bytes that it takes to predict a chunk of so many spans, where they matter."""
         return 0
 
     def begin(self, scorer: Scorer) -> Any:
@@ -6749,7 +7075,11 @@ class Adapter:
     def learn(self, states: list[Any], chunk: Chunk, given: Distribution) -> list[Any]:
         return states
 
-    def merge(self, states: dict[int, Any]) -> dict[int, Any]:
+    def offer(self, state: Any) -> Any:
+        return state
+
+    def merge(self, states: dict[int, Any], offers: dict[int, Any]) -> dict[int, Any]:
+        """The states of this rank's spans after all spans have met, by what each offered."""
         return states
 
 
@@ -6767,17 +7097,26 @@ class Deadline:
 
     def __init__(self, began: float, limit: float, tokens: int, say: Callable[[str], None]) -> None:
         self.began, self.limit, self.tokens, self.say = began, limit, tokens, say
-        self.done, self.foretold = 0, 0.0
+        self.done, self.foretold, self.first = 0, 0.0, (0, 0.0)
+        self.asked: Callable[[], bool] = lambda: False
 
     def add(self, tokens: int) -> None:
-        """So many tokens were scored; after the first 2% it is foretold how long all will take."""
+        """So many tokens were scored; after the first 2% it is foretold how long all will take.
+
+        What the first chunk took says nothing about the others: kernels are chosen and memory is taken in it.
+        """
+        now, before = time.monotonic(), self.done
         self.done += tokens
-        if self.limit and not self.foretold and self.done >= 0.02 * self.tokens:
-            self.foretold = (time.monotonic() - self.began) * self.tokens / self.done
+        if not before:
+            self.first = (self.done, now)
+        elif self.limit and not self.foretold and self.done >= 0.02 * self.tokens:
+            pace = (now - self.first[1]) / (self.done - self.first[0])
+            self.foretold = now - self.began + pace * (self.tokens - self.done)
             self.say(f"evaluation will take about {self.foretold:.0f} s, MAX_EVAL_SECONDS={self.limit:g}")
 
     def late(self) -> bool:
-        return self.limit > 0 and max(self.foretold, time.monotonic() - self.began) > self.limit
+        out_of_time = self.limit > 0 and max(self.foretold, time.monotonic() - self.began) > self.limit
+        return self.asked() or out_of_time
 
 
 class TemperatureAdapter(Adapter):
@@ -6867,6 +7206,7 @@ class NgramAdapter(Adapter):
     ENTROPIES: ClassVar[tuple[float, ...]] = (0.5, 1.5, 3.0)  # nats between kinds of places
     PRIOR: ClassVar[tuple[float, float]] = (1.0, 20.0)  # evidence and tokens that a bin starts with
     LIMIT: ClassVar[float] = 5.0  # of trust's log odds, so that it can change its mind
+    BLOCK: ClassVar[int] = 64  # positions whose counts of the whole vocabulary are held in float64 at a time
 
     def __init__(self, kind: NgramKind) -> None:
         self.kind = kind
@@ -6874,6 +7214,12 @@ class NgramAdapter(Adapter):
     def memory(self, scorer: Scorer) -> int:
         positions = self.positions(scorer)
         return len(self.kind.orders) * (4 * self.rows(scorer) + 12 * positions) + 4 * positions
+
+    def work(self, scorer: Scorer, rows: int) -> int:
+        """Four arrays of the size of a chunk's logits, one row's look-up, and counts of two blocks of its positions."""
+        size = rows * scorer.step * scorer.h.vocab_size * scorer.rt.dtype.size
+        found = 24 * len(self.kind.orders) * scorer.step * self.kind.depth
+        return 4 * size + found + 16 * min(self.BLOCK, scorer.step) * scorer.h.vocab_size
 
     def positions(self, scorer: Scorer) -> int:
         return min(self.kind.tokens, max(stop - start for start, stop in scorer.spans))
@@ -6918,10 +7264,8 @@ class NgramAdapter(Adapter):
             at = np.where(there, state.before[order, slot], -1)
         return found, order
 
-    def counts(
-        self, state: NgramState, inputs: np.ndarray, vocabulary: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Sparse part of p_ngram (n, V) and what is left to the model (n,), float64; the kind of place (n,) or -1."""
+    def counts(self, state: NgramState, inputs: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """p_ngram's own part goes into out (n, V); what is left to the model (n,), and the kind of place (n,) or -1."""
         found, order = self.look_up(state, inputs)
         there, ordered = found >= 0, np.sort(found, -1)
         total = there.sum(-1)  # (orders, n)
@@ -6930,25 +7274,28 @@ class NgramAdapter(Adapter):
         escape = lower / (total + lower)
         left = np.cumprod(escape[::-1], 0)[::-1]  # what this order and those above leave
         weight = left / np.where(total > 0, escape * (total + lower), 1.0)
-        places = np.arange(len(inputs))[None, :, None] * vocabulary + found
-        flat = np.bincount(
-            places[there], np.broadcast_to(weight[..., None], found.shape)[there], len(inputs) * vocabulary
-        )
+        weights, vocabulary = np.broadcast_to(weight[..., None], found.shape), out.shape[1]
+        for at in range(0, len(inputs), self.BLOCK):
+            part = slice(at, min(at + self.BLOCK, len(inputs)))
+            places = np.arange(part.stop - at)[None, :, None] * vocabulary + found[:, part]
+            seen, size = there[:, part], (part.stop - at) * vocabulary
+            out[part] = np.bincount(places[seen], weights[:, part][seen], size).reshape(-1, vocabulary)
         longest = np.where(total > 0, order, -1).max(0)
         sure = np.take_along_axis(distinct, np.maximum(longest, 0)[None], 0)[0] == 1
-        return flat.reshape(len(inputs), vocabulary), left[0], np.where(longest >= 0, 2 * longest + sure, -1)
+        return left[0], np.where(longest >= 0, 2 * longest + sure, -1)
 
     def wrap(self, states: list[NgramState], chunk: Chunk, given: Distribution) -> Distribution:
         logs, inputs = given.full(), np.array(chunk.tokens[:, -chunk.scored :])
         entropy = np.array(-(mx.exp(logs) * logs).sum(-1))
         level = np.searchsorted(self.ENTROPIES, entropy)  # (B, n)
-        rows = [self.counts(state, row, logs.shape[-1]) for state, row in zip(states, inputs, strict=True)]
-        place = np.stack([row[2] for row in rows])
+        counted = np.empty(logs.shape, np.float32)
+        rows = [self.counts(*row) for row in zip(states, inputs, counted, strict=True)]
+        place = np.stack([row[1] for row in rows])
         place = np.where(place >= 0, place * (len(self.ENTROPIES) + 1) + level, -1)
         share = np.stack([state.gate[row, 0] / state.gate[row, 1] for state, row in zip(states, place, strict=True)])
         share = np.where(place >= 0, share, 0.0)
         trust = np.array([[1 / (1 + math.exp(-state.trust))] for state in states])
-        arrays = (np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows]), share, share * trust)
+        arrays = (counted, np.stack([row[0] for row in rows]), share, share * trust)
         seen, left, alone, mixed = (mx.array(array.astype(np.float32)) for array in arrays)
         kept, added = mx.log1p(-mixed * (1 - left))[..., None], mx.log(mixed[..., None] * seen)
         return Distribution(mx.logaddexp(logs + kept, added), (logs, seen, left, alone, mx.array(place)))
@@ -7074,12 +7421,12 @@ class TestTimeTraining(Adapter):
         values = {name: own[name] for name in ttt_names(self.h, self.scorer.model)}
         if self.pairs:
             values = {n: part for name, weight in values.items() for n, part in self.first_pair(name, weight).items()}
-        zeros = {name: mx.zeros_like(value) for name, value in values.items()}
+        zeros = {name: mx.broadcast_to(mx.zeros(()), value.shape) for name, value in values.items()}
         return Adapted(values, zeros, zeros, 0, ())
 
     def first_pair(self, name: str, weight: Tensor) -> dict[str, Tensor]:
         """Random numbers into the rank, the same on every machine, and zeros out of it (Hu et al. 2021)."""
-        generator = np.random.default_rng(parameter_seed(self.h.seed, name))
+        generator = np.random.default_rng(parameter_seed(0, name))  # not SEED, by which a score could be chosen
         down = generator.standard_normal((weight.shape[1], self.h.ttt_rank)) / math.sqrt(weight.shape[1])
         return {
             name + ":in": mx.array(down.astype(np.float32)),
@@ -7138,14 +7485,18 @@ class TestTimeTraining(Adapter):
                 states = self.step(states, samples)
         return [state._replace(kept=()) for state in states]
 
-    def merge(self, states: dict[int, Adapted]) -> dict[int, Adapted]:
+    def offer(self, state: Adapted) -> tuple[Sample, ...]:
+        """The samples alone: values and averages are the same for all spans, which take the same steps."""
+        return state.kept
+
+    def merge(self, states: dict[int, Adapted], offers: dict[int, tuple[Sample, ...]]) -> dict[int, Adapted]:
         """One set of values for all spans, after steps on eight of the new samples at a time."""
-        samples = [sample for _, state in sorted(states.items()) for sample in state.kept]
+        samples = [sample for _, kept in sorted(offers.items()) for sample in kept]
         by_length: dict[tuple[int, ...], list[Sample]] = {}
         for sample in samples:
             by_length.setdefault(tuple(sample.tokens.shape), []).append(sample)
         groups = [part[at : at + 8] for part in by_length.values() for at in range(0, len(part), 8)]
-        shared = [min(states.items())[1]]
+        shared = [*states.values()][:1]
         for group in groups * self.h.ttt_epochs:
             shared = self.step(shared, group)
         return dict.fromkeys(states, shared[0]._replace(kept=()))
@@ -7247,9 +7598,11 @@ class Scorer:
     ) -> None:
         self.h, self.rt, self.model, self.table, self.calibration = h, rt, model, table, calibration or {}
         self.variant = scoring_variant(h)
-        self.adapters = [ADAPTERS[name](h) for name in h.used()["ADAPTERS"]]
+        self.adapters = [ADAPTERS[name](h) for name, there in h.adapting.items() if there]
         self.say: Callable[[str], None] = lambda text: None  # told before memory is taken, and how long it will take
         self.limit = 0.0  # seconds; 0: unbounded
+        self.began: float | None = None  # time.monotonic() from which they count; None: when scoring begins
+        self.asked: Callable[[], bool] = lambda: False  # whether to stop, asked before each chunk
         self.compiled: dict[Any, tuple[Callable, list]] = {}
         self.watch: Callable[[str, Chunk, list[list], Distribution], None] | None = None  # sees scores and updates
 
@@ -7266,9 +7619,10 @@ class Scorer:
         ranks return the same sums. Raises AgreedError when it takes longer than `limit`, or would by the pace of its
         first 2%.
         """
-        began, kept = time.monotonic(), fingerprint(self.model) if self.checked else b""
+        kept = fingerprint(self.model) if self.checked else b""
         self.variant, self.ledger = scoring_variant(self.h, variant), [] if ledger is None else ledger
         self.versions = Counter[int]()  # chunks that each span's adapters have learned from
+        self.changed = set[str]()  # parameters that adapters have changed for a prediction
         self.tokens, self.spans = tokens, self.cut(len(tokens) - 1)
         count, rt = len(self.spans), self.rt
         mine = range(rt.rank * count // rt.world, (rt.rank + 1) * count // rt.world)
@@ -7277,15 +7631,15 @@ class Scorer:
         )
         rows = min([rows, *(adapter.together for adapter in self.adapters)])
         groups = [list(mine[at : at + rows]) for at in range(0, len(mine), rows)]
-        for adapter in self.adapters:
-            if taken := adapter.memory(self) * len(mine):
-                self.say(f"{type(adapter).__name__}: {taken / MIB:.1f} MiB for {len(mine)} streams")
+        self.foresee_memory(count, rows)
         states = {span: [adapter.begin(self) for adapter in self.adapters] for span in mine}
+        began = time.monotonic() if self.began is None else self.began
         pace = Deadline(began, self.limit, sum(self.spans[span][1] - self.spans[span][0] for span in mine), self.say)
+        pace.asked = self.asked
         carries = [Carry(g, self.model.init_state(len(g)) if self.h.carry_eval else None) for g in groups]
         phases = max([adapter.phases for adapter in self.adapters], default=1)
         turns = max(-(-(stop - start) // self.step) for start, stop in self.spans)
-        sums = np.zeros(4)
+        sums = np.zeros(3)
         for phase in range(phases):
             part = range(phase * turns // phases, (phase + 1) * turns // phases)
             for g, group in enumerate(groups):
@@ -7293,8 +7647,9 @@ class Scorer:
                 if report:
                     report((phase + (g + 1) / len(groups)) / phases)
             states = self.merge(states) if phase + 1 < phases else states
-        sums[3] = pace.late()
-        if sums[3]:
+        if self.asked():
+            raise Interrupted("the evaluation was interrupted by a signal")
+        if pace.late():
             raise AgreedError(
                 f"evaluation takes longer than MAX_EVAL_SECONDS={self.limit:g}; use a longer stride, fewer TTT_EPOCHS, "
                 "fewer adapters or more ranks"
@@ -7302,6 +7657,23 @@ class Scorer:
         if self.checked and kept != fingerprint(self.model):
             raise AgreedError("the evaluation changed the model's own weights (FREEZE_CHECK_STRICT=1)")
         return Score(float(sums[0]), int(sums[1]), int(sums[2]))
+
+    def foresee_memory(self, spans: int, rows: int) -> None:
+        """Say what the adapters will take for so many spans. Raises UserError when this machine has less."""
+        have, whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 0
+        for adapter in self.adapters:
+            kept, work = adapter.memory(self) * spans, adapter.work(self, min(rows, spans))
+            if kept:
+                self.say(
+                    f"{type(adapter).__name__}: {kept / MIB:.1f} MiB for {spans} streams, {work / MIB:.1f} MiB more "
+                    f"while {min(rows, spans)} of them are scored"
+                )
+            whole += kept + work
+        if whole > have:
+            raise UserError(
+                f"the adapters need {whole / MIB:.0f} MiB for {spans} streams on each rank, and this machine has "
+                f"{have / MIB:.0f}; lower EVAL_STREAMS, EVAL_ENGRAM_BUCKETS, EVAL_ENGRAM_TOKENS or NGRAM_CACHE_TOKENS"
+            )
 
     @property
     def checked(self) -> bool:
@@ -7314,9 +7686,12 @@ class Scorer:
         return self.h.sliding_eval_stride if self.h.sliding_eval else self.h.eval_window
 
     def merge(self, states: dict[int, list]) -> dict[int, list]:
-        """The barrier between two phases: adapters see all spans' states."""
+        """The barrier between two phases: adapters that learn across spans see what all of them offer."""
         for i, adapter in enumerate(self.adapters):
-            merged = adapter.merge({span: state[i] for span, state in states.items()})
+            if adapter.phases == 1:
+                continue
+            offers = {span: adapter.offer(state[i]) for span, state in states.items()}
+            merged = adapter.merge({span: state[i] for span, state in states.items()}, offers)
             for span in states:
                 states[span][i] = merged[span]
         return states
@@ -7358,6 +7733,8 @@ class Scorer:
 
     def note(self, kind: str, chunk: Chunk, states: list[list], given: Distribution) -> None:
         """A line of the ledger for each row of a chunk that is being scored or learned from."""
+        if PACKAGED:
+            return
         for span, at in zip(chunk.spans, chunk.starts, strict=True):
             self.ledger.append(Entry(kind, span, at + 1, at + 1 + chunk.scored, self.versions[span]))
         if self.watch is not None:
@@ -7386,6 +7763,7 @@ class Scorer:
         columns = [[state[i] for state in states] for i in range(len(self.adapters))]
         pairs = merge_changes([a.lora(column, chunk) for a, column in zip(self.adapters, columns, strict=True)])
         weights = merge_changes([a.weights(column, chunk) for a, column in zip(self.adapters, columns, strict=True)])
+        self.changed |= pairs.keys() | weights.keys()
         logits, carry = self.logits(chunk, weights, pairs or None)
         given = [Distribution(log_softmax(logits))]
         for adapter, column in zip(self.adapters, columns, strict=True):
@@ -7426,7 +7804,7 @@ class Scorer:
             first = self.spans[span][0] + turn * self.step
             last = min(first + self.step, self.spans[span][1])
             if first < last:
-                begin = max(0, last - window) if self.h.sliding_eval else first
+                begin = max(0, first + self.step - window)  # a shorter last chunk sees no further back than others
                 shapes.setdefault((last - begin, last - first), []).append((span, last))
         for (length, count), rows in shapes.items():
             begins = [last - length for _, last in rows]
@@ -7444,10 +7822,10 @@ class Scorer:
 
 
 class Finding(NamedTuple):
-    """One line of an audit."""
+    """One line of an audit; ok is None for what could not be measured."""
 
     check: str
-    ok: bool
+    ok: bool | None
     found: str
 
 
@@ -7461,20 +7839,25 @@ class Seen(NamedTuple):
     vectors: dict[int, np.ndarray]  # log-probabilities of the whole vocabulary
     states: dict[int, bytes]  # digest of the span's adapters and carry before the chunk
     gap: float  # largest difference between the log-probabilities that were scored and the vectors
+    off: float  # largest |logsumexp| of all vectors, wanted or not
     ledger: list[Entry]
     score: Score | None  # None where the run was cut short
     kept: bool  # no adapter changed anything of itself but its spans' states
+    changed: set[str]  # parameters that adapters changed for some prediction
 
 
 class Audit:
     """Whole evaluations of a short stream, with all adapters on, that show whether an evaluation is legal.
 
     `make` gives a new scorer; tokens (N,) int64 of its stream. Positions are all edges of chunks, spans, documents and
-    segments (or as many as fit), and others by chance.
+    segments (or as many as fit), and others by chance. Some more lie at the end of `far`, a longer stream that is
+    walked as one span; what an evaluation would do beyond it, or where no position was chosen, is not seen.
     """
 
-    def __init__(self, make: Callable[[], Scorer], tokens: np.ndarray, positions: int = 200) -> None:
-        self.make, self.tokens, self.choose = make, tokens, np.random.default_rng(0)
+    def __init__(
+        self, make: Callable[[], Scorer], tokens: np.ndarray, positions: int = 200, far: np.ndarray | None = None
+    ) -> None:
+        self.make, self.tokens, self.choose, self.far = make, tokens, np.random.default_rng(0), far
         self.before = fingerprint(make().model)
         self.whole = self.run(tokens, set(range(1, len(tokens))))
         self.positions = self.some_positions(positions)
@@ -7498,29 +7881,33 @@ class Audit:
     def run(self, tokens: np.ndarray, wanted: set[int], until: int = 0, adapters: list[Adapter] | None = None) -> Seen:
         """Evaluate and look; ends after the chunk of `until`, if that is given."""
         scorer = self.make()
+        if len(tokens) > len(self.tokens):  # the longer stream
+            scorer.h = dataclasses.replace(scorer.h, eval_streams=1)
         if adapters is not None:
             scorer.adapters = adapters
         return self.look(scorer, tokens, wanted, until)
 
     def look(self, scorer: Scorer, tokens: np.ndarray, wanted: set[int], until: int = 0) -> Seen:
         """Run a scorer and keep what it shows."""
-        rows_seen, states, ledger, gaps = dict[int, np.ndarray](), dict[int, bytes](), list[Entry](), [0.0]
-        own: list[bytes] = []
+        rows_seen, states, ledger, own = dict[int, np.ndarray](), dict[int, bytes](), list[Entry](), list[bytes]()
+        gaps, offs = [0.0], [0.0]
 
         def watch(kind: str, chunk: Chunk, columns: list[list], given: Distribution) -> None:
             if kind != "score":
                 return
             own.append(own[0] if own else own_state(scorer))
-            targets = chunk.targets[:, -chunk.scored :] if chunk.targets is not None else chunk.tokens
+            full = np.array(given.full())
+            if not until:
+                targets = chunk.targets[:, -chunk.scored :] if chunk.targets is not None else chunk.tokens
+                exact = np.take_along_axis(full, np.array(targets[..., None]), -1)[..., 0]
+                gaps.append(float(np.abs(np.array(given.log_prob(targets)) - exact).max()))
+                offs.append(float(np.abs(np.log(np.exp(full.astype(np.float64)).sum(-1))).max()))
             for row, start in enumerate(chunk.starts):
                 inside = wanted.intersection(range(start + 1, start + 1 + chunk.scored))
                 if not inside:
                     continue
-                full = np.array(given.full()[row])
-                exact = np.take_along_axis(full, np.array(targets[row, :, None]), -1)[:, 0]
-                gaps.append(float(np.abs(np.array(given.log_prob(targets)[row]) - exact).max()))
                 digest = fingerprint([columns[row], flatten_state(take_rows(chunk.carry, slice(row, row + 1)))])
-                rows_seen.update({index: full[index - start - 1].copy() for index in inside})
+                rows_seen.update({index: full[row, index - start - 1].copy() for index in inside})
                 states.update(dict.fromkeys(inside, digest))
             if until in rows_seen:
                 raise Reached
@@ -7528,33 +7915,46 @@ class Audit:
         scorer.watch, score = watch, None
         with suppress(Reached):
             score = scorer.score(tokens, ledger=ledger)
-        kept = not own or own[0] == own_state(scorer)
-        return Seen(rows_seen, states, max(gaps), ledger, score, kept)
+        kept, worst = not own or own[0] == own_state(scorer), (float(np.max(gaps)), float(np.max(offs)))
+        return Seen(rows_seen, states, *worst, ledger, score, kept, scorer.changed)
 
     def findings(self) -> list[Finding]:
         """All checks that need no more than a scorer and a stream."""
-        return [self.causality(), self.order(), *self.normalization(), *self.state(), self.determinism()]
+        far = [] if self.far is None else [self.far_causality(self.far)]
+        found = [self.causality(), *far, self.order(), *self.normalization(), *self.scores(), *self.state()]
+        return [*found, self.determinism()]
 
     def causality(self) -> Finding:
         """A token and all after it replaced: its whole vector, and what its chunk was scored with, are the same bits.
 
         Where adapters meet between phases, what was scored in time before the token is not after it.
         """
-        turn = {at: i for i, e in enumerate(self.whole.ledger) if e.kind == "score" for at in range(e.first, e.stop)}
-        order = np.array([-1, *(turn.get(at, 0) * len(self.tokens) + at for at in range(1, len(self.tokens)))])
-        meets, wrong, size = any(a.phases > 1 for a in self.make().adapters), list[int](), self.make().h.vocab_size
-        for at in self.positions:
-            later = np.arange(len(self.tokens)) >= at
-            later &= (order >= order[at]) | (not meets)
-            shift = self.choose.integers(1, size, len(self.tokens))
-            changed = np.where(later, (self.tokens + shift) % size, self.tokens)
-            seen = self.run(changed, {at}, at)
-            same = seen.states.get(at) == self.whole.states[at] and np.array_equal(
-                seen.vectors[at], self.whole.vectors[at]
-            )
-            wrong += [] if same else [at]
+        wrong = self.differing(self.tokens, self.whole, self.positions)
         found = f"{len(self.positions)} positions, {len(wrong)} differ" + (f", first {wrong[0]}" if wrong else "")
         return Finding("causality", not wrong, found)
+
+    def far_causality(self, tokens: np.ndarray) -> Finding:
+        """The same in the last window of a longer stream, at fewer positions: each costs a walk over all of it."""
+        last, count = len(tokens), max(2, len(self.positions) // 25)
+        window = np.arange(max(1, last - self.make().h.eval_window), last)
+        places = sorted(self.choose.permutation(window)[:count].tolist())
+        wrong = self.differing(tokens, self.run(tokens, set(places)), places)
+        found = f"{len(places)} positions of the last {len(window)} tokens of {last - 1}, {len(wrong)} differ"
+        return Finding("causality: far", not wrong, found)
+
+    def differing(self, tokens: np.ndarray, whole: Seen, positions: list[int]) -> list[int]:
+        """Positions where a run with the token and all after it replaced shows something else than the whole one."""
+        turn = {at: i for i, e in enumerate(whole.ledger) if e.kind == "score" for at in range(e.first, e.stop)}
+        order = np.array([-1, *(turn.get(at, 0) * len(tokens) + at for at in range(1, len(tokens)))])
+        meets, wrong, size = any(a.phases > 1 for a in self.make().adapters), list[int](), self.make().h.vocab_size
+        for at in positions:
+            later = np.arange(len(tokens)) >= at
+            later &= (order >= order[at]) | (not meets)
+            shift = self.choose.integers(1, size, len(tokens))
+            seen = self.run(np.where(later, (tokens + shift) % size, tokens), {at}, at)
+            same = seen.states.get(at) == whole.states[at] and np.array_equal(seen.vectors[at], whole.vectors[at])
+            wrong += [] if same else [at]
+        return wrong
 
     def order(self) -> Finding:
         """Every token is scored once, in order, and before anything learns from it."""
@@ -7574,25 +7974,40 @@ class Audit:
         return Finding("order", not problem, problem or f"{len(scored)} tokens scored once, in order, before updates")
 
     def normalization(self) -> list[Finding]:
-        """Every distribution sums to 1: the model's, each adapter's alone, and that of their stack."""
+        """Every distribution, of all tokens, sums to 1: the model's, each adapter's alone, and that of their stack."""
         stacks = {"model": [], **{type(a).__name__: [a] for a in self.make().adapters}}
-        runs = {name: self.run(self.tokens, set(self.positions), 0, stack) for name, stack in stacks.items()}
-        found = []
-        for name, seen in (*runs.items(), ("all", self.whole)):
-            rows = np.stack([seen.vectors[at] for at in self.positions]).astype(np.float64)
-            off = float(np.abs(np.log(np.exp(rows).sum(-1))).max())
-            ok = off <= 1e-5 and seen.gap <= 1e-5
-            found.append(Finding(f"normalization: {name}", ok, f"|logsumexp| {off:.1e}, scored differs {seen.gap:.1e}"))
-        return found
+        runs = {name: self.run(self.tokens, set(), 0, stack) for name, stack in stacks.items()}
+        return [
+            Finding(
+                f"normalization: {name}",
+                seen.off <= 1e-5 and seen.gap <= 1e-5,
+                f"|logsumexp| {seen.off:.1e}, scored differs {seen.gap:.1e}",
+            )
+            for name, seen in (*runs.items(), ("all", self.whole))
+        ]
+
+    def scores(self) -> list[Finding]:
+        """The score is what the vectors say, and the same to the last bit when nobody looks at them."""
+        blind, seen = self.make().score(self.tokens), self.whole.score
+        assert seen is not None, "a whole run ends with a score"
+        nats = -sum(float(vector[self.tokens[at]]) for at, vector in self.whole.vectors.items())
+        summed = math.isclose(nats, seen.nats, rel_tol=1e-9)
+        return [
+            Finding("score: sum", summed, f"{seen.nats:.6f} nats, {nats:.6f} by the vectors"),
+            Finding("score: unwatched", blind == seen, f"nats differ by {abs(blind.nats - seen.nats):g}"),
+        ]
 
     def state(self) -> list[Finding]:
         """Evaluations change nothing but their spans' states, and leave none behind."""
         scorer = self.make()
         first, second = (self.look(scorer, self.tokens, set(self.positions)) for _ in range(2))
         clean = self.before == fingerprint(scorer.model)
-        alike = digest_of(first) == digest_of(second)
+        alike, h = digest_of(first) == digest_of(second), scorer.h
+        beyond = sorted(self.whole.changed - set(ttt_names(h, scorer.model) if h.ttt_scope != "off" else ()))
+        changed = f"{len(self.whole.changed)} parameters adapted"
         return [
             Finding("state: weights", clean, "unchanged" if clean else "changed by the evaluation"),
+            Finding("state: scope", not beyond, f"{beyond[0]} is not in TTT_SCOPE" if beyond else changed),
             Finding("state: adapters", self.whole.kept, "declared" if self.whole.kept else "an adapter keeps its own"),
             Finding("state: survival", alike, "none survives" if alike else "the next evaluation differs"),
         ]
@@ -7601,13 +8016,18 @@ class Audit:
         """The same again with a new scorer."""
         again = self.run(self.tokens, set(self.whole.vectors))
         same = digest_of(again) == digest_of(self.whole)
-        nats = abs((again.score.nats if again.score else math.nan) - (self.whole.score.nats if self.whole.score else 0))
-        return Finding("determinism", same, f"nats differ by {nats:g}")
+        return Finding("determinism", same, "twice the same" if same else "another run shows something else")
 
 
 def own_state(scorer: Scorer) -> bytes:
-    """A digest of what adapters hold beside the states of their spans."""
-    return fingerprint([dict(adapter.__dict__) for adapter in scorer.adapters])
+    """A digest of what adapters hold beside the states of their spans: in themselves, their classes, the scorer."""
+    code = FunctionType | property | classmethod | staticmethod | type
+    held = [{name: part for name, part in a.__dict__.items() if part is not scorer} for a in scorer.adapters]
+    for kind in [kind for adapter in scorer.adapters for kind in type(adapter).__mro__]:
+        held.append(
+            {n: part for n, part in kind.__dict__.items() if not (n.startswith("__") or isinstance(part, code))}
+        )
+    return fingerprint([held, scorer.calibration, sorted(scorer.__dict__)])
 
 
 def digest_of(seen: Seen) -> bytes:
@@ -7622,15 +8042,20 @@ def audit_stream(h: Hyperparameters, tokens: np.ndarray) -> np.ndarray:
     return tokens[: max(h.eval_streams * chunks * step - step // 3, 300) + 1]
 
 
-def check_bytes(tokenizer: Tokenizer, table: ByteTable, tokens: np.ndarray) -> Finding:
-    """The denominator of bits per byte is the bytes of the text, decoded between tokens that have no surface form."""
+def check_bytes(tokenizer: Tokenizer, table: ByteTable, tokens: np.ndarray, part: np.ndarray, used: int) -> Finding:
+    """The denominator of bits per byte is the bytes of the text, decoded between tokens that have no surface form.
+
+    `used` is the denominator of a score of the stream `part`; it must be what the same table counts there.
+    """
     cuts = np.flatnonzero(table.boundary[tokens])
     if len(cuts) < 2:
         return Finding("bytes", False, "no whole document among the tokens")
     parts = [tokens[a + 1 : b].tolist() for a, b in itertools.pairwise(cuts)]
     decoded = sum(len(tokenizer.decode(part).encode()) for part in parts)
     total = int(table.count(tokens[cuts[0] : cuts[-1]], tokens[cuts[0] + 1 : cuts[-1] + 1]).sum())
-    return Finding("bytes", decoded == total, f"{total} counted, {decoded} decoded, {len(parts)} stretches of text")
+    due = int(table.count(part[:-1], part[1:]).sum())
+    found = f"{total} counted, {decoded} decoded, {len(parts)} stretches of text; {used} of {due} in the audited score"
+    return Finding("bytes", decoded == total and used == due, found)
 
 
 def flatten_state(state: Any) -> list[Tensor]:
@@ -7655,10 +8080,12 @@ def take_rows(state: Any, rows: Any) -> Any:
 def fingerprint(state: Any) -> bytes:
     """A digest of a state or a model: numbers, text, arrays, tensors, and dicts, lists and tuples of them.
 
-    What is none of these is told apart by its identity alone.
+    Raises UserError for anything else, whose content cannot be told.
     """
     if isinstance(state, Module):
         state = dict(state.named_parameters())
+    if isinstance(state, Hyperparameters):
+        state = dataclasses.asdict(state)
     if isinstance(state, Tensor):
         state = (str(state.dtype), tuple(state.shape), as_numpy(state))
     if isinstance(state, np.ndarray):
@@ -7667,8 +8094,12 @@ def fingerprint(state: Any) -> bytes:
         state = list(state.items())
     if isinstance(state, list | tuple):
         return hashlib.sha256(b"(" + b"".join(fingerprint(part) for part in state)).digest()
-    plain = state is None or isinstance(state, int | float | str | bytes)
-    return hashlib.sha256((repr(state) if plain else f"{type(state)}{id(state)}").encode()).digest()
+    if not (state is None or isinstance(state, int | float | str | bytes | np.generic)):
+        raise UserError(
+            f"an adapter keeps a {type(state).__name__}, whose content no audit can compare; keep numbers, text, "
+            "arrays, tensors, and dicts, lists and tuples of them"
+        )
+    return hashlib.sha256(repr(state).encode()).digest()
 
 
 def map_state(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -7709,6 +8140,7 @@ class TrainState:
     before: Position = Position()  # of the last batch: resuming with DATASET_STATE_MODE=light reads it again
     calibrated: bool = False  # CALIB_AT_FRACTION has come
     best: Kept | None = None
+    skipped: int = 0  # steps that were left out, their loss or gradient not being finite
 
 
 def pack_checkpoint(h: Hyperparameters, rt: Runtime, state: TrainState, weights: Weights) -> dict[str, Any]:
@@ -7729,6 +8161,7 @@ def pack_checkpoint(h: Hyperparameters, rt: Runtime, state: TrainState, weights:
         "carry": flatten_state(state.carry if h.dataset_state_mode == "full" else None),
         "prints": state.prints,
         "calibrated": state.calibrated,
+        "skipped": state.skipped,
         "best": state.best and [*state.best[:2], {k: (f.latent, *f.tuning) for k, f in state.best.forms.items()}],
         "banks": banks,
     }
@@ -7802,9 +8235,25 @@ def find_checkpoint(h: Hyperparameters, folder: Path) -> Path | None:
     return Path(h.resume) if h.resume else None
 
 
+def check_container(path: Path) -> None:
+    """Raise ValueError or BadZipFile for a checkpoint with a damaged part, or with parts larger than the file itself.
+
+    What numpy and MLX will allocate is bounded here, before they do.
+    """
+    with zipfile.ZipFile(path) as container:
+        parts = container.infolist()
+        if any(part.compress_type != zipfile.ZIP_STORED or part.file_size != part.compress_size for part in parts):
+            raise ValueError("parts are compressed")
+        if sum(part.file_size for part in parts) > path.stat().st_size:
+            raise ValueError("parts overlap")
+        if container.testzip():
+            raise ValueError("a part is damaged")
+
+
 def load_checkpoint(h: Hyperparameters, rt: Runtime, path: Path, model: GPT, weights: Weights) -> TrainState:
     """Restore weights, averages, optimizer; returns the run state. Raises UserError for a misfit."""
     try:
+        check_container(path)
         tree = read_tree(path)
         structure, banks = json.loads(tree["structure"]), tree["banks"]
         position, variant = Position(*tree["position"]), Variant(*tree["variant"])
@@ -7812,6 +8261,7 @@ def load_checkpoint(h: Hyperparameters, rt: Runtime, path: Path, model: GPT, wei
         state.variant, state.before = variant, Position(*tree.get("before", (0, 0)))
         state.prints = {str(name): str(value) for name, value in tree.get("prints", {}).items()}
         state.calibrated, best = bool(tree.get("calibrated")), tree.get("best")
+        state.skipped = int(tree.get("skipped", 0))
         if best and h.export_proxy_eval:
             loss, step, forms = best
             state.best = Kept(loss, step, {key: Form(v[0], Tuning(*v[1:])) for key, v in forms.items()})
@@ -7863,6 +8313,7 @@ class Session(NamedTuple):
     table: ByteTable
     attention: str
     prints: dict[str, str]  # fingerprints of data and tokenizer
+    guard: Guard
 
 
 def read_validation(h: Hyperparameters) -> np.ndarray:
@@ -7908,8 +8359,9 @@ def open_session(h: Hyperparameters, rt: Runtime, folder: Path, log: Log) -> Ses
     optimizer = Optimizer(h, rt, weights)
     table = tokenizer.byte_table()
     prints = {"data": data_fingerprint(h, loader.stream), "tokenizer": tokenizer.fingerprint}
+    guard = Guard(h, rt, folder)
     return Session(
-        h, rt, log, folder, loader, tokenizer, model, weights, optimizer, validation, table, attention, prints
+        h, rt, log, folder, loader, tokenizer, model, weights, optimizer, validation, table, attention, prints, guard
     )
 
 
@@ -7931,6 +8383,52 @@ def run_folder(h: Hyperparameters, rt: Runtime) -> Path:
     return folder
 
 
+def amount_of(h: Hyperparameters, quantity: str) -> float:
+    """A network's parameters, bytes packed and not compressed, or FLOPs of a trained token; MLX computes no weight."""
+    model = GPT(h, 1)
+    if quantity == "bytes":
+        return sum(Weights(model).packed_bytes().values())
+    return flops_per_token(model) if quantity == "flops" else float(sum(p.size for _, p in model.named_parameters()))
+
+
+def match_target(h: Hyperparameters) -> float:
+    """What MATCH asks for: that of the preset as it is, but with the vocabulary of this run's data."""
+    quantity, preset = h.match.split(":")
+    return amount_of(dataclasses.replace(Hyperparameters(**PRESETS[preset]), vocab_size=h.vocab_size), quantity)
+
+
+def is_valid(h: Hyperparameters) -> bool:
+    """Whether no values contradict one another."""
+    try:
+        validate(h)
+    except UserError:
+        return False
+    return True
+
+
+def matched(h: Hyperparameters) -> Hyperparameters:
+    """The configuration with the width that MATCH chooses, heads of a multiple of 8 channels as flash attention wants
+    them. Raises UserError where no width is valid."""
+    if not h.match:
+        return h
+    quantity, preset = h.match.split(":")
+    unit, most = 8 * h.num_heads, 16 * max(h.model_dim, Hyperparameters(**PRESETS[preset]).model_dim)
+    found = [dataclasses.replace(h, model_dim=width) for width in range(unit, most + unit, unit)]
+    found, target = [one for one in found if is_valid(one)], match_target(h)
+    if not found:
+        raise UserError(f"MATCH={h.match}: no multiple of 8 NUM_HEADS={unit} is a valid MODEL_DIM here")
+    above = bisect.bisect_left(found, target, key=lambda one: amount_of(one, quantity))
+    return min(found[max(0, above - 1) : above + 1], key=lambda one: abs(math.log(amount_of(one, quantity) / target)))
+
+
+def match_lines(h: Hyperparameters) -> Iterator[str]:
+    """What MATCH has chosen and how near it is; nothing without it."""
+    if h.match:
+        (quantity, preset), target = h.match.split(":"), match_target(h)
+        own = amount_of(h, quantity)
+        yield f"match:{quantity} MODEL_DIM:{h.model_dim} {own:.0f} of {preset}'s {target:.0f} ({own / target - 1:+.2%})"
+
+
 def describe(s: Session) -> None:
     """Log what is about to run: versions, device, roles, sizes, variables without effect."""
     h, log, rt = s.h, s.log, s.rt
@@ -7941,8 +8439,13 @@ def describe(s: Session) -> None:
     )
     log.line(f"train_tokens:{s.loader.usable} val_tokens:{len(s.validation)} data:{h.data_path}")
     log.line(f"data_fingerprint:{s.prints['data']} tokenizer:{s.prints['tokenizer']}")
-    for line in role_lines(s):
+    if PACKAGED:
+        return
+    for line in (*role_lines(s), *match_lines(h)):
         log.line(line)
+    log.metric("start", data=s.prints["data"], tokenizer=s.prints["tokenizer"], protocol=h.protocol, seed=h.seed,
+        val_tokens=len(s.validation), parameters=sum(p.size for _, p in s.model.named_parameters()),
+        device=device_name(rt), flops_per_token=flops_per_token(s.model))  # fmt: skip
     for variable in ineffective_variables(h):
         log.line(f"note: {variable} is set but has no effect under this configuration")
 
@@ -8022,7 +8525,8 @@ class Passes:
             with self.model.holding(values):
                 out = self.model.loss(tokens, targets, variant, carry, moment)
             form[:] = [(out.total, out.state, out.metrics)]
-            return out.total / divisors[0] + sum(out.losses.values()) / divisors[1]
+            total = out.total / divisors[0] + sum(out.losses.values()) / divisors[1]
+            return total * (1 + 0 * mx.stop_gradient(total))  # NaN for a loss that is not finite: the gradient tells it
 
         def function(values: dict[str, Tensor], arrays: list[Tensor]) -> tuple:
             # What else comes out goes past value_and_grad: mx.compile (0.32) takes, beside the loss that this returns,
@@ -8158,11 +8662,13 @@ def train_loop(s: Session, state: TrainState) -> None:
         state.carry = s.model.init_state(stage_at(h.stages, 0.0) // h.train_seq_len)
         reread(s, step, state)
     window, health, fresh = LossWindow(state), Health(log, s.model.ranges()), state.step
+    skips, vitals, s.guard.working = Skips(s), Vitals(health), True
     clock.start()
     while True:
         tokens = stage_at(h.stages, progress_of(h, state.step, clock.seconds()))
         now, margin, size = agree(rt, clock.seconds(), pace.margin(tokens), tokens)
-        if finished(h, state.step, now, margin):
+        s.guard.signal = largest_of(rt, s.guard.signal) or s.guard.signal
+        if s.guard.signal or finished(h, state.step, now, margin):
             break
         if state.step > fresh:
             pause_for(s, state, clock)
@@ -8176,6 +8682,7 @@ def train_loop(s: Session, state: TrainState) -> None:
         s.weights.disturb(progress, state.step)
         measures = any((state.step + 1) % every == 0 for every in h.measured_every)
         variant = state.variant._replace(measures=measures)
+        carry = state.carry
         nats, state.carry, metrics, grads = step(batch, dataclasses.replace(state, variant=variant), progress)
         average = h.ema_decay > 0 and progress >= h.ema_start_fraction
         ahead = progress_of(h, state.step + 1, now)  # a resumed run quantizes its weights for the next step, too
@@ -8185,13 +8692,18 @@ def train_loop(s: Session, state: TrainState) -> None:
         state.step, state.tokens = state.step + 1, state.tokens + tokens
         pace.mark(clock.seconds() - now, tokens)
         state.token_seconds = max(pace.recent)
-        window.add(nats, tokens)
+        window.add(nats, tokens, s.optimizer.finite)
+        if carry is not None and not s.optimizer.finite:
+            state.carry = carry  # what the step left may be no better than its loss
+        skips.look(state, step, batch)
+        s.guard.beat()
         if measures:
             health.look(state.step, {name: value.item() for name, value in metrics.items()})
+            s.guard.figures |= {name: metrics[name].item() for name in metrics if name.endswith("fallbacks")}
         state.seconds = clock.seconds()
         log.progress(progress, f"step {state.step} eta {eta_text(h, state)}")
         if state.step % h.train_log_every == 0 or state.step <= 5:
-            report_training(s, state, window)
+            report_training(s, state, window, vitals)
     synchronize(rt)
     clock.stop()
     (state.seconds,) = agree(rt, clock.banked)
@@ -8214,17 +8726,52 @@ def pause_for(s: Session, state: TrainState, clock: Clock) -> None:
     if h.calib_at_fraction or h.export_proxy_eval:
         align(s, state, clock)
     validates = h.val_loss_every and state.step % h.val_loss_every == 0
-    saves = h.save_every and state.step % h.save_every == 0
+    saves = not PACKAGED and h.save_every and state.step % h.save_every == 0
     if not validates and not saves:
         return
     synchronize(s.rt)
     clock.stop()
     state.seconds = clock.banked
-    if validates:
-        report_validation(s, state)
+    s.guard.beat(slow=True)
+    with suppress(Interrupted):  # the loop will see the signal, too
+        if validates:
+            report_validation(s, state)
     if saves:
         try_to_save(s, state)
+    s.guard.beat()
     clock.start()
+
+
+class Skips:
+    """Counts the steps that the optimizer left out, and ends a run that does nothing else."""
+
+    def __init__(self, s: Session) -> None:
+        self.s, self.row = s, 0
+
+    def look(self, state: TrainState, step: Callable, batch: Batch) -> None:
+        """Raises AgreedError after MAX_NONFINITE_STEPS in a row, with a checkpoint that repeats the last one."""
+        finite = bool(self.s.optimizer.finite)  # MLX has computed the step anyway
+        self.row = 0 if finite else self.row + 1
+        state.skipped += not finite
+        if self.row >= self.s.h.max_nonfinite_steps:
+            self.dump(state, step, batch)
+
+    def dump(self, state: TrainState, step: Callable, batch: Batch) -> None:
+        """Run the last step's forward and backward pass again, name what is not finite, save the state before it."""
+        s, at, folder = self.s, state.step - 1, self.s.folder / "nonfinite"
+        before = dataclasses.replace(state, step=at, position=state.before, skipped=state.skipped - 1)
+        out = step(batch, before, progress_of(s.h, at, state.seconds))
+        wrong = [name for name, grad in out.grads.items() if not mx.isfinite(grad).all().item()]
+        save_checkpoint(s.h, s.rt, folder, before, s.weights)
+        nats = repr(out.nats.item())
+        told = {"step": at + 1, "position": tuple(state.before), "loss_nats": nats, "gradients": wrong}
+        again = folder / f"step_{at:07d}.npz"
+        write_atomically(folder / "step.json", (json.dumps(told, indent=1) + "\n").encode())
+        raise AgreedError(
+            f"loss or gradient was not finite in {self.row} steps in a row, up to step {state.step}; "
+            f"RESUME={again} repeats the last one ({folder / 'step.json'} names its gradients); "
+            "lower the rates or set GRAD_CLIP_NORM"
+        )
 
 
 class Health:
@@ -8253,28 +8800,76 @@ class Health:
                     f"health step:{step} {name}:{metrics[name]:.4g} {state}; good: {good_from:g} to {good_to:g}"
                 )
 
+    def tell(self, step: int, name: str, amiss: bool, text: str) -> None:
+        """A line when something else than a measured range breaks, or comes back."""
+        if amiss != (name in self.amiss):
+            self.amiss ^= {name}
+            self.log.line(f"health step:{step} {text}{'' if amiss else ': well again'}")
+
+
+class Vitals:
+    """Whether a run goes on as it should, judged from its reports.
+
+    The last three speeds within 10% of the median before (the first 30 steps and every change of what a step is left
+    out), a loss that falls over 1,000 steps, flat reserved memory, a GPU whose clock nothing holds down.
+    """
+
+    STEADY, SPAN = 30, 1000  # steps
+
+    def __init__(self, health: Health) -> None:
+        self.health, self.kind = health, Any
+        self.speeds, self.losses, self.reserved = list[float](), list[tuple[int, float]](), 0.0
+
+    def look(self, step: int, kind: Any, speed: float, loss: float) -> None:
+        """kind: what a step is: another one has another speed."""
+        self.losses = [*(pair for pair in self.losses if pair[0] > step - 2 * self.SPAN), (step, loss)]
+        new, old = ([x for at, x in self.losses if (at > step - self.SPAN) == recent] for recent in (True, False))
+        if step >= 2 * self.SPAN and old:
+            before, now = sum(old) / len(old), sum(new) / len(new)
+            text = f"train_loss:{now:.4f} over the last {self.SPAN} steps, {before:.4f} over those before: a plateau"
+            self.health.tell(step, "plateau", not now < 0.999 * before, text)
+        self.speeds = self.speeds if kind == self.kind and step > self.STEADY else []
+        self.kind, self.speeds = kind, [*self.speeds[-30:], speed]
+        if len(self.speeds) > 6:
+            usual, now = np.median(self.speeds[:-3]), np.median(self.speeds[-3:])
+            text = f"tok/s:{now:.0f} is not within 10% of the usual {usual:.0f}"
+            self.health.tell(step, "speed", not 0.9 * usual <= now <= 1.1 * usual, text)
+
+    def look_at_machine(self, step: int, reserved_mib: float, throttled: str) -> None:
+        if step >= self.STEADY:
+            self.reserved = self.reserved or reserved_mib
+            text = f"reserved_mib:{reserved_mib:.0f} has grown from {self.reserved:.0f}"
+            self.health.tell(step, "memory", reserved_mib > 1.05 * self.reserved + 64, text)
+        self.health.tell(step, "clock", bool(throttled), f"the GPU's clock is held down by {throttled or 'nothing'}")
+
 
 class LossWindow:
     """Training loss since the last report, kept on the device until it is read."""
 
     def __init__(self, state: TrainState) -> None:
         self.losses: list[Tensor] = []
+        self.counted: list[Tensor] = []  # tokens of steps that were not left out
         self.tokens, self.step, self.seconds = 0, state.step, state.seconds
 
-    def add(self, nats: Tensor, tokens: int) -> None:
-        self.losses.append(nats)
+    def add(self, nats: Tensor, tokens: int, finite: Tensor) -> None:
+        self.losses.append(mx.where(finite, nats, 0.0))
+        self.counted.append(finite * tokens)
         self.tokens += tokens
 
     def mean(self, rt: Runtime, state: TrainState) -> float:
-        """Nats a token over all ranks; the next window begins at this state."""
-        mean = float(np.array(mx.stack(self.losses)).sum(dtype=np.float64)) / self.tokens
-        self.losses, self.tokens, self.step, self.seconds = [], 0, state.step, state.seconds
+        """Nats a token, NaN if every step was left out; the next window begins at this state."""
+        total, counted = (np.array(mx.stack(x)).sum(dtype=np.float64) for x in (self.losses, self.counted))
+        mean = float(total / counted) if counted else math.nan
+        self.losses, self.counted, self.tokens = [], [], 0
+        self.step, self.seconds = state.step, state.seconds
         return mean
 
 
 def switch_variant(s: Session, state: TrainState, progress: float) -> None:
     """Turn on structure whose time has come: an untied head starts as a copy of the embedding, experts as nearly copies
     of the first."""
+    if not s.h.switches:
+        return
     old = state.variant  # what is on stays on, though a resumed run may have become longer
     new = Variant(*(before or now for before, now in zip(old, variant_at(s.h, progress), strict=True)))
     if new == old:
@@ -8296,31 +8891,47 @@ def eta_text(h: Hyperparameters, state: TrainState) -> str:
     return clock_text(state.seconds / progress - state.seconds)
 
 
-def report_training(s: Session, state: TrainState, window: LossWindow) -> None:
-    """One line in the field's format, one metrics object, and the progress bar."""
+def report_training(s: Session, state: TrainState, window: LossWindow, vitals: Vitals) -> None:
+    """One line in the field's format, one metrics object, and what they say about the run's health."""
     h, passed = s.h, max(1e-9, state.seconds - window.seconds)
     speed, steps = window.tokens / passed, state.step - window.step
     loss = window.mean(s.rt, state)
     s.log.line(
         f"step:{state.step}/{h.iterations} train_loss:{loss:.4f} train_time:{state.seconds * 1e3:.0f}ms "
         f"step_avg:{state.seconds * 1e3 / state.step:.2f}ms tok/s:{speed:.0f}"
-        f"{utilization_text(s, speed)} eta:{eta_text(h, state)}"
+        f"{utilization_text(s, speed)} eta:{eta_text(h, state)}{f' skipped:{state.skipped}' if state.skipped else ''}"
     )
+    reserved_mib = held_memory_bytes(s.rt)[1] / MIB
+    progress = progress_of(h, state.step, state.seconds)
+    vitals.look(state.step, (state.variant, stage_at(h.stages, progress), stage_at(h.lengths, progress)), speed, loss)
+    vitals.look_at_machine(state.step, reserved_mib, s.guard.throttled)
+    s.guard.figures |= {"train_loss_nats": loss if math.isfinite(loss) else None}
     s.log.metric(
         "train",
         step=state.step,
         train_loss_nats=loss,
+        tokens=state.tokens,
         train_time_s=round(state.seconds, 4),
         step_time_s=round(passed / steps, 6),
         tokens_per_s=round(speed, 1),
         rate_scale=round(rate_scale(h, state.step, state.seconds), 6),
         peak_memory_mib=round(peak_memory_bytes(s.rt) / MIB, 1),
+        reserved_mib=round(reserved_mib, 1),
+        skipped_steps=state.skipped,
     )
 
 
+def known_peak(rt: Runtime) -> float:
+    """Peak FLOP/s of this GPU: 0, since makers of Apple GPUs, on which MLX computes, name none in bf16."""
+    return 0.0
+
+
 def utilization_text(s: Session, speed: float) -> str:
-    """Nothing: no peak of an Apple GPU is known here."""
-    return ""
+    """Model FLOPs utilization on a known GPU, else nothing."""
+    if s.rt.device.type != "cuda":
+        return ""
+    peak = known_peak(s.rt)
+    return f" mfu:{speed * flops_per_token(s.model) / (peak * s.rt.world):.1%}" if peak else ""
 
 
 def align(s: Session, state: TrainState, clock: Clock) -> None:
@@ -8336,7 +8947,6 @@ def align(s: Session, state: TrainState, clock: Clock) -> None:
         state.calibrated = True
     if h.export_proxy_eval and state.step % h.export_proxy_eval == 0:
         s.weights.swap_average()
-        s.weights.materialize(1.0)
         proxy_loss(s, state, clock)
         s.weights.swap_average()
         s.weights.materialize(progress)
@@ -8345,7 +8955,10 @@ def align(s: Session, state: TrainState, clock: Clock) -> None:
 def proxy_loss(s: Session, state: TrainState, clock: Clock) -> float:
     """Loss of what would be exported now, by rank 0, and kept as the best if it is; a line and a metrics object."""
     proxy = functools.partial(Proxy, s.model, s.rt, scoring_variant(s.h), clock.seconds, math.inf)
-    loss: float = on_main(s.rt, lambda: proxy().loss())
+    with s.weights.settled():
+        s.weights.materialize(1.0)
+        loss: float = on_main(s.rt, lambda: proxy().loss())
+    s.weights.materialize(1.0)
     if math.isfinite(loss) and (state.best is None or loss < state.best.loss):
         forms = {key: Form(form.latent, form.tuning) for key, form in s.weights.forms().items()}
         state.best = Kept(loss, state.step, forms)
@@ -8430,7 +9043,7 @@ def calibration_batches(s: Session, seconds: Callable[[], float], limit: float) 
             yield s.model.no_history(part.shape[0]), part
         return
     holdout = read_holdout(h)
-    starts = range(0, len(holdout) - window, window)[: rows * h.gptq_batches]
+    starts = range(0, len(holdout) - window + 1, window)[: rows * h.gptq_batches]
     for at in range(0, len(starts), rows):
         history, tokens = windows(holdout, starts[at : at + rows], window, h.history, s.rt)
         yield history, tokens
@@ -8531,6 +9144,10 @@ def settle(s: Session, state: TrainState) -> tuple[bool, dict[str, float], dict[
     h, clock, calibration = s.h, Clock(state.seconds), dict[str, float]()
     clock.start()
     averaged = s.weights.swap_average()
+    s.weights.check_finite()
+    if h.export_mode == "mixed":  # what is chosen below is chosen in the codecs of the file
+        for bank in s.weights.banks.values():
+            bank.settle(h)
     s.weights.materialize(1.0)
     whole = refine(s, state, clock)
     quantize_trained(s, clock.seconds)
@@ -8557,9 +9174,9 @@ def report_validation(s: Session, state: TrainState, calibration: dict[str, floa
     """
     began = time.monotonic()
     h = s.h if calibration is not None else plain_evaluation(s.h)
-    score = Scorer(h, s.rt, s.model, s.table, calibration).score(
-        s.validation, state.variant, report=lambda share: s.log.progress(share, "validating")
-    )
+    scorer = Scorer(h, s.rt, s.model, s.table, calibration)
+    scorer.asked = functools.partial(s.guard.beat, True)
+    score = scorer.score(s.validation, state.variant, report=lambda share: s.log.progress(share, "validating"))
     average = state.seconds * 1e3 / max(1, state.step)
     s.log.line(
         f"step:{state.step}/{s.h.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
@@ -8572,10 +9189,32 @@ def report_validation(s: Session, state: TrainState, calibration: dict[str, floa
         val_bpb=score.bpb,
         val_tokens=score.tokens,
         val_bytes=score.bytes,
+        tokens=state.tokens,
         train_time_s=round(state.seconds, 4),
         eval_time_s=round(time.monotonic() - began, 3),
     )
     return score
+
+
+REFERENCE = ".reference.npz"  # beside an artifact: what the network that it was written from says
+
+
+def outputs_on(rt: Runtime, model: GPT, history: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """What tells networks apart at each position of rows (B, T): the argmax, the largest logit and logsumexp."""
+    state = model.start_state(mx.array(history))
+    logits = model.logits(mx.array(tokens), scoring_variant(model.h), state)[0].astype(mx.float32)
+    found = {"argmax": logits.argmax(-1), "top": logits.max(-1), "logsumexp": mx.logsumexp(logits, -1)}
+    return {"history": history, "tokens": tokens, **{name: np.array(x) for name, x in found.items()}}
+
+
+def write_reference(s: Session, path: Path) -> None:
+    """What the network says in memory at eight places of the validation split, for the audit of its artifact."""
+    length = min(s.h.eval_window, len(s.validation) // 2)
+    starts = np.linspace(0, len(s.validation) - length, 8).astype(int).tolist()
+    history, rows = (np.array(x) for x in windows(s.validation, starts, length, s.h.history, s.rt))
+    buffer = io.BytesIO()  # of numpy's arrays, not MLX's
+    np.savez(buffer, **outputs_on(s.rt, s.model, history, rows))  # type: ignore[arg-type]
+    write_atomically(path.with_name(path.name + REFERENCE), buffer.getvalue())
 
 
 def export(s: Session, calibration: dict[str, float]) -> Path:
@@ -8585,6 +9224,9 @@ def export(s: Session, calibration: dict[str, float]) -> Path:
     def write() -> None:
         artifact = write_artifact(s.h, coded_tensors(s.weights), s.prints, calibration)
         write_atomically(path, artifact.data)
+        if PACKAGED:
+            return
+        write_reference(s, path)
         s.log.line(
             f"{'stream':<10}{'packing':<10}{'compressor':<12}{'values':>12}{'packed_bytes':>14}{'stored_bytes':>14}"
         )
@@ -8618,13 +9260,18 @@ def finish(s: Session, state: TrainState) -> int:
     """Average, quantize, score, export, reload, score again, account; returns the exit code."""
     h, log = s.h, s.log
     switch_variant(s, state, 1.0)  # a run that ended early takes its final shape
-    try_to_save(s, state)
+    if not PACKAGED:
+        s.guard.beat(slow=True)
+        try_to_save(s, state)
+        s.guard.working = False  # from here on nothing is lost that resuming does not make again
+        if number := largest_of(s.rt, s.guard.signal):
+            return stopped(s, number)
     untouched = s.weights.forms()
     averaged, calibration, whole = settle(s, state)
     log.line(f"training done: steps:{state.step} train_time:{state.seconds * 1e3:.0f}ms averaged:{int(averaged)}")
     in_memory = report_validation(s, state, calibration)
     path = export(s, calibration)
-    if whole:
+    if whole and not PACKAGED:
         report_pruned(s, whole)
     began = time.monotonic()
     # Nodes may have disks of their own: rank 0 reads, all decode.
@@ -8633,18 +9280,19 @@ def finish(s: Session, state: TrainState) -> int:
     model = build_model(s.h, s.rt, s.tokenizer.bos, fill=False)
     load_weights(model, arrays)
     scorer = Scorer(s.h, s.rt, model, s.table, header["calibration"])
-    scorer.say, scorer.limit = log.line, h.max_eval_seconds
-    log.line(f"protocol:{h.protocol}")
-    score = scorer.score(s.validation)
+    scorer.say, scorer.limit, scorer.began = log.line, h.max_eval_seconds, began
+    scorer.asked = functools.partial(s.guard.beat, True)
+    log.line(f"protocol:{h.protocol}{' (named in advance)' * h.named}")
     budget = account(h, len(data))
-    log.line(f"final_roundtrip val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f}")
-    log.line(f"final_roundtrip_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} in_memory:{in_memory.loss:.8f}")
-    over = budget.total_bytes > budget.budget_bytes
     counted = "this script" if budget.packaged else "CODE_BYTES_RESERVE"
     log.line(
         f"model_bytes:{budget.model_bytes} code_bytes:{budget.code_bytes} ({counted}) total_bytes:{budget.total_bytes} "
         f"budget_bytes:{budget.budget_bytes}"
     )
+    score = scorer.score(s.validation)
+    log.line(f"final_roundtrip val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f}")
+    log.line(f"final_roundtrip_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} in_memory:{in_memory.loss:.8f}")
+    over = budget.total_bytes > budget.budget_bytes
     log.metric(
         "final",
         name="final_roundtrip",
@@ -8657,8 +9305,9 @@ def finish(s: Session, state: TrainState) -> int:
         peak_memory_mib=round(peak_memory_bytes(s.rt) / MIB, 1),
         **{k: v for k, v in {**budget._asdict(), "total_bytes": budget.total_bytes}.items() if k != "packaged"},
     )
-    closing_summary(s, state, model, score, budget, path)
-    s.weights.take(untouched)
+    if not PACKAGED:
+        closing_summary(s, state, model, score, budget, path)
+        s.weights.take(untouched)
     if over:
         log.line(
             f"error: {budget.total_bytes - budget.budget_bytes} bytes over HARD_BUDGET_BYTES; make the model smaller"
@@ -8688,60 +9337,18 @@ def closing_summary(s: Session, state: TrainState, model: GPT, score: Score, bud
     log.line("-" * 72)
 
 
-def train(h: Hyperparameters, rt: Runtime) -> int:
-    """A whole run: folder, lock, log, resume, loop, finish. Returns the exit code. Raises UserError."""
-    folder = run_folder(h, rt)
-    lock = on_main(rt, lambda: lock_folder(folder))
-    log = Log(folder, rt.main)
-    try:
-        s: Session = on_all(rt, lambda: open_session(h, rt, folder, log))
-        settled = dataclasses.replace(h, precision=rt.arithmetic)  # the next machine might choose another
-        on_main(rt, lambda: write_atomically(folder / "config.env", config_env(settled).encode()))
-        on_main(rt, lambda: write_atomically(folder / "train_gpt_mlx.py", Path(__file__).read_bytes()))
-        log.line(f"run:{folder}")
-        describe(s)
-        state = TrainState()
-        path = on_main(rt, lambda: find_checkpoint(h, folder / "checkpoints"))
-        if path:
-            state = on_all(rt, lambda: load_checkpoint(s.h, rt, path, s.model, s.weights))
-            log.line(f"resumed {path} at step:{state.step} train_time:{state.seconds * 1e3:.0f}ms")
-            log.metric("resume", step=state.step, train_time_s=state.seconds)
-            if state.prints.get("tokenizer", s.prints["tokenizer"]) != s.prints["tokenizer"]:
-                raise AgreedError(f"{path} was trained with another tokenizer than TOKENIZER_PATH={h.tokenizer_path}")
-            if state.prints.get("data", s.prints["data"]) != s.prints["data"]:
-                log.line(f"warning: {path} was trained on other data than DATA_PATH={h.data_path}")
-        state.prints = s.prints
-        train_loop(s, state)
-        return finish(s, state)
-    finally:
-        log.close()
-        if rt.main:
-            os.close(lock)
+class Check(NamedTuple):
+    """What preflight has looked at."""
+
+    name: str
+    state: str  # ok, warn or fail
+    found: str
+    fix: str = ""
 
 
-# ==== 15. MAIN ===============================================================
-# Gives: the command line. Needs: all of the above.
-
-
-def preflight(h: Hyperparameters, rt: Runtime) -> int:
-    """Check configuration, every token, tokenizer, disk and attention; one line each. Raises UserError on a failure."""
-    log = Log(None, rt.main)
-    s = open_session(h, rt, Path(h.out_dir), log)
-    describe(s)
-    bound = account(h, math.ceil(sum(s.weights.packed_bytes().values())))
-    state = "ok" if bound.total_bytes <= bound.budget_bytes else "warn: may not fit unless it compresses well"
-    log.line(f"budget: {state}")
-    free = disk_free(Path(h.out_dir))
-    need = 16 * sum(p.size for _, p in s.model.named_parameters()) * h.keep_checkpoints
-    log.line(f"disk: {free / MIB:.0f} MiB free, checkpoints need about {need / MIB:.0f} MiB")
-    if free < need:
-        raise UserError(f"OUT_DIR={h.out_dir} has {free / MIB:.0f} MiB free, checkpoints need {need / MIB:.0f} MiB")
-    for stream in (s.loader.stream, TokenStream(h.data_path, "val", h.vocab_size)):
-        for start in range(0, stream.tokens, 2**22):
-            stream.read(start, min(2**22, stream.tokens - start))  # checks every token's range
-    log.line(f"tokens: all below VOCAB_SIZE={h.vocab_size}")
-    log.line("preflight: ok")
-    return 0
+def judge(name: str, found: str, problem: bool, fix: str, state: str = "fail") -> Check:
+    """A Check that is ok, or, with a problem, `state` and how to mend it."""
+    return Check(name, state if problem else "ok", found, fix if problem else "")
 
 
 def disk_free(folder: Path) -> int:
@@ -8752,9 +9359,128 @@ def disk_free(folder: Path) -> int:
     return stats.f_bavail * stats.f_frsize
 
 
+def check_long_run(s: Session) -> Check:
+    """What long runs have been lost to: no checkpoints. MLX, like train_gpt.py on a CPU, only warns.
+
+    ITERATIONS count where no clock ends the run before: with one they are no more than an upper bound.
+    """
+    h = s.h
+    hour = h.max_wallclock_seconds > 3600 or not h.max_wallclock_seconds
+    long = hour and (h.max_wallclock_seconds > 3600 or h.iterations > h.long_run_steps)
+    problem = long and not h.save_every
+    found = "no checkpoints" if problem else "nothing amiss" if long else "not long"
+    return judge("long run", found, problem, "set SAVE_EVERY", "warn")
+
+
+def check_start(s: Session) -> Iterator[Check]:
+    """What can be known at every start within a second or two."""
+    import resource  # POSIX only
+
+    h, stream = s.h, s.loader.stream
+    unused = ineffective_variables(h)
+    yield judge("configuration", ", ".join(unused) or "every variable acts", bool(unused), "no effect: unset", "warn")
+    yield check_long_run(s)
+    yield Check("device", "ok", f"{device_name(s.rt)} {s.rt.arithmetic}, MLX {mx.__version__}, attention {s.attention}")
+    made = "that of the data's manifest" if read_manifest(h.data_path) else "cuts the data's text alike (no manifest)"
+    yield Check("tokenizer", "ok", f"{s.prints['tokenizer'][:16]}, {made}")
+    yield Check("data", "ok", f"{len(stream.paths)} shards, {s.loader.usable} tokens, {len(s.validation)} to validate")
+    files, least = resource.getrlimit(resource.RLIMIT_NOFILE)[0], len(stream.paths) + 256
+    yield judge("open files", f"at most {files}", files < least, f"ulimit -n {least}")
+    bound = account(h, math.ceil(sum(s.weights.packed_bytes().values())))
+    found = f"{bound.total_bytes} bytes before compression, budget {bound.budget_bytes}"
+    yield judge("bytes", found, bound.total_bytes > bound.budget_bytes, "preflight --full or fit tells", "warn")
+    # Latents in float32, with moments and an average; the old ones stay until the new one is complete.
+    folder = Path(h.out_dir)
+    free, one = disk_free(folder), 16 * sum(p.size for _, p in s.model.named_parameters())
+    need = one * (h.keep_checkpoints + 1) + bound.model_bytes
+    found = f"OUT_DIR={h.out_dir} has {free / MIB:.0f} MiB free, checkpoints need {need / MIB:.0f} MiB"
+    yield judge("disk", found, free < need, "free some, or set OUT_DIR or KEEP_CHECKPOINTS")
+
+
+def begin_well(s: Session) -> None:
+    """Say what check_start finds amiss on rank 0; raises AgreedError if a run must not begin like this."""
+
+    def look() -> None:
+        checks = list(check_start(s))
+        for check in checks:
+            if check.state == "warn" and check.name != "configuration":  # describe names those
+                s.log.line(f"warning: {check.name}: {check.found}; {check.fix}")
+        refuse(checks)
+
+    on_main(s.rt, look)
+
+
+def refuse(checks: list[Check]) -> None:
+    """Raise UserError if one of them fails."""
+    if failed := [check for check in checks if check.state == "fail"]:
+        raise UserError("; ".join(f"{check.name}: {check.found}; {check.fix}" for check in failed))
+
+
+def stopped(s: Session, number: int) -> int:
+    """The end that a signal asked for, with everything saved; returns the exit code that a signal has by convention."""
+    s.log.line(f"stopped by {signal.Signals(number).name}; to resume: {s.guard.resuming}")
+    return 128 + number
+
+
+def resume(s: Session) -> TrainState:
+    """The state that RESUME names, or a new one. Raises UserError where it does not fit."""
+    h, rt, log = s.h, s.rt, s.log
+    path = on_main(rt, lambda: find_checkpoint(h, s.folder / "checkpoints"))
+    if not path:
+        return TrainState()
+    state: TrainState = on_all(rt, lambda: load_checkpoint(h, rt, path, s.model, s.weights))
+    log.line(f"resumed {path} at step:{state.step} train_time:{state.seconds * 1e3:.0f}ms")
+    log.metric("resume", step=state.step, train_time_s=state.seconds)
+    if state.prints.get("tokenizer", s.prints["tokenizer"]) != s.prints["tokenizer"]:
+        raise AgreedError(f"{path} was trained with another tokenizer than TOKENIZER_PATH={h.tokenizer_path}")
+    if state.prints.get("data", s.prints["data"]) != s.prints["data"]:
+        log.line(f"warning: {path} was trained on other data than DATA_PATH={h.data_path}")
+    return state
+
+
+def train(h: Hyperparameters, rt: Runtime) -> int:
+    """A whole run: folder, lock, log, resume, loop, finish. Returns the exit code. Raises UserError."""
+    folder = run_folder(h, rt)
+    lock = None if PACKAGED else on_main(rt, lambda: lock_folder(folder))
+    log: Log = on_all(rt, lambda: Log(folder, rt.main))
+    s: Session | None = None
+    try:
+        s = cast(Session, on_all(rt, lambda: open_session(h, rt, folder, log)))
+        if not PACKAGED:
+            log.sinks = on_all(rt, lambda: open_sinks(h, folder) if rt.main else [])
+            settled = dataclasses.replace(h, precision=rt.arithmetic)  # the next machine might choose another
+            on_main(rt, lambda: write_atomically(folder / "config.env", config_env(settled).encode()))
+            on_main(rt, lambda: write_atomically(folder / "train_gpt_mlx.py", Path(__file__).read_bytes()))
+        log.line(f"run:{folder}")
+        describe(s)
+        if not PACKAGED:
+            begin_well(s)
+        state = resume(s) if h.resume else TrainState()
+        state.prints = s.prints
+        if not PACKAGED:
+            s.guard.start(state)
+        train_loop(s, state)
+        if s.guard.signal:
+            try_to_save(s, state)
+            return stopped(s, s.guard.signal)
+        return finish(s, state)
+    finally:
+        if s is not None:
+            s.guard.end()
+        log.close()
+        if lock is not None and rt.main:
+            os.close(lock)
+
+
+# ==== 15. MAIN ===============================================================
+# Gives: the command line. Needs: all of the above.
+
+
 def plan(h: Hyperparameters, rt: Runtime) -> int:
     """Print the site list, the role table of every parameter and the FLOPs of a token, without data."""
     model, log = build_model(h, rt, 1), Log(None, rt.main)
+    for line in match_lines(h):
+        log.line(line)
     log.line(f"{'id':>4} {'kind':<10}{'layer':>6}{'loop':>6}{'pass':>6}")
     for site in model.sites:
         log.line(f"{site.id:>4} {site.kind:<10}{site.layer:>6}{site.loop:>6}{site.pass_:>6}")
@@ -8975,6 +9701,7 @@ def weigh(h: Hyperparameters, spreads: dict[str, Spread], speed: Speed, limit: f
     weights = Weights(model)
     whole: Counter[str] = Counter()
     for bank in weights.banks.values():
+        bank.settle(h)
         whole[bank.codec.stream] += bank.latent.size
         whole["scales"] += len(bank.names) * math.prod(bank.codec.scale_shape(bank.latent.shape[1:]) or (0,))
     prints = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("data", "tokenizer")}
@@ -8994,6 +9721,8 @@ class Fitter:
         self.environ, self.variable, self.h = environ, FIT_BY[options.by], load_config(environ)
         if options.by == "buckets" and not self.h.ngram_orders:
             raise UserError("fit --by buckets needs hashed n-grams: BIGRAM_HASH_BUCKETS of at least 1")
+        if self.h.match:
+            raise UserError(f"fit chooses sizes by itself; unset MATCH={self.h.match}")
         # Flash attention wants heads of a multiple of 8 channels.
         sizes = {"width": (8 * self.h.num_heads, self.h.model_dim), "layers": (1, self.h.num_layers)}
         unit, self.now = sizes.get(options.by, (1024, self.h.bigram_hash_buckets))
@@ -9100,6 +9829,91 @@ def fit(options: Any, environ: dict[str, str]) -> int:
     return 0 if value is not None else 3
 
 
+def check_tokens(s: Session) -> Check:
+    """Read every token once: one out of range would be met after hours, or never."""
+    for stream in (s.loader.stream, TokenStream(s.h.data_path, "val", s.h.vocab_size)):
+        for start in range(0, stream.tokens, 2**22):
+            stream.read(start, min(2**22, stream.tokens - start))
+    return Check("tokens", "ok", f"all below VOCAB_SIZE={s.h.vocab_size}")
+
+
+def memory_of(rt: Runtime) -> int:
+    """Bytes of the machine's memory, which an Apple GPU shares, that are free; where it does not say, all of it."""
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []
+    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    return free[0] if free else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_memory_foreseen(s: Session) -> Check:
+    """Whether a step fits into memory, by what a pass over one row and an optimizer step take.
+
+    MLX has no arrays without contents. A GPU takes as many rows at a time as it has room for, a CPU MICRO_BATCH_TOKENS.
+    """
+    h, model = s.h, s.model
+    both, before = mx.zeros((1, h.train_seq_len + 1), mx.int64), mx.get_active_memory()
+    batch = Batch(both[:, :-1], both[:, 1:], model.no_history(1), 0, h.train_seq_len)
+    carry = model.init_state(1) if h.carry_train else model.start_state(batch.history)
+    moment = Moment(mx.array(1.0), mx.array(0, mx.int64), mx.arange(1, dtype=mx.int64))
+    mx.reset_peak_memory()
+    grads = Passes(h, s.rt, model)(batch, carry, moment, final_variant(h), 1).grads
+    mx.eval(grads)
+    row, rows = (
+        mx.get_peak_memory() - before,
+        1 if device_name(s.rt) == "mps" else h.micro_batch_tokens // h.train_seq_len,
+    )
+    s.optimizer.step(grads, 0.0, h.muon_momentum, h.ema_decay > 0, 1.0)
+    need, free = mx.get_peak_memory() + max(0, rows - 1) * row, memory_of(s.rt)
+    found = f"{free / MIB:.0f} MiB free; training needs about {need / MIB:.0f}, {row / MIB:.1f} for each row"
+    return judge("memory", found, need > free, "lower MICRO_BATCH_TOKENS, or set GRAD_CHECKPOINT=1")
+
+
+def check_time(s: Session) -> Iterator[Check]:
+    """Steps and tokens in the training clock, from a few steps' time, and how much of a known GPU they use."""
+    speed = measured_speed(s.h, s.rt)
+    ahead = foresee(s.h, speed._replace(flop_seconds=speed.flop_seconds / s.rt.world))
+    found = f"{ahead.steps:.0f} steps, {ahead.tokens:.0f} tokens in {ahead.seconds:.0f} s ({speed.source})"
+    yield judge("time", found, ahead.steps < 1, "raise MAX_WALLCLOCK_SECONDS or lower TRAIN_BATCH_TOKENS")
+    peak = known_peak(s.rt)
+    if peak:
+        used = 1 / (speed.flop_seconds * peak)
+        long = ahead.steps > s.h.long_run_steps or ahead.seconds > 3600
+        state = "warn" if s.h.allow_toy_run or not long else "fail"
+        fix = "larger MICRO_BATCH_TOKENS or model, PRECISION=bf16, COMPILE=1, or ALLOW_TOY_RUN=1"
+        yield judge("utilization", f"{used:.1%} of the GPU's peak", used < 0.1, fix, state)
+
+
+def check_artifact(s: Session) -> Check:
+    """Write a whole artifact with the real codecs, of weights that vary as trained ones do, and read it back."""
+    began = time.monotonic()
+    ahead = untrained_share(s.h, DISTINCT_TOKENS)
+    artifact = write_artifact(s.h, coded_like(s.weights, SPREADS, ahead, math.inf), s.prints)
+    wrote = time.monotonic() - began
+    decode_artifact(artifact.data)
+    total = account(s.h, len(artifact.data))
+    found = (
+        f"{total.total_bytes} bytes of {total.budget_bytes}; written in {wrote:.1f} s, read in "
+        f"{time.monotonic() - began - wrote:.1f} s"
+    )
+    return judge("artifact", found, total.total_bytes > total.budget_bytes, "make the model smaller (fit)", "warn")
+
+
+def preflight(h: Hyperparameters, rt: Runtime, full: bool, as_json: bool) -> int:
+    """Check everything that a run needs without training; a table or JSON. Raises UserError if anything fails."""
+    log = Log(None, rt.main and not as_json)
+    s: Session = on_all(rt, lambda: open_session(h, rt, Path(h.out_dir), log))
+    checks = on_main(rt, lambda: [*check_start(s), check_tokens(s), check_memory_foreseen(s)])
+    checks += [check for check in check_time(s) if checks[-1].state == "ok"]
+    checks += on_main(rt, lambda: [check_artifact(s)]) if full else []
+    for check in checks:
+        log.line(f"{check.state:<5} {check.name:<14}{check.found}{f'; {check.fix}' if check.fix else ''}")
+    if as_json and rt.main:
+        ok = all(check.state != "fail" for check in checks)
+        print(json.dumps({"ok": ok, "checks": [check._asdict() for check in checks]}))
+    on_main(rt, lambda: refuse(checks))
+    log.line("preflight: ok")
+    return 0
+
+
 def open_artifact(
     path: str, environ: dict[str, str]
 ) -> tuple[Hyperparameters, Runtime, GPT, Tokenizer, dict[str, float]]:
@@ -9108,6 +9922,21 @@ def open_artifact(
     The network's structure comes from the artifact; a variable that contradicts it is an error.
     """
     header, arrays = read_artifact(path)
+    h = load_config(environ) if PACKAGED else config_of(path, header, arrays, environ)
+    rt = start_runtime(h)
+    tokenizer = load_tokenizer(h)
+    if header["prints"].get("tokenizer") != tokenizer.fingerprint:
+        raise UserError(f"{path} was trained with another tokenizer than TOKENIZER_PATH={h.tokenizer_path}")
+    h, _ = with_backends(h, rt)
+    model = build_model(h, rt, tokenizer.bos, fill=False)
+    load_weights(model, arrays)
+    return h, rt, model, tokenizer, header["calibration"]
+
+
+def config_of(
+    path: str, header: dict[str, Any], arrays: dict[str, np.ndarray], environ: dict[str, str]
+) -> Hyperparameters:
+    """The configuration that an artifact's header and the environment make together. Raises UserError."""
     # Training's batch does not matter here, but must not contradict the window either.
     window = parse_value("TRAIN_SEQ_LEN", environ.get("TRAIN_SEQ_LEN") or str(header["config"]["train_seq_len"]))
     h = load_config(environ, {**header["config"], "train_batch_tokens": window, "micro_batch_tokens": window})
@@ -9119,18 +9948,12 @@ def open_artifact(
             )
     if least_weights(h) > sum(array.size for array in arrays.values()):
         raise UserError(f"{path}: its tensors are too small for its configuration")
-    rt = start_runtime(h)
-    tokenizer = load_tokenizer(h)
-    if header["prints"].get("tokenizer") != tokenizer.fingerprint:
-        raise UserError(f"{path} was trained with another tokenizer than TOKENIZER_PATH={h.tokenizer_path}")
-    h, _ = with_backends(h, rt)
-    model = build_model(h, rt, tokenizer.bos, fill=False)
-    load_weights(model, arrays)
-    return h, rt, model, tokenizer, header["calibration"]
+    return h
 
 
 def evaluate_command(path: str, environ: dict[str, str]) -> int:
     """Score an artifact on the validation split of DATA_PATH."""
+    called = time.monotonic()
     h, rt, model, tokenizer, calibration = open_artifact(path, environ)
     if h.temp_scaling and "temperature" not in calibration:
         raise UserError(f"TEMP_SCALING=1: {path} holds no temperature; it was trained without TEMP_SCALING=1")
@@ -9138,8 +9961,8 @@ def evaluate_command(path: str, environ: dict[str, str]) -> int:
     validation = read_validation(h)
     began = time.monotonic()
     scorer = Scorer(h, rt, model, tokenizer.byte_table(), calibration)
-    scorer.say, scorer.limit = log.line, h.max_eval_seconds
-    log.line(f"protocol:{h.protocol}" + (" (named in advance)" if h.protocol == h.eval_protocol else ""))
+    scorer.say, scorer.limit, scorer.began = log.line, h.max_eval_seconds, called
+    log.line(f"protocol:{h.protocol}{' (named in advance)' * h.named}")
     score = scorer.score(validation, report=lambda share: log.progress(share, "scoring"))
     seconds = time.monotonic() - began
     log.line(f"final_eval val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
@@ -9149,33 +9972,27 @@ def evaluate_command(path: str, environ: dict[str, str]) -> int:
     return 0
 
 
-def trained_weights(h: Hyperparameters, rt: Runtime, folder: Path, bos: int) -> GPT | None:
-    """The network as the latest checkpoint of a run's folder gives it, in its final form; None without one."""
-    latest = find_checkpoint(dataclasses.replace(h, resume="auto"), folder / "checkpoints")
-    if latest is None or not latest.is_file():
-        return None
-    model = build_model(h, rt, bos)
-    weights = Weights(model)
-    Optimizer(h, rt, weights)
-    load_checkpoint(h, rt, latest, model, weights)
-    weights.swap_average()
-    weights.materialize(1.0)
-    return model
-
-
-def check_fidelity(scorer: Scorer, trained: GPT | None, tokens: np.ndarray) -> Finding:
-    """How near the reloaded network is to the trained one, on a window of each of eight places."""
-    if trained is None:
-        return Finding("fidelity", True, "not measured: no checkpoint beside the artifact")
-    h, rt = scorer.h, scorer.rt
-    length = min(h.eval_window, len(tokens) // 2)
-    starts = np.linspace(0, len(tokens) - length, 8).astype(int).tolist()
-    history, rows = windows(tokens, starts, length, h.history, rt)
-    one, two = (m.logits(rows, scoring_variant(h), m.start_state(history))[0] for m in (trained, scorer.model))
-    agree_share = (one.argmax(-1) == two.argmax(-1)).mean().item()
-    apart = (one - two).abs().max().item()
-    found = f"argmax agrees at {agree_share:.4%} of {rows.size} positions, logits differ by at most {apart:.2e}"
+def check_fidelity(scorer: Scorer, path: str) -> Finding:
+    """How near the reloaded network is to the one that wrote the artifact, on the windows of its reference."""
+    try:
+        with np.load(path + REFERENCE, allow_pickle=False) as stored:
+            there = {name: stored[name] for name in stored.files}
+        here = outputs_on(scorer.rt, scorer.model, there["history"], there["tokens"])
+        agree_share = float((here["argmax"] == there["argmax"]).mean())
+        apart = max(float(np.abs(here[name] - there[name]).max()) for name in ("top", "logsumexp"))
+    except FileNotFoundError:
+        return Finding("fidelity", None, f"not measured: no {path}{REFERENCE}, which the training run writes")
+    except MALFORMED as error:
+        raise UserError(
+            f"{path}{REFERENCE} cannot be read ({type(error).__name__}); train again, or remove it"
+        ) from None
+    found = (
+        f"argmax agrees at {agree_share:.4%} of {here['argmax'].size} positions, logits differ by at most {apart:.2e}"
+    )
     return Finding("fidelity", agree_share >= 0.999, found)
+
+
+AUDIT_MARKS = {True: "ok  ", False: "FAIL", None: "?   "}
 
 
 def audit_command(path: str, positions: int, environ: dict[str, str]) -> int:
@@ -9186,18 +10003,24 @@ def audit_command(path: str, positions: int, environ: dict[str, str]) -> int:
     log, table, validation = Log(None, rt.main), tokenizer.byte_table(), read_validation(h)
     short = dataclasses.replace(h, eval_streams=min(3, h.eval_streams), freeze_check_strict=False)
     stream = audit_stream(short, validation)
-    log.line(f"protocol:{h.protocol} audited on {len(stream) - 1} tokens in {short.eval_streams} streams")
-    audit = Audit(lambda: Scorer(short, rt, model, table, calibration), stream, positions)
-    trained = trained_weights(h, rt, Path(path).parent, tokenizer.bos)
-    findings = [*audit.findings(), check_bytes(tokenizer, table, validation)]
-    findings.append(check_fidelity(audit.make(), trained, validation))
+    far = validation[: 4 * len(stream)]
+    log.line(
+        f"protocol:{h.protocol} audited on the first {len(stream) - 1} of {len(validation) - 1} tokens in "
+        f"{short.eval_streams} streams, and at the end of the first {len(far) - 1} in one"
+    )
+    audit = Audit(lambda: Scorer(short, rt, model, table, calibration), stream, positions, far)
+    used = audit.whole.score.bytes if audit.whole.score else 0
+    findings = [*audit.findings(), check_bytes(tokenizer, table, validation, stream, used)]
+    findings.append(check_fidelity(audit.make(), path))
     for finding in findings:
-        log.line(f"{'ok  ' if finding.ok else 'FAIL'} {finding.check:<34}{finding.found}")
-    ok = all(finding.ok for finding in findings)
+        log.line(f"{AUDIT_MARKS[finding.ok]} {finding.check:<34}{finding.found}")
+    ok, unknown = all(finding.ok is not False for finding in findings), [f.check for f in findings if f.ok is None]
     report = {"artifact_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "protocol": h.protocol, "ok": ok,
-        "tokens": len(stream) - 1, "positions": audit.positions, "checks": [f._asdict() for f in findings]}  # fmt: skip
+        "tokens": len(stream) - 1, "far_tokens": len(far) - 1, "of": len(validation) - 1, "positions": audit.positions,
+        "checks": [f._asdict() for f in findings]}  # fmt: skip
     write_atomically(Path(path + ".audit.json"), (json.dumps(report, indent=1) + "\n").encode())
-    log.line(f"audit: {'passed' if ok else 'FAILED'}, written to {path}.audit.json")
+    missing = f" but for what was not measured: {', '.join(unknown)};" if unknown else ","
+    log.line(f"audit: {'passed' if ok else 'FAILED'}{missing} written to {path}.audit.json")
     return 0 if ok else 4
 
 
@@ -9259,7 +10082,7 @@ def bench(h: Hyperparameters, rt: Runtime, steps: int, other: dict[str, str] | N
     """
     watches = [Stopwatch(h, rt)]
     if other:
-        versus = load_config({**os.environ, **other})
+        versus = matched(load_config({**os.environ, **other}))
         watches.append(Stopwatch(versus, start_runtime(versus) if rt.world == 1 else rt))
     for _ in range(steps + 3):
         for watch in watches:
@@ -9299,8 +10122,11 @@ def parse_command(argv: list[str]) -> Any:
 
     parser = argparse.ArgumentParser(prog="train_gpt_mlx.py", description="see --help for the variables")
     commands = parser.add_subparsers(dest="command")
-    for name in ("train", "preflight", "plan"):
+    for name in ("train", "plan"):
         commands.add_parser(name)
+    checker = commands.add_parser("preflight")
+    checker.add_argument("--full", action="store_true")
+    checker.add_argument("--json", action="store_true")
     commands.add_parser("eval").add_argument("artifact")
     auditor = commands.add_parser("audit")
     auditor.add_argument("artifact")
@@ -9322,7 +10148,12 @@ def parse_command(argv: list[str]) -> Any:
     timer = commands.add_parser("bench")
     timer.add_argument("--steps", type=number(int, 1), default=20)
     timer.add_argument("--ratio", nargs="+", default=[], metavar="VARIABLE=VALUE")
-    return parser.parse_args(argv)
+    options, rest = parser.parse_known_args(argv)
+    if options.command == "fit" and all(with_assignments([word], {}) for word in rest):  # after options, too
+        options.variables, rest = [*options.variables, *rest], []
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
 
 
 def main(argv: list[str], environ: dict[str, str]) -> int:
@@ -9339,10 +10170,10 @@ def main(argv: list[str], environ: dict[str, str]) -> int:
             return generate_command(options.artifact, options, environ)
         if options.command == "fit":
             return fit(options, environ)
-        h = load_config(environ)
+        h = matched(load_config(environ))
         rt = start_runtime(h)
         if options.command == "preflight":
-            return preflight(h, rt)
+            return preflight(h, rt, options.full, options.json)
         if options.command == "plan":
             return plan(h, rt)
         if options.command == "bench":
@@ -9358,5 +10189,21 @@ def main(argv: list[str], environ: dict[str, str]) -> int:
         return 2
 
 
+def leave_code(code: int, environ: dict[str, str]) -> int:
+    """Put the exit code where tools/supervise.sh looks for it: torchrun makes 1 of every failure."""
+    if path := environ.get("EXIT_CODE_FILE"):
+        with suppress(OSError):
+            Path(path).write_text(str(code))
+    return code
+
+
+def run_packaged(argv: list[str], environ: dict[str, str]) -> int:
+    """All that a packaged script does: train, or score the artifact that is named, with MLX."""
+    if EVAL_ONLY:
+        return evaluate_command(argv[0], environ)
+    h = load_config(environ)
+    return train(h, start_runtime(h))
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], dict(os.environ)))
+    sys.exit(leave_code((run_packaged if PACKAGED else main)(sys.argv[1:], dict(os.environ)), dict(os.environ)))
