@@ -8548,6 +8548,7 @@ class Passes:
             return rows
         if (variant, length) not in self.most:
             one = rows_of(batch, slice(1))
+            mx.eval(dict(self.model.named_parameters()), leaves(carry))  # which are there whatever the rows
             mx.reset_peak_memory()
             before = mx.get_active_memory()
             mx.eval(self(one, take_rows(carry, slice(1)), moment._replace(rows=moment.rows[:1]), variant, 1).grads)
@@ -9850,6 +9851,7 @@ def check_memory_foreseen(s: Session) -> Check:
     MLX has no arrays without contents. A GPU takes as many rows at a time as it has room for, a CPU MICRO_BATCH_TOKENS.
     """
     h, model = s.h, s.model
+    s.weights.evaluate()
     both, before = mx.zeros((1, h.train_seq_len + 1), mx.int64), mx.get_active_memory()
     batch = Batch(both[:, :-1], both[:, 1:], model.no_history(1), 0, h.train_seq_len)
     carry = model.init_state(1) if h.carry_train else model.start_state(batch.history)

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
+import json
+import math
+import os
 import re
+import signal
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +331,25 @@ ARTIFACTS = {
 }
 
 
+def test_weights_settle_into_the_codecs_of_the_file_and_back() -> None:
+    """What EXPORT_PROXY_EVAL measures with EXPORT_MODE=mixed."""
+    one, two = pair_of("tiny", EXPORT_MODE="mixed")
+    ours, twins = t.Weights(one), m.Weights(two)
+    found = []
+    for inside in (True, False):
+        with ours.settled() if inside else nullcontext(), twins.settled() if inside else nullcontext():
+            ours.materialize(1.0)
+            twins.materialize(1.0)
+        want = {name: weight.detach().numpy().copy() for name, weight in one.named_parameters()}
+        found.append({name: np.array(weight) for name, weight in two.named_parameters()})
+        for name, weight in found[-1].items():
+            np.testing.assert_array_equal(weight, want[name], name)
+    assert not np.array_equal(found[0]["embed.weight"], found[1]["embed.weight"])
+    assert {key: (b.role, type(b.codec).__name__) for key, b in twins.banks.items()} == {
+        key: (b.role, type(b.codec).__name__) for key, b in ours.banks.items()
+    }
+
+
 @pytest.mark.parametrize("kind", ARTIFACTS)
 def test_artifact_of_either_program_is_read_by_the_other(kind: str, byte_data: Path) -> None:
     environ = {**SMALL, **ARTIFACTS[kind], "DATA_PATH": str(byte_data)}
@@ -408,10 +433,14 @@ def test_a_run_says_what_the_other_program_says(job: dict[str, str], capsys: Any
         score = re.findall(r"final_roundtrip_exact .*val_bpb:([\d.]+)", text)[0]
         again = run(program, ["eval", str(folder / "model.pgz")], job, capsys)
         assert float(re.findall(r"final_eval .*val_bpb:([\d.]+)", again)[0]) == pytest.approx(float(score), abs=1e-5)
-    assert "audit: passed" in run(m, ["audit", str(folders[1] / "model.pgz"), "--positions", "12"], job, capsys)
+    for folder, program in ((folders[1], m), (folders[0], m), (folders[1], t)):
+        audited = run(program, ["audit", str(folder / "model.pgz"), "--positions", "12"], job, capsys)
+        assert "audit: passed, written" in audited and re.search(r"ok +fidelity .* 100.0000%", audited), audited
     written = run(m, ["generate", str(folders[1] / "model.pgz"), "--prompt", "The ", "--tokens", "5"], job, capsys)
     assert written.startswith("The ") and len(written) > 5
-    assert "preflight: ok" in run(m, ["preflight"], job, capsys)
+    found = [json.loads(run(program, ["preflight", "--full", "--json"], job, capsys)) for program in (t, m)]
+    assert [[check["name"] for check in one["checks"]] for one in found][0] == [c["name"] for c in found[1]["checks"]]
+    assert found[1]["ok"] and "preflight: ok" in run(m, ["preflight"], job, capsys)
     assert run(m, ["plan"], job, capsys) == run(t, ["plan"], job, capsys)
 
 
@@ -426,6 +455,119 @@ def test_a_resumed_run_ends_with_the_same_bytes(job: dict[str, str], capsys: Any
     saved.write_bytes(saved.read_bytes()[:-500])
     assert m.main(["train"], {**job, "RUN_ID": "damaged", "RESUME": str(saved)}) == 2
     assert "is not a readable checkpoint" in capsys.readouterr().err
+
+
+def test_a_signal_ends_a_run_that_resumes_to_the_same_bytes(
+    job: dict[str, str], capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(m, ["train"], {**job, "RUN_ID": "whole"}, capsys)
+    report, folder = m.report_training, Path(job["OUT_DIR"])
+
+    def told(s: Any, state: Any, *rest: Any) -> None:
+        report(s, state, *rest)
+        if state.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(m, "report_training", told)
+    assert m.main(["train"], {**job, "RUN_ID": "parts"}) == 128 + signal.SIGTERM
+    output = capsys.readouterr().out
+    assert "step:3/" in output and "step:4/" not in output and "stopped by SIGTERM; to resume: ENV_FILE=" in output
+    heartbeat = json.loads((folder / "parts" / "heartbeat_rank0.json").read_text())
+    assert heartbeat["step"] == 3 and heartbeat["allocated_mib"] > 0
+    monkeypatch.setattr(m, "report_training", report)
+    run(m, ["train"], {**job, "RUN_ID": "parts", "RESUME": "auto"}, capsys)
+    assert (folder / "whole" / "model.pgz").read_bytes() == (folder / "parts" / "model.pgz").read_bytes()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_changes_no_weight(
+    value: float, job: dict[str, str], capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = m.Passes.__call__
+
+    def poisoned(self: Any, batch: Any, carry: Any, moment: Any, *rest: Any) -> Any:
+        out = passes(self, batch, carry, moment, *rest)
+        grads = {n: g * value if n == "embed.weight" else g for n, g in out.grads.items()}
+        return out._replace(grads=grads) if moment.step.item() in (3, 4) else out
+
+    monkeypatch.setattr(m.Passes, "__call__", poisoned)
+    job |= {
+        "SAVE_EVERY": "1",
+        "KEEP_CHECKPOINTS": "99",
+        "BIGRAM_HASH_BUCKETS": "64",
+        "MUON_WD": "0.1",
+        "EMA_DECAY": "0",
+    }
+    assert "skipped:2" in run(m, ["train"], {**job, "ITERATIONS": "6"}, capsys)
+    saved = (Path(job["OUT_DIR"]) / job["RUN_ID"] / "checkpoints" / f"step_{step:07d}.npz" for step in (3, 5, 6))
+    before, after, later = (m.read_tree(path) for path in saved)
+    assert after["skipped"] == 2
+    for key, bank in before["banks"].items():
+        same = after["banks"][key]
+        assert mx.array_equal(bank["latent"], same["latent"]) and bank["state"].keys() == same["state"].keys()
+        assert all(mx.array_equal(moment, same["state"][name]) for name, moment in bank["state"].items()), key
+    assert not all(mx.array_equal(b["latent"], later["banks"][key]["latent"]) for key, b in after["banks"].items())
+
+
+@pytest.mark.parametrize("cause", ["weight", "loss"])
+def test_a_loss_that_is_never_finite_ends_the_run_with_a_dump(
+    cause: str, job: dict[str, str], capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An infinite weight in a checkpoint, as a fault of memory leaves it, or a loss whose gradient would be finite."""
+    run(m, ["train"], {**job, "RUN_ID": "whole"}, capsys)
+    path, loss = Path(job["OUT_DIR"]) / "whole" / "checkpoints" / "step_0000010.npz", m.GPT.loss
+    tree = m.read_tree(path)
+    for bank in tree["banks"].values() if cause == "weight" else ():
+        first = mx.arange(bank["latent"].size).reshape(bank["latent"].shape) == 0
+        bank["latent"] = mx.where(first, math.inf, bank["latent"])
+    path.write_bytes(m.write_tree(tree))
+
+    def infinite(*args: Any) -> Any:
+        out = loss(*args)
+        return out._replace(total=out.total + math.inf)
+
+    if cause == "loss":
+        monkeypatch.setattr(m.GPT, "loss", infinite)
+    assert m.main(["train"], {**job, "RUN_ID": "again", "MAX_NONFINITE_STEPS": "3", "RESUME": str(path)}) == 2
+    folder = Path(job["OUT_DIR"]) / "again" / "nonfinite"
+    assert "not finite in 3 steps in a row, up to step 13" in capsys.readouterr().err
+    told = json.loads((folder / "step.json").read_text())
+    assert told["step"] == 13 and told["loss_nats"] in ("nan", "inf") and told["gradients"]
+    assert (folder / "step_0000012.npz").is_file()
+
+
+def test_an_evaluation_ends_when_it_is_asked_to_or_is_late(byte_data: Path) -> None:
+    h = m.load_config({**SMALL, "DATA_PATH": str(byte_data)})
+    rt, tokenizer = m.start_runtime(h), m.load_tokenizer(h)
+    for error, limit, asked in ((m.Interrupted, 0.0, True), (m.AgreedError, 1e-9, False)):
+        scorer = m.Scorer(h, rt, m.build_model(h, rt, tokenizer.bos), tokenizer.byte_table())
+        scorer.limit, scorer.asked = limit, lambda asked=asked: asked
+        with pytest.raises(error):
+            scorer.score(m.read_validation(h))
+
+
+@pytest.mark.parametrize("quantity", t.MATCH_QUANTITIES)
+def test_a_width_is_matched_alike(quantity: str) -> None:
+    environ = {"PRESET": "skc_proxy", "NUM_LAYERS": "3", "MATCH": f"{quantity}:local"}
+    ours, twins = t.matched(t.load_config(environ)), m.matched(m.load_config(environ))
+    assert ours.model_dim == twins.model_dim != t.load_config({"PRESET": "skc_proxy"}).model_dim
+    assert list(t.match_lines(ours)) == list(m.match_lines(twins))
+
+
+@pytest.mark.parametrize("kind", ["sliding", "carried", "n-grams", "all, adam", "global", "lora"])
+def test_an_audit_finds_the_same(kind: str, byte_data: Path) -> None:
+    environ = {**SMALL, **EXACT, **EVALUATIONS[kind], "FREEZE_CHECK_STRICT": "0", "DATA_PATH": str(byte_data)}
+    ours, twins = t.load_config(environ), m.load_config(environ)
+    one = t.build_model(ours, t.start_runtime(ours), 255)
+    two = m.build_model(twins, m.start_runtime(twins), 255, fill=False)
+    weights, found = some_weights(ours, 255, 0.05), []
+    for program, h, model in ((t, ours, one), (m, twins, two)):
+        program.load_weights(model, weights)
+        table, tokens = program.load_tokenizer(h).byte_table(), program.read_validation(h)
+        make = functools.partial(program.Scorer, h, program.start_runtime(h), model, table, {"temperature": 1.2})
+        found.append([*program.Audit(make, tokens[:260], 12, tokens[:400]).findings()])
+    assert [(f.check, f.ok) for f in found[0]] == [(f.check, f.ok) for f in found[1]]
+    assert all(f.ok for f in found[1]), found[1]
 
 
 SKC_SIZES = {"CAPSULE_DIM": "8", "CAPSULE_NUM": "3", "SKC_BLOCK_SIZE": "8"}
@@ -463,6 +605,9 @@ def test_gptq_gives_the_same_codes() -> None:
         "DEVICE=cuda",
         "CPU_THREADS=2",
         "COMPILE_MODE=reduce-overhead",
+        "DETERMINISTIC=1",
+        "REQUIRE_FREE_GPU=1",
+        "TENSORBOARD=1",
     ],
 )
 def test_what_is_not_there_is_refused_by_name(variable: str, tiny_env: dict[str, str], capsys: Any) -> None:
