@@ -369,7 +369,7 @@ def test_artifact_of_either_program_is_read_by_the_other(kind: str, byte_data: P
 
 
 EVALUATIONS: dict[str, dict[str, str]] = {
-    "sliding": {"SLIDING_EVAL": "1", "SLIDING_EVAL_STRIDE": "8"},
+    "sliding": {"SLIDING_EVAL": "1", "SLIDING_EVAL_STRIDE": "8", "MAX_VAL_TOKENS": "61"},  # a last chunk of five
     "carried": {"ATTN_WINDOW": "24", "CARRY_EVAL": "1", "KV_CACHE": "int8"},
     "n-grams": {"NGRAM_CACHE": "1", "EVAL_ENGRAM": "1", "EVAL_ENGRAM_BUCKETS": "64", "TEMP_SCALING": "1"},
     "scalars": {"TTT_SCOPE": "scalars", "TTT_LR": "0.01", "TTT_CHUNK_TOKENS": "64"},
