@@ -1,4 +1,4 @@
-"""run_local.sh, run_8xh100.sh, tests/run.sh, tests/gpu.sh and .ci/run, in a copy of the repository.
+"""run_local.sh, run_mac.sh, run_8xh100.sh, tests/run.sh, tests/gpu.sh and .ci/run, in a copy of the repository.
 
 Most tests replace python3, pip, torchrun and nvidia-smi by stubs on a PATH that holds nothing else but a few system
 tools, so that they are quick and need no network. Two tests at the end make a real environment from tiny wheels.
@@ -23,6 +23,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = (
     "run_local.sh",
+    "run_mac.sh",
     "run_8xh100.sh",
     "tests/run.sh",
     "tests/gpu.sh",
@@ -30,8 +31,8 @@ SCRIPTS = (
     "tools/setup.sh",
     "tools/supervise.sh",
 )
-TOOLS = "bash sh env awk cat chmod cksum cp date df dirname grep ls mkdir rm sed sleep tr"
-REQUIREMENTS = ("requirements.txt", "requirements-dev.txt")
+TOOLS = "bash sh env awk cat chmod cksum cp date df dirname grep ls mkdir rm sed sleep tr uname"
+REQUIREMENTS = ("requirements.txt", "requirements-dev.txt", "requirements-mac.txt")
 TORCH_PIN = re.findall("^torch==.*$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)[0]
 
 # A program of the repository that records how it was called; its exit code comes from <NAME>_EXIT.
@@ -160,7 +161,7 @@ def machine(tmp_path: Path) -> Machine:
     for name in (*SCRIPTS, *REQUIREMENTS):
         (made.repo / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, made.repo / name)
-    for name in ("train_gpt.py", "data/builtin.py", "records/summary.py"):
+    for name in ("train_gpt.py", "train_gpt_mlx.py", "data/builtin.py", "records/summary.py"):
         write_program(made.repo / name, PROGRAM)
     for name in TOOLS.split():
         place = shutil.which(name)
@@ -376,7 +377,7 @@ def test_exit_codes_are_passed_on(machine: Machine, program: str, called: list[s
     assert list(machine.calls()) == called
 
 
-@pytest.mark.parametrize("script", ["run_local.sh", "run_8xh100.sh", "tests/gpu.sh"])
+@pytest.mark.parametrize("script", ["run_local.sh", "run_mac.sh", "run_8xh100.sh", "tests/gpu.sh"])
 @pytest.mark.parametrize("argument", ["SEED", "--fast", "A-B=1", "=1"])
 def test_other_arguments_are_refused(machine: Machine, script: str, argument: str) -> None:
     done = machine.run(script, argument)
@@ -384,11 +385,60 @@ def test_other_arguments_are_refused(machine: Machine, script: str, argument: st
     assert not machine.log()
 
 
-@pytest.mark.parametrize("script", ["run_local.sh", "run_8xh100.sh", "tests/run.sh", "tests/gpu.sh"])
+@pytest.mark.parametrize("script", ["run_local.sh", "run_mac.sh", "run_8xh100.sh", "tests/run.sh", "tests/gpu.sh"])
 def test_help_shows_the_header(machine: Machine, script: str) -> None:
     done = machine.run(script, "--help")
     assert done.returncode == 0 and f"bash {script} [" in done.stdout
     assert "set -eu" not in done.stdout and not machine.log()
+
+
+# ---- run_mac.sh ----
+
+# What tells a Mac from another machine, and its Python's kind; an empty APPLE is Linux or an Intel Mac.
+SYSCTL = """#!/bin/sh
+case "$2" in
+hw.optional.arm64) echo "${APPLE-1}" ;;
+hw.memsize) echo $((${GIGABYTES:-16} * 1073741824)) ;;
+esac
+"""
+
+
+@pytest.fixture
+def mac(machine: Machine) -> Machine:
+    """A machine with Apple Silicon, as far as sysctl and python3 tell."""
+    write_program(machine.home / "bin/sysctl", SYSCTL)
+    python = MACHINE_PYTHON.replace(
+        "case $2 in\n*ensurepip*", 'case $2 in\n*platform*) echo "${KIND:-arm64}"; exit ;;\n*ensurepip*'
+    )
+    write_program(machine.home / "bin/python3", python.replace("REAL", sys.executable))
+    return machine
+
+
+def test_a_mac_trains_the_twin_without_torch(mac: Machine) -> None:
+    done = mac.run("run_mac.sh")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[-1] for line in mac.log("pip")] == ["requirements-mac.txt"]
+    calls = mac.calls()
+    assert list(calls) == ["builtin.py", "train_gpt_mlx.py", "summary.py"]
+    assert calls["train_gpt_mlx.py"][1]["PRESET"] == "hybrid_mac" and "16 GB" in done.stderr
+    assert calls["summary.py"][0] == [f"runs/{calls['train_gpt_mlx.py'][1]['RUN_ID']}"]
+
+
+def test_a_preset_for_the_mac_may_be_named(mac: Machine) -> None:
+    for gigabytes, arguments, preset in (("8", [], "hybrid_mac"), ("6", [], "local"), ("6", ["PRESET=nsa"], "nsa")):
+        assert mac.run("run_mac.sh", *arguments, GIGABYTES=gigabytes).returncode == 0
+        assert mac.calls()["train_gpt_mlx.py"][1]["PRESET"] == preset
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"), [({"APPLE": ""}, "bash run_local.sh"), ({"KIND": "x86_64"}, "expected a native Python")]
+)
+def test_another_machine_or_a_translated_python_is_one_clear_line(
+    mac: Machine, variables: dict[str, str], expected: str
+) -> None:
+    done = mac.run("run_mac.sh", **variables)
+    assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1
+    assert not mac.log()
 
 
 # ---- run_8xh100.sh ----
@@ -698,8 +748,8 @@ def test_scripts_keep_to_bash_3_2(script: str) -> None:
 def test_requirements_are_exact_pins() -> None:
     for name in REQUIREMENTS:
         for line in (ROOT / name).read_text().splitlines():
-            marker = r"(; (python_version (<|>=) \"3.11\"|platform_system == \"Linux\"))?"
-            assert re.match(rf"(#.*|[\w-]+==[\w.]+{marker})$", line), line
+            marker = r"(; (python_version (<|>=) \"3.11\"|platform_system == \"(Linux|Darwin)\"))?"
+            assert re.match(rf"(#.*|[\w-]+(\[\w+\])?==[\w.]+{marker})$", line), line
 
 
 # ---- real environments, from tiny wheels ----
