@@ -9452,9 +9452,9 @@ def train(h: Hyperparameters, rt: Runtime) -> int:
             on_main(rt, lambda: write_atomically(folder / "config.env", config_env(settled).encode()))
             on_main(rt, lambda: write_atomically(folder / "train_gpt_mlx.py", Path(__file__).read_bytes()))
         log.line(f"run:{folder}")
-        describe(s)
         if not PACKAGED:
             begin_well(s)
+        describe(s)
         state = resume(s) if h.resume else TrainState()
         state.prints = s.prints
         if not PACKAGED:

@@ -509,6 +509,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"matrix_codec": "ternary", "calibrate": True},
     {"matrix_codec": "int6", "calib_at_fraction": 0.5},
     {"export_proxy_eval": 5},
+    {"watchdog_seconds": 0.0},
     {"bigram_hash_buckets": 64, "engram_prune": 0.5},
     {"bigram_hash_buckets": 64},
     {"induction_orders": "2"},

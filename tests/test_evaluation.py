@@ -769,7 +769,7 @@ def test_weights_that_an_evaluation_changes_are_noticed() -> None:
 
 def test_changed_weights_on_one_rank_end_all(monkeypatch: pytest.MonkeyPatch) -> None:
     def other(tensor: Tensor, group: Any) -> None:
-        tensor += torch.tensor([0.0, 0, 0, 0, 1])  # of a rank that saw its weights change
+        tensor += torch.tensor([0.0, 0, 0, 0, 1, 0])  # of a rank that saw its weights change
 
     monkeypatch.setattr(t.dist, "all_reduce", other)
     h = config(TTT_SCOPE="scalars")
