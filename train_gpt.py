@@ -9661,7 +9661,7 @@ def make_step(s: Session) -> Callable[[Batch, TrainState, float], StepOut]:
             loss = out.total / batch.scored
             for auxiliary in out.losses.values():
                 loss = loss + auxiliary / (rows * rt.world)
-            loss.backward(1 + 0 * loss.detach())  # 1, but NaN for a loss that is not finite: the gradient tells it
+            (loss * (1 + 0 * loss.detach())).backward()  # times 1, but times NaN if it is not finite: gradients tell it
             total += out.total.detach()
             carries.append(map_state(out.state, Tensor.detach))
             for name, value in out.metrics.items():

@@ -695,7 +695,7 @@ def test_suite_is_linted_typed_and_run_on_all_cores(machine: Machine) -> None:
     assert machine.log("-m ")[1:] == [
         "-m ruff check . OMP_NUM_THREADS=1",
         "-m ruff format --check . OMP_NUM_THREADS=1",
-        "-m mypy ./train_gpt.py OMP_NUM_THREADS=1",
+        "-m mypy ./train_gpt.py ./train_gpt_mlx.py OMP_NUM_THREADS=1",
         "-m pytest -n auto --dist worksteal -k two words OMP_NUM_THREADS=1",
     ]
     machine.run("tests/run.sh", "--full")
