@@ -215,8 +215,8 @@ def test_ranks_find_the_same(run_job: Run, run_ranks: Run, tiny_env: dict[str, s
             assert one["proxy_loss_nats"] == pytest.approx(two["proxy_loss_nats"], abs=1e-10)
 
 
-def test_resume_from_every_checkpoint_ends_with_the_same_bytes(run_job: Run, tiny_env: dict[str, str]) -> None:
-    """Before and after the calibration of the aligned phase and each proxy evaluation, and after the last step."""
+def test_resume_from_any_checkpoint_ends_with_the_same_bytes(run_job: Run, tiny_env: dict[str, str]) -> None:
+    """Checkpoints tell whether the aligned phase was calibrated and which state was best."""
     env = {**tiny_env, **EVERYTHING, "SAVE_EVERY": "2", "KEEP_CHECKPOINTS": "9", "RUN_ID": "whole"}
     wanted = finished(run_job, env)
     paths = sorted((folder_of(env) / "checkpoints").glob("step_*.pt"))
@@ -224,7 +224,7 @@ def test_resume_from_every_checkpoint_ends_with_the_same_bytes(run_job: Run, tin
     trees = [torch.load(path, weights_only=True) for path in paths]
     assert [tree["calibrated"] for tree in trees] == [False, False, *[True] * 4]
     assert [tree["best"] is not None for tree in trees] == [False, *[True] * 5]
-    for path in paths:
+    for path in (paths[0], paths[2], paths[-1]):  # before calibration, amid the proxy evaluations, after the last step
         assert finished(run_job, {**env, "RUN_ID": path.stem, "RESUME": str(path)}) == wanted, path.stem
 
 
