@@ -10625,6 +10625,15 @@ def train(h: Hyperparameters, rt: Runtime) -> int:
             try_to_save(s, state)
             return stopped(s, s.guard.signal)
         return finish(s, state)
+    except RuntimeError as error:
+        if s is None or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        found = str(error).splitlines()[0]
+        s.guard.say(
+            f"error: rank {rt.rank}: another rank ended or cannot be reached; its own output may say why ({found}); "
+            f"to resume: {s.guard.resuming}"
+        )
+        return 1
     finally:
         if s is not None:
             s.guard.end()

@@ -6,7 +6,6 @@ test_checkpoint.py, where the many kills marked slow are, too.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -159,6 +158,23 @@ def test_hung_rank_ends_all_with_stacks(start_job: Run, tiny_env: dict[str, str]
     stacks = [(folder_of(env) / f"hang_rank{rank}.txt").read_text() for rank in range(2)]
     assert "train_loop" in stacks[0] and "stepped" in stacks[1] and "Thread" in stacks[0]
     assert (folder_of(env) / "checkpoints" / "latest").read_text() == "step_0000004.pt"
+
+
+def test_rank_that_dies_ends_the_other_with_one_line(
+    start_job: Run, run_job: Run, tiny_env: dict[str, str], free_port_number: int
+) -> None:
+    """A rank that is killed: the other says so without a traceback, leaves, and the run goes on from its checkpoint."""
+    env = {**tiny_env, **BASE, "ITERATIONS": "100000", "SAVE_EVERY": "2"}
+    jobs = start_ranks(start_job, env, free_port_number)
+    wait_for_text(jobs[0], "step:5/")
+    jobs[1].kill()
+    done = jobs[0].wait(60)
+    assert done.code == 1 and "another rank ended" in error_line(done.err) and "RESUME=auto" in done.err
+    latest = (folder_of(env) / "checkpoints" / "latest").read_text()
+    steps = int(latest.removeprefix("step_").removesuffix(".pt"))
+    assert steps >= 4
+    again = run_job({**env, "RESUME": "auto", "ITERATIONS": str(steps + 1)})
+    assert again.code == 0, again.err
 
 
 def test_stopped_process_is_no_hang(start_job: Run, tiny_env: dict[str, str]) -> None:
@@ -535,11 +551,23 @@ def init(**options): return Run(options)
 
 
 @pytest.mark.parametrize("variable", ["TENSORBOARD", "WANDB"])
-def test_sink_without_its_package_is_one_line(variable: str, run_job: Run, tiny_env: dict[str, str]) -> None:
-    if importlib.util.find_spec(variable.lower()):
-        pytest.skip("the package is installed")
-    done = run_job({**tiny_env, **BASE, variable: "1"})
-    assert done.code == 2 and f"{variable}=1 needs the package {variable.lower()}" in error_line(done.err)
+def test_sink_without_its_package_is_one_line(
+    variable: str, monkeypatch: pytest.MonkeyPatch, tiny_env: dict[str, str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(t, "find_spec", lambda package: None)
+    with pytest.raises(t.UserError, match=f"{variable}=1 needs the package {variable.lower()}: pip install"):
+        t.open_sinks(t.load_config({**tiny_env, variable: "1"}), tmp_path)
+
+
+def test_metrics_also_go_to_tensorboard(run_job: Run, tiny_env: dict[str, str], read_metrics: Callable) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run_job({**tiny_env, **BASE, "TENSORBOARD": "1"}).code == 0
+    told = EventAccumulator(str(folder_of(tiny_env) / "tensorboard")).Reload()
+    for kind, name in (("train", "train_loss_nats"), ("val", "val_bpb"), ("final", "total_bytes")):
+        events, wanted = told.Scalars(f"{kind}/{name}"), read_metrics(folder_of(tiny_env), kind)
+        assert [event.step for event in events] == [found["step"] for found in wanted]
+        assert [event.value for event in events] == pytest.approx([found[name] for found in wanted])
 
 
 def test_metrics_also_go_to_weights_and_biases_offline(
