@@ -10933,9 +10933,10 @@ def foreseen_memory(h: Hyperparameters, rt: Runtime) -> Memory:
 
     Eager: torch.compile saves some of it. What libraries take for themselves comes on top.
     """
-    tokens, length = max(tokens for _, tokens in h.stages) // rt.world, h.train_seq_len
-    micro = max(1, h.micro_batch_tokens // length)
-    passes = [min(micro, tokens // length)] * min(2, -(-tokens // length // micro))
+    tokens, passes = max(tokens for _, tokens in h.stages) // rt.world, list[tuple[int, int]]()
+    for length in sorted(set(dict(h.lengths).values())):  # shorter windows are more rows, and each has its own state
+        micro = max(1, h.micro_batch_tokens // length)
+        passes += [(min(micro, tokens // length), length)] * min(2, -(-tokens // length // micro))
     with FakeTensorMode(), Meter() as meter, torch.device(rt.device):
         torch.set_default_dtype(rt.dtype)
         model = GPT(h, 1)
@@ -10945,9 +10946,9 @@ def foreseen_memory(h: Hyperparameters, rt: Runtime) -> Memory:
         optimizer = Optimizer(h, rt, weights)
         optimizer.step(0.0, h.muon_momentum, h.ema_decay > 0, 1.0)
         kept = meter.peak = meter.live
-        for rows in passes:
+        for rows, length in passes:
             with rt.precision():
-                loss = foreseen_pass(h, model, rows).total
+                loss = foreseen_pass(h, model, rows, length).total
             loss.backward()
             del loss
         optimizer.step(0.0, h.muon_momentum, h.ema_decay > 0, 1.0)
@@ -10961,9 +10962,9 @@ def foreseen_memory(h: Hyperparameters, rt: Runtime) -> Memory:
         return Memory(kept, training, meter.peak)
 
 
-def foreseen_pass(h: Hyperparameters, model: GPT, rows: int) -> LossOut:
-    """The forward pass of so many rows, at the end of the run."""
-    tokens = torch.zeros((rows, h.train_seq_len + 1), dtype=torch.long)
+def foreseen_pass(h: Hyperparameters, model: GPT, rows: int, length: int) -> LossOut:
+    """The forward pass of so many rows, in the network's final form."""
+    tokens = torch.zeros((rows, length + 1), dtype=torch.long)
     start = model.init_state(rows) if h.carry_train else model.start_state(torch.full((rows, h.history), -1))
     moment = Moment(torch.ones(()), torch.zeros((), dtype=torch.long), torch.arange(rows))
     return model.loss(tokens[:, :-1], tokens[:, 1:], final_variant(h), start, moment)
