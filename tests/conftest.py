@@ -51,10 +51,10 @@ def scramble(model: Any) -> Any:
 
 
 def small_stages(preset: str) -> dict[str, str]:
-    """Stages, segments and numbers of layers of a preset that has some, for windows of 16, steps of 64, two layers."""
+    """Stages, segments, layers and tables of a preset that has some, for windows of 16, steps of 64, two layers."""
     values = train_gpt.PRESETS[preset]
     small = {"batch_stages": "0:64", "curriculum_stages": "0:2,0.5:1", "rmt_segment": "8"}
-    small |= {"recurrence_layers": "0-1", "hc_start": "1"}
+    small |= {"recurrence_layers": "0-1", "hc_start": "1", "bigram_hash_buckets": "64"}
     return {name.upper(): text for name, text in small.items() if name in values}
 
 
