@@ -2157,7 +2157,8 @@ class SentencePieceTokenizer:
         self.fingerprint = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         try:
             self.model = SentencePieceProcessor(model_file=path)
-        except (RuntimeError, OSError):
+            self.model.id_to_piece(list(range(self.model.vocab_size())))  # all are text
+        except (RuntimeError, OSError, UnicodeDecodeError):
             raise UserError(f"TOKENIZER_PATH={path} is not a sentencepiece model") from None
         if self.model.vocab_size() != vocab_size:
             raise UserError(f"TOKENIZER_PATH={path} has {self.model.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")

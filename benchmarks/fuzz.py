@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hypothesis
 import numpy as np
+import sentencepiece
 import torch
 from hypothesis import strategies as st
 
@@ -67,6 +68,16 @@ def session() -> tuple[t.Hyperparameters, t.Runtime, t.GPT, t.Weights]:
     return h, rt, model, weights
 
 
+def vocabulary(prefix: Path) -> bytes:
+    """A small sentencepiece model of this file's own text."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(Path(__file__).read_text().splitlines()), model_prefix=str(prefix), vocab_size=400,
+        model_type="bpe", byte_fallback=True, num_threads=1, minloglevel=2,
+        normalization_rule_name="identity",
+    )  # fmt: skip
+    return prefix.with_suffix(".model").read_bytes()
+
+
 class Readers:
     """A valid file for each reader, and how a damaged one is made and read."""
 
@@ -83,6 +94,7 @@ class Readers:
             "shard": header.tobytes() + tokens.astype("<u2").tobytes(),
             "manifest": json.dumps(MANIFEST).encode(),
             "env": ENV,
+            "tokenizer": vocabulary(folder / "pieces"),
         }
         self.read: dict[str, Callable[[bytes], object]] = {
             "artifact": t.decode_artifact,
@@ -90,6 +102,7 @@ class Readers:
             "shard": self.shard,
             "manifest": lambda data: t.read_manifest(str(self.put("manifest.json", data).parent)),
             "env": lambda data: t.load_config({"ENV_FILE": str(self.put("x.env", data))}),
+            "tokenizer": self.tokenizer,
         }
 
     def put(self, name: str, data: bytes) -> Path:
@@ -106,6 +119,11 @@ class Readers:
         path = self.put("fineweb_train_000000.bin", data)
         stream = t.TokenStream(str(path.parent), "train", 256)
         stream.read(0, stream.tokens)
+
+    def tokenizer(self, data: bytes) -> None:
+        found = t.SentencePieceTokenizer(str(self.put("x.model", data)), 400)
+        found.byte_table()
+        found.decode(found.encode("A line of text."))
 
     def forged(self, name: str, draw: st.DrawFn) -> bytes:
         """A damaged file, for half of them with the checksums that its bytes should have."""

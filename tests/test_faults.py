@@ -451,7 +451,7 @@ def test_checkpoint_that_unfolds_to_more_than_its_size_is_refused(tmp_path: Path
         t.check_container(path)
 
 
-@pytest.mark.parametrize("reader", ["artifact", "checkpoint", "shard", "manifest", "env"])
+@pytest.mark.parametrize("reader", ["artifact", "checkpoint", "shard", "manifest", "env", "tokenizer"])
 def test_readers_refuse_or_read_whatever_they_are_given(reader: str, tmp_path: Path) -> None:
     """A short run of benchmarks/fuzz.py."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
