@@ -1407,7 +1407,7 @@ class Runtime(NamedTuple):
     @property
     def arithmetic(self) -> str:
         """The value of PRECISION that asks for this run's arithmetic."""
-        return "bf16" if self.autocast else "fp32"
+        return "bf16" if self.autocast else "fp64" if self.dtype == mx.float64 else "fp32"
 
 
 def choose_device(name: str) -> mx.Device:
@@ -1427,26 +1427,25 @@ def start_runtime(h: Hyperparameters) -> Runtime:
         raise UserError("train_gpt_mlx.py is one process; start it without torchrun, or start train_gpt.py")
     device = choose_device(h.device)
     mx.set_default_device(device)
-    check_supported(h)
     on_gpu = device == mx.Device(mx.gpu)
-    if h.precision == "bf16" and not on_gpu:
-        raise UserError("PRECISION=bf16 needs an Apple GPU; try PRECISION=fp32")
+    check_supported(h, on_gpu)
     if on_gpu:
         bound_memory()
     compiled = h.compile == "1" or (h.compile == "auto" and on_gpu)
-    return Runtime(device, 0, 1, mx.float32, h.precision == "bf16", compiled, None)
+    dtype = mx.float64 if h.precision == "fp64" else mx.float32  # in float64 exp alone keeps float32's digits (0.32.4)
+    return Runtime(device, 0, 1, dtype, h.precision == "bf16", compiled, None)
 
 
-def check_supported(h: Hyperparameters) -> None:
-    """Raise UserError for what train_gpt.py can and this program cannot."""
+def check_supported(h: Hyperparameters, on_gpu: bool) -> None:
+    """Raise UserError for what train_gpt.py can and this program, or MLX on this device, cannot."""
     unsupported = (
-        (h.precision == "fp64", "PRECISION=fp64: Apple GPUs have no float64; try PRECISION=fp32"),
+        (h.precision == "bf16" and not on_gpu, "PRECISION=bf16 needs an Apple GPU; try PRECISION=fp32"),
+        (h.precision == "fp64" and on_gpu, "PRECISION=fp64: Apple GPUs have no float64; try fp32, or DEVICE=cpu"),
         (h.cpu_threads, f"CPU_THREADS={h.cpu_threads} has no effect on MLX; set OMP_NUM_THREADS for the BLAS"),
         (h.compile_mode != "default", f"COMPILE_MODE={h.compile_mode} is of train_gpt.py; MLX compiles in one way"),
         (h.attn_impl not in ("auto", "sdpa"), f"ATTN_IMPL={h.attn_impl} is of train_gpt.py; try ATTN_IMPL=auto"),
-        (h.deterministic, "DETERMINISTIC=1: MLX promises no fixed order of sums on a GPU; unset it"),
-        (h.require_free_gpu, "REQUIRE_FREE_GPU=1: an Apple GPU does not tell who uses it; unset it"),
-        (h.tensorboard, "TENSORBOARD=1 is of train_gpt.py; metrics.jsonl has the same numbers"),
+        (h.deterministic and on_gpu, "DETERMINISTIC=1: MLX promises no fixed order of sums on a GPU; try DEVICE=cpu"),
+        (h.require_free_gpu and on_gpu, "REQUIRE_FREE_GPU=1: an Apple GPU does not tell who uses it; unset it"),
     )
     for found, message in unsupported:
         if found:
@@ -1491,6 +1490,11 @@ def device_name(rt: Runtime) -> str:
 def as_numpy(x: Tensor) -> np.ndarray:
     """An array's numbers; numpy has no bfloat16, so of these the bits."""
     return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x)
+
+
+def widened(x: Tensor) -> Tensor:
+    """The same numbers in float32, or in float64 if they are that already."""
+    return x.astype(mx.result_type(x, mx.float32))
 
 
 def shape_of(tree: Any) -> Any:
@@ -1673,13 +1677,31 @@ class Log:
 
 def open_sinks(h: Hyperparameters, folder: Path) -> list[Callable[[str, dict[str, Any]], None]]:
     """Where metrics also go: called with a kind and its numbers. Raises UserError where a package is missing."""
-    if not h.wandb:
-        return []
-    if find_spec("wandb") is None:
-        raise UserError("WANDB=1 needs the package wandb: pip install wandb, or unset it")
-    place = {"mode": "offline", "dir": str(folder), "id": folder.name, "resume": "allow"}
-    run = import_module("wandb").init(project="train_gpt", config=dataclasses.asdict(h), **place)
-    return [lambda kind, numbers: run.log({f"{kind}/{name}": value for name, value in numbers.items()})]  # of MLX
+    sinks: list[Callable[[str, dict[str, Any]], None]] = []
+    for variable, wanted, package in (("TENSORBOARD", h.tensorboard, "tensorboard"), ("WANDB", h.wandb, "wandb")):
+        if wanted and find_spec(package) is None:
+            raise UserError(f"{variable}=1 needs the package {package}: pip install {package}, or unset it")
+    if h.tensorboard:
+        sinks.append(tensorboard_sink(folder / "tensorboard"))
+    if h.wandb:
+        place = {"mode": "offline", "dir": str(folder), "id": folder.name, "resume": "allow"}
+        run = import_module("wandb").init(project="train_gpt", config=dataclasses.asdict(h), **place)
+        sinks.append(lambda kind, numbers: run.log({f"{kind}/{name}": value for name, value in numbers.items()}))
+    return sinks
+
+
+def tensorboard_sink(folder: Path) -> Callable[[str, dict[str, Any]], None]:
+    """Event files by the package tensorboard itself, as torch writes them, without torch."""
+    writer = import_module("tensorboard.summary.writer.event_file_writer").EventFileWriter(str(folder))
+    event, summary = (import_module(f"tensorboard.compat.proto.{name}_pb2") for name in ("event", "summary"))
+
+    def write(kind: str, numbers: dict[str, Any]) -> None:
+        values = [summary.Summary.Value(tag=f"{kind}/{name}", simple_value=v) for name, v in numbers.items()]
+        step = int(numbers.get("step", 0))
+        writer.add_event(event.Event(wall_time=time.time(), step=step, summary=summary.Summary(value=values)))
+        writer.flush()  # nothing closes it, and its thread is gone with the process
+
+    return write
 
 
 class Guard:
@@ -3148,7 +3170,7 @@ def queries_keys_values(
     Queries and keys get an RMS norm per head, queries a gain (H,), both a rotation.
     """
     heads, kv = gain.shape[0], (x.shape[2] - gain.shape[0]) // 2
-    qk = x[:, :, : heads + kv].astype(mx.float32)
+    qk = widened(x[:, :, : heads + kv])
     qk = rms_norm(qk) if norm else qk
     q, k = qk[:, :, :heads] * gain[:, None], qk[:, :, heads:]
     return turn(q, cosine, sine).astype(x.dtype), turn(k, cosine, sine).astype(x.dtype), x[:, :, heads + kv :]
@@ -3396,6 +3418,8 @@ class MoE(Module):
             none = mx.zeros_like(weights[0])
             weights = weights + mx.stack([none if pair is None else (pair[0] @ pair[1]).T for pair in pairs])
         weights = weights.astype(rows.dtype).swapaxes(1, 2)
+        if rows.dtype == mx.float64:  # which gather_mm has not
+            return (rows[:, None] @ weights[owners])[:, 0]
         return mx.gather_mm(rows[:, None], weights, rhs_indices=owners, sorted_indices=True)[:, 0]
 
     def answers(self, x: Tensor, chosen: Tensor, ctx: Ctx) -> Tensor:
@@ -3415,7 +3439,7 @@ class MoE(Module):
     def forward(self, x: Tensor, ctx: Ctx, state: None) -> Out:
         if not ctx.variant.experts:
             return self.experts[0](x, ctx, state)
-        p = mx.softmax(self.router(x, ctx).astype(mx.float32), -1)
+        p = mx.softmax(widened(self.router(x, ctx)), -1)
         chosen = mx.stop_gradient(mx.argsort(-p, -1)[..., : self.top_k])  # (B, T, k)
         weight = mx.take_along_axis(p, chosen, -1)
         weight = weight / weight.sum(-1, keepdims=True) if self.top_k > 1 else weight
@@ -3448,11 +3472,11 @@ def softcap_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, cap: float
         total, matrix, slopes, dw = mx.zeros(()), weight.astype(x.dtype), [], mx.zeros(weight.shape)
         for at in range(0, x.shape[0], rows):
             part = x[at : at + rows]
-            z = (part @ matrix.T).astype(mx.float32)
+            z = widened(part @ matrix.T)
             loss, slope = capped_loss_and_slope(z, targets[at : at + rows], cap, smoothing)
             slope = slope.astype(x.dtype)
             slopes.append(slope @ matrix)
-            total, dw = total + loss, dw + (slope.T @ part).astype(mx.float32)
+            total, dw = total + loss, dw + widened(slope.T @ part)
         return total, mx.concatenate(slopes), dw
 
     @whole.vjp
@@ -3480,7 +3504,7 @@ def capped_loss_and_slope(z: Tensor, targets: Tensor, cap: float, smoothing: flo
 
 def softcap(z: Tensor, cap: float) -> Tensor:
     """cap * tanh(z / cap), or z for cap 0; at least float32."""
-    z = z.astype(mx.float32)
+    z = widened(z)
     return cap * mx.tanh(z / cap) if cap else z
 
 
@@ -3537,14 +3561,14 @@ def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = None) -> tuple[Tensor,
     """First-order diagonal recurrence h_t = a_t * h_{t-1} + b_t.
 
     a: (B, T, S) or what broadcasts to it, in [0, 1]; b: (B, T, S); h0: (B, S) or None for zeros. Returns h (B, T, S)
-    and the last state (B, S), both in float32. O(B T S) work, O(log T) sequential steps. Raises ValueError on a shape
-    mismatch.
+    and the last state (B, S), both in float32 at least. O(B T S) work, O(log T) sequential steps. Raises ValueError on
+    a shape mismatch.
     """
-    rows, _, width = b.shape
-    h0 = mx.zeros((rows, width)) if h0 is None else h0.astype(mx.float32)
+    (rows, _, width), b = b.shape, widened(b)
+    h0 = mx.zeros((rows, width)) if h0 is None else h0
     if h0.shape != (rows, width) or a.shape[-1] not in (1, width):
         raise ValueError(f"linear_scan of a {a.shape}, b {b.shape}, h0 {h0.shape}")
-    h = scan(mx.broadcast_to(a.astype(mx.float32), b.shape), b.astype(mx.float32), h0)
+    h = scan(mx.broadcast_to(a.astype(b.dtype), b.shape), b, h0.astype(b.dtype))
     return h, h[:, -1]
 
 
@@ -3591,12 +3615,17 @@ def route_sums(routes: Tensor, values: Tensor, blocks: Blocks) -> Tensor:
     return (routes * blocks.inside.astype(routes.dtype)).swapaxes(-1, -2) @ with_ones(values)
 
 
-def hadamard(n: int) -> Tensor:
+def hadamard(n: int, dtype: mx.Dtype = mx.float32) -> Tensor:
     """The orthonormal n x n Hadamard matrix, its own inverse (Sylvester's construction); n a power of two."""
     matrix = np.ones((1, 1))
     while len(matrix) < n:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return mx.array((matrix / math.sqrt(n)).astype(np.float32))
+    return mx.array(matrix / math.sqrt(n), dtype)
+
+
+def spectrum(x: Tensor) -> Tensor:
+    """x H over the last dimension; MLX's fast transform has no float64."""
+    return x @ hadamard(x.shape[-1], x.dtype) if x.dtype == mx.float64 else mx.hadamard_transform(x)
 
 
 class Turn(Module):
@@ -3606,7 +3635,7 @@ class Turn(Module):
         self.rotation = h.koopman_rotation
 
     def forward(self, x: Tensor) -> Tensor:
-        return mx.hadamard_transform(x) if self.rotation else x
+        return spectrum(x) if self.rotation else x
 
 
 class CausalConv(Module):
@@ -3750,6 +3779,7 @@ def importance_of(p: Tensor, seen: Tensor, block: int, stride: int, size: int, c
     are memory's.
     """
     p = mx.unflatten(p[..., skip:], 2, (seen.shape[1], -1)).sum(3) * seen[:, None, :, None]
+    p = p.astype(mx.float32)
     starts = mx.arange(0, size, stride)
     inside = mx.minimum(size - starts, block) / block
     more = count * len(starts) - p.shape[-1]
@@ -3888,7 +3918,7 @@ def masked_compressed(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, blocks: t
     if not keys:
         return mx.zeros_like(q), mx.zeros((rows, groups, length, blocks[3]))
     scores = by_groups(q * q.shape[-1] ** -0.5, groups) @ by_groups(k, groups).swapaxes(-1, -2)
-    grid = mx.unflatten(scores.astype(mx.float32), 2, (length, -1))  # (B, Hkv, T, G, S)
+    grid = mx.unflatten(widened(scores), 2, (length, -1))  # (B, Hkv, T, G, S)
     hidden = ranges.hides(slice(0, length), slice(0, keys))[:, None, :, None]
     p = mx.softmax(mx.where(hidden, -math.inf, grid), -1).flatten(2, 3)
     y = by_heads(p.astype(v.dtype) @ by_groups(v, groups), length)
@@ -3913,7 +3943,7 @@ def gathered_selected(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, ranges: R
     groups, scale = k.shape[2], q.shape[-1] ** -0.5
     grid = mx.unflatten(q * scale, 2, (groups, -1)).swapaxes(1, 2)  # (B, Hkv, T, G, Dh)
     keys, values = (picked_blocks(x, chosen, size) for x in (k, v))  # (B, Hkv, T, n size, Dh)
-    scores = (grid @ keys.swapaxes(-1, -2)).astype(mx.float32)
+    scores = widened(grid @ keys.swapaxes(-1, -2))
     p = mx.softmax(mx.where(unseen_of(chosen, ranges, size)[..., None, :], -math.inf, scores), -1)
     return (p.astype(values.dtype) @ values).swapaxes(1, 2).flatten(2, 3)
 
@@ -4328,7 +4358,7 @@ class SKC(Module):
     def init_state(self, batch: int, dtype: mx.Dtype) -> SKCState:
         (block, width, count), local, spectral = self.shape, self.h.skc_local != "off", self.h.skc_spectral
         open_spectrum = mx.zeros((batch, block if spectral else 0, width))
-        first = mx.broadcast_to(self.z0.astype(mx.float32), open_spectrum.shape) if spectral else open_spectrum
+        first = mx.broadcast_to(widened(self.z0), open_spectrum.shape) if spectral else open_spectrum
         return SKCState(
             mx.zeros((batch, self.h.skc_conv - 1 if local else 0, width), dtype),
             mx.zeros((batch, width if local else 0)),
@@ -4410,7 +4440,7 @@ class SKC(Module):
 
         H is orthonormal, so the spectra have the energy of the values.
         """
-        energy = (grid * blocks.inside).astype(mx.float32).square().sum((1, 2))
+        energy = widened(grid * blocks.inside).square().sum((1, 2))
         p = energy / (energy.sum(-1, keepdims=True) + 1e-12)
         entropy = -(p * mx.log(p + 1e-12)).sum(-1)
         return self.h.skc_spectral_entropy * mx.maximum(0.8 * math.log(self.shape[1]) - entropy, 0).sum()
@@ -4418,7 +4448,7 @@ class SKC(Module):
 
 def along_blocks(x: Tensor) -> Tensor:
     """H x over the places of blocks (B, n, W, S)."""
-    return mx.hadamard_transform(x.swapaxes(-1, -2)).swapaxes(-1, -2)
+    return spectrum(x.swapaxes(-1, -2)).swapaxes(-1, -2)
 
 
 class Engram(Module):
@@ -4669,7 +4699,7 @@ def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
 
     Columns and rows are normalized in turn, in logarithms; rows last. For n = 2 the solution is known.
     """
-    a = logits.astype(mx.float32)
+    a = widened(logits)
     if a.shape[-1] == 2:
         across = mx.sigmoid((a[..., 0, 1] + a[..., 1, 0] - a[..., 0, 0] - a[..., 1, 1]) / 2)
         return mx.unflatten(mx.stack((1 - across, across, across, 1 - across), -1), -1, (2, 2))
@@ -4721,7 +4751,7 @@ class ManifoldConnections(PlainResidual):
 
     def deviation(self, logits: Tensor) -> Tensor:
         """R - I (..., n, n) of raw logits (..., K), in float32; of permutations, the mean of their changes."""
-        logits, n = logits.astype(mx.float32) / self.h.mhc_tau, self.count
+        logits, n = widened(logits) / self.h.mhc_tau, self.count
         if self.h.mhc_mode == "lite":
             return mx.unflatten(mx.softmax(logits, -1) @ self.changes, -1, (n, n))
         return sinkhorn(mx.unflatten(logits, -1, (n, n)), self.h.sinkhorn_iters) - mx.eye(n)
@@ -5645,7 +5675,7 @@ def build_model(h: Hyperparameters, rt: Runtime, bos: int, fill: bool = True) ->
     for name, value in model.named_parameters() if fill else ():
         generator = np.random.default_rng(parameter_seed(h.seed, name))
         values[name] = mx.array(initial_value(h, name, value.shape, generator).astype(np.float32))
-    model.load(values)
+    model.load({name: values.get(name, value).astype(rt.dtype) for name, value in model.named_parameters()})
     return model
 
 
@@ -5820,7 +5850,8 @@ class Bank:
         """What the forward pass uses, by parameter name."""
         parts = ((at, self.codec.decode(coded)) for at, coded in self.coded()) if quantized else [(0, self.latent)]
         found = {name: value for at, values in parts for name, value in zip(self.names[at:], values, strict=False)}
-        return found | {name: low.added_to(found[name]) for name, low in self.corrections.items() if quantized}
+        found |= {name: low.added_to(found[name]) for name, low in self.corrections.items() if quantized}
+        return {name: value.astype(self.latent.dtype) for name, value in found.items()}
 
     def settle(self, h: Hyperparameters, fixed: Codes | None = None) -> None:
         """Change to the codec of the file, with these codes if given."""
@@ -6001,7 +6032,7 @@ def gram_polynomial(gram: Tensor, polynomials: Sequence[Polynomial]) -> Tensor:
     float32: the powers of G would drown in bf16's rounding.
     """
     size = mx.diagonal(gram, 0, -2, -1).sum(-1).sqrt()[:, None, None] + 1e-7  # Frobenius norm of y
-    gram, product, one = gram / size**2, 1 / size, mx.eye(gram.shape[-1])
+    gram, product, one = gram / size**2, 1 / size, mx.eye(gram.shape[-1], dtype=gram.dtype)
     for step, (a, b, c) in enumerate(polynomials):
         factor = mx.addmm(gram, gram, gram, c, b) + a * one
         product = factor @ product if step else factor * product
@@ -6121,7 +6152,7 @@ class Optimizer:
     def muon(self, bank: Bank, grad: Tensor, has: Tensor, group: Group) -> None:
         """Nesterov momentum, rows normalized (MuonEq-R), orthogonalized, scaled by sqrt(max(1, rows / columns))."""
         speed = group.rate * max(1.0, grad.shape[-2] / grad.shape[-1]) ** 0.5
-        numbers = mx.array([group.momentum, speed, group.rate * group.decay])
+        numbers = mx.array([group.momentum, speed, group.rate * group.decay], grad.dtype)
         bank.latent, bank.state["momentum"] = self.move_muon(bank.latent, bank.slot("momentum"), grad, has, numbers)
 
     def muon_rule(self, w: Tensor, buffer: Tensor, grad: Tensor, has: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -6137,7 +6168,8 @@ class Optimizer:
         """Decoupled weight decay Adam (Loshchilov & Hutter 2019), steps counted per weight."""
         count = bank.state.get("count", mx.zeros_like(has)) + has
         moments = (bank.slot("first"), bank.slot("second"), count)
-        numbers = mx.array([group.rate, group.rate * group.decay, group.beta1, group.beta2, group.eps])
+        settings = [group.rate, group.rate * group.decay, group.beta1, group.beta2, group.eps]
+        numbers = mx.array(settings, grad.dtype)
         bank.latent, first, second = self.move_adamw(bank.latent, moments, grad, has, numbers)
         bank.state |= {"first": first, "second": second, "count": count}
 
@@ -6147,7 +6179,9 @@ class Optimizer:
         A row without gradient stays as it is.
         """
         total = bank.state.get("total", mx.zeros((*bank.latent.shape[:-1], 1)))
-        bank.latent, bank.state["total"] = self.move_adagrad(bank.latent, total, grad, has, mx.array(group.rate))
+        bank.latent, bank.state["total"] = self.move_adagrad(
+            bank.latent, total, grad, has, mx.array(group.rate, grad.dtype)
+        )
 
     def average(self, bank: Bank) -> None:
         """Running average of latents: what is averaged is quantized afterwards like any latent."""
@@ -6553,7 +6587,7 @@ def hessian_error(error: np.ndarray, hessian: np.ndarray) -> np.ndarray:
 def in_float64(step: Callable[..., Tensor], *arrays: np.ndarray) -> np.ndarray:
     """A codec's step on float64, which MLX has on the CPU alone."""
     with mx.stream(mx.cpu):
-        return np.array(step(*(mx.array(array) for array in arrays)))
+        return np.array(step(*(mx.array(array, mx.float64) for array in arrays)))
 
 
 def gptq(codec: Codec, w: np.ndarray, hessian: np.ndarray) -> Codes:
@@ -6822,7 +6856,7 @@ def load_weights(model: GPT, weights: dict[str, np.ndarray]) -> None:
     if {n: tuple(p.shape) for n, p in parameters.items()} != {n: w.shape for n, w in weights.items()}:
         wrong = sorted(set(parameters) ^ set(weights)) or ["shapes"]
         raise UserError(f"the artifact's tensors do not fit the network: {', '.join(wrong[:3])}")
-    model.load({name: mx.array(weight) for name, weight in weights.items()})
+    model.load({name: mx.array(weight, parameters[name].dtype) for name, weight in weights.items()})
 
 
 class Proxy:
@@ -8200,7 +8234,8 @@ def read_tree(path: Path) -> Any:
                 return part
             if "dict" in part:
                 return {name: whole(value) for name, value in part["dict"].items()}
-            array = mx.array(file[str(part["array"])])
+            held = file[str(part["array"])]
+            array = mx.array(held, mx.float64) if held.dtype == np.float64 else mx.array(held)
             return array.view(mx.bfloat16) if part["half"] else array
 
         return whole(json.loads(file["tree"].tobytes()))

@@ -239,7 +239,7 @@ def losses_of(program: Any, h: Any, weights: dict[str, np.ndarray], steps: int) 
     s = program.open_session(h, program.start_runtime(h), Path("."), program.Log(None, False))
     for bank in s.weights.banks.values():
         stacked = np.stack([weights[name] for name in bank.names])
-        bank.latent = mx.array(stacked) if program is m else torch.tensor(stacked)
+        bank.latent = (mx.array if program is m else torch.tensor)(stacked, dtype=s.rt.dtype)
     s.weights.materialize(0.0)
     step, state = program.make_step(s), program.TrainState()
     if h.carry_train:
@@ -259,18 +259,64 @@ def losses_of(program: Any, h: Any, weights: dict[str, np.ndarray], steps: int) 
         yield out.nats.item() / tokens
 
 
+def courses_of(
+    environ: dict[str, str], steps: int = 20, nudge: float = 0.0, programs: tuple = (t, m)
+) -> Iterator[np.ndarray]:
+    """The course of each program from the same initial weights, of the last one with weights nudged by a random part.
+
+    PRECISION=fp64 takes rounding out of the comparison, which float32 courses below amplify up to 100,000 times.
+    """
+    weights, draw = some_weights(t.load_config(environ), 255, 0.0), np.random.default_rng(0)
+    for number, program in enumerate(programs):
+        change = nudge if number == len(programs) - 1 else 0.0
+        moved = {n: (w * (1 + change * draw.standard_normal(w.shape))).astype(np.float32) for n, w in weights.items()}
+        yield np.array([*losses_of(program, program.load_config(environ), moved, steps)])
+
+
 @pytest.mark.parametrize("case", DISTINCT)
 def test_training_takes_the_same_course(case: str, byte_data: Path) -> None:
-    ours, twins = configs(case, DATA_PATH=str(byte_data))
-    weights = some_weights(ours, 255, 0.0)
-    want = np.array([*losses_of(t, ours, weights, 20)])
-    found = np.array([*losses_of(m, twins, weights, 20)])
+    """Found: at most 6e-5, and 0.0054 where experts are chosen."""
+    environ = {**CASES[case], "DATA_PATH": str(byte_data), "PRECISION": "fp64"}
+    want, found = courses_of(environ)
     assert want[-1] < want[0] - 0.5
-    # Experts and blocks are chosen, and hyper-connections begin with lanes that are alike: what hardly has a gradient
-    # is moved by its rounding errors, which Adam scales to whole steps (measured: up to 0.0096, and 0.0015 with noise).
-    routes = bool(ours.moe_experts) or "nsa" in ours.mixers or ours.mhc_gate_noise > 0
-    tolerance = 2e-2 if ours.residual == "hc" else 1e-2 if routes else 1e-3
-    np.testing.assert_allclose(found, want, atol=tolerance, rtol=0)
+    np.testing.assert_allclose(found, want, atol=1e-2 if t.load_config(environ).moe_experts else 1e-3, rtol=0)
+
+
+# The presets as they are stored: what differs in the codecs alone is a course of its own here.
+STORED = list({tuple(course_of(t.load_config(small_preset(name))).items()): name for name in t.PRESETS}.values())
+
+
+@pytest.mark.parametrize("preset", STORED)
+def test_quantized_training_takes_the_same_course(preset: str, byte_data: Path) -> None:
+    """Ternary weights, bf16 embeddings: a latent near a threshold may get another code. Found: at most 0.0031."""
+    want, found = courses_of({**small_preset(preset), "DATA_PATH": str(byte_data), "PRECISION": "fp64"})
+    assert want[-1] < want[0] - 0.5
+    np.testing.assert_allclose(found, want, atol=1e-2, rtol=0)
+
+
+def is_rough(h: t.Hyperparameters) -> bool:
+    """Whether rounding errors grow: experts and blocks are chosen, hyper-connections begin with lanes that are alike.
+
+    A lane that is x0 times a number has no effect behind a norm until a branch has written to it: keep and bias have
+    gradients that are rounding errors alone, near ADAM_EPS, and AdamW makes whole steps of them. Those of float64 are
+    far below it, and make none.
+    """
+    return h.residual == "hc" or bool(h.moe_experts) or "nsa" in h.mixers or h.mhc_gate_noise > 0
+
+
+@pytest.mark.parametrize("case", [case for case in DISTINCT if not is_rough(configs(case)[0])])
+def test_training_in_float32_takes_the_same_course(case: str, byte_data: Path) -> None:
+    want, found = courses_of({**CASES[case], "DATA_PATH": str(byte_data)})
+    np.testing.assert_allclose(found, want, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("case", [case for case in DISTINCT if configs(case)[0].residual == "hc"])
+def test_hyper_connections_in_float32_part_from_themselves_as_far(case: str, byte_data: Path) -> None:
+    """Why the twin's float32 course is only near: train_gpt.py's own is no nearer when weights change by 1e-7."""
+    environ = {**CASES[case], "DATA_PATH": str(byte_data)}
+    want, found = courses_of(environ)
+    again = [np.abs(list(courses_of(environ, nudge=size, programs=(t, t)))[1] - want).max() for size in (1e-7, 2e-7)]
+    assert max(again) > 1e-3 and np.abs(found - want).max() < 2e-2
 
 
 def test_no_preset_has_another_role_for_a_parameter() -> None:
@@ -599,21 +645,66 @@ def test_gptq_gives_the_same_codes() -> None:
 @pytest.mark.parametrize(
     "variable",
     [
-        "PRECISION=fp64",
         "PRECISION=bf16",
         "ATTN_IMPL=fa3",
         "DEVICE=cuda",
         "CPU_THREADS=2",
         "COMPILE_MODE=reduce-overhead",
-        "DETERMINISTIC=1",
-        "REQUIRE_FREE_GPU=1",
-        "TENSORBOARD=1",
     ],
 )
 def test_what_is_not_there_is_refused_by_name(variable: str, tiny_env: dict[str, str], capsys: Any) -> None:
     name, value = variable.split("=")
     assert m.main(["preflight"], {**tiny_env, "COMPILE": "1", name: value}) == 2
     assert name in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variable", ["PRECISION=fp64", "DETERMINISTIC=1", "REQUIRE_FREE_GPU=1"])
+def test_what_an_apple_gpu_has_not_is_refused_there_alone(variable: str) -> None:
+    h = m.load_config({**SMALL, **dict([variable.split("=")])})
+    m.check_supported(h, False)
+    with pytest.raises(m.UserError, match=variable.split("=")[0]):
+        m.check_supported(h, True)
+
+
+def test_two_deterministic_runs_are_the_same_bits(job: dict[str, str], capsys: Any) -> None:
+    for name in ("one", "two"):
+        run(m, ["train"], {**job, "DETERMINISTIC": "1", "BIGRAM_HASH_BUCKETS": "64", "RUN_ID": name}, capsys)
+    one, two = ((Path(job["OUT_DIR"]) / name / "model.pgz").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+TENSORBOARD = {
+    "compat/proto/event_pb2.py": "Event = dict",
+    "compat/proto/summary_pb2.py": "class Summary(dict):\n    Value = dict",
+    "summary/writer/event_file_writer.py": """
+import json
+class EventFileWriter:
+    def __init__(self, folder): self.folder, self.events = folder, []
+    def add_event(self, event): self.events.append(event)
+    def flush(self): json.dump([self.folder, self.events], open(self.folder + ".json", "w"))
+""",
+}
+
+
+def test_metrics_also_go_to_tensorboard(
+    monkeypatch: pytest.MonkeyPatch, tiny_env: dict[str, str], tmp_path: Path
+) -> None:
+    """Against a stand-in for the package, which writes down how it was called."""
+    for name, text in TENSORBOARD.items():
+        path = tmp_path / "tensorboard" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (tmp_path / "tensorboard" / "__init__.py").write_text("")
+    (tmp_path / "run").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    log = m.Log(tmp_path, True)
+    log.sinks = m.open_sinks(m.load_config({**tiny_env, "TENSORBOARD": "1"}), tmp_path / "run")
+    log.metric("train", step=3, train_loss_nats=2.5, name="text")
+    log.close()
+    folder, (event,) = json.loads((tmp_path / "run" / "tensorboard.json").read_text())
+    values = {value["tag"]: value["simple_value"] for value in event["summary"]["value"]}
+    assert folder == str(tmp_path / "run" / "tensorboard") and event["step"] == 3 and event["wall_time"] > 1e9
+    assert values == {"train/step": 3, "train/train_loss_nats": 2.5}
 
 
 def test_micro_batches_fit_into_half_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
