@@ -1457,9 +1457,13 @@ def bound_memory() -> None:
 
     MLX would keep freed buffers up to its limit, on a machine of 8 GB most of it: then macOS swaps.
     """
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    mx.set_cache_limit(memory // 16)
-    mx.set_memory_limit(memory * 3 // 4)
+    mx.set_cache_limit(machine_memory() // 16)
+    mx.set_memory_limit(machine_memory() * 3 // 4)
+
+
+def machine_memory() -> int:
+    """Bytes of the machine's memory, which an Apple GPU shares."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def agree(rt: Runtime, *values: float) -> tuple[float, ...]:
@@ -8637,29 +8641,38 @@ class Passes:
         return mx.compile(function) if self.rt.compile else function, form
 
     def rows_at_once(self, batch: Batch, carry: Any, moment: Moment, variant: Variant) -> int:
-        """Rows of a micro-batch: MICRO_BATCH_TOKENS' worth, or what half of the memory holds beside what it holds now.
+        """Rows of a micro-batch: MICRO_BATCH_TOKENS' worth, or what half of the memory holds beside what is held.
 
-        An Apple GPU shares the computer's memory, so that too large a batch makes the system swap. What a row takes is
-        measured on one, once for each variant and length.
+        An Apple GPU shares the computer's memory, so that too large a batch makes the system swap. What rows take is
+        measured once for each variant and length, on one and, where there is room, on four. Sums of gradients, moments
+        and the average, four times the parameters' bytes, may come later.
         """
         length = batch.tokens.shape[1]
-        rows = max(1, self.h.micro_batch_tokens // length)
+        rows = max(1, min(batch.tokens.shape[0], self.h.micro_batch_tokens // length))
         if device_name(self.rt) == "cpu":
             return rows
         if (variant, length) not in self.most:
-            one = rows_of(batch, slice(1))
-            mx.eval(dict(self.model.named_parameters()), leaves(carry))  # which are there whatever the rows
-            mx.reset_peak_memory()
-            before = mx.get_active_memory()
-            mx.eval(self(one, take_rows(carry, slice(1)), moment._replace(rows=moment.rows[:1]), variant, 1).grads)
-            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            self.most[variant, length] = max(1, rows_within(memory // 2 - before, mx.get_peak_memory() - before))
+            later = 4 * sum(value.nbytes for _, value in self.model.named_parameters())
+            room = machine_memory() // 2 - mx.get_active_memory() - later
+            row = self.row_bytes(batch, carry, moment, variant, 1)
+            if rows >= 4 and 4 * row <= room:
+                row = self.row_bytes(batch, carry, moment, variant, 4)
+            self.most[variant, length] = max(1, room // max(1, row))
         return min(rows, self.most[variant, length])
 
+    def row_bytes(self, batch: Batch, carry: Any, moment: Moment, variant: Variant, rows: int) -> int:
+        """What a pass over the first rows takes at most, beside what is there before, for each of them.
 
-def rows_within(room: int, row: int) -> int:
-    """How many rows of so many bytes fit into some bytes, at least one; two for which nothing was measured are none."""
-    return max(1, room // max(1, row))
+        More rows take less each, since a part is there once; found: 16 rows at most a tenth more than four said.
+        """
+        part = slice(rows)
+        carry, moment = take_rows(carry, part), moment._replace(rows=moment.rows[part])
+        mx.eval(dict(self.model.named_parameters()), leaves(carry))
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        out = self(rows_of(batch, part), carry, moment, variant, rows)
+        mx.eval(out.grads, out.nats, out.metrics, leaves(out.carry))
+        return (mx.get_peak_memory() - before) // rows
 
 
 def make_step(s: Session) -> Callable[[Batch, TrainState, float], StepOut]:
@@ -9939,32 +9952,30 @@ def check_tokens(s: Session) -> Check:
 
 
 def memory_of(rt: Runtime) -> int:
-    """Bytes of the machine's memory, which an Apple GPU shares, that are free; where it does not say, all of it."""
+    """Bytes of the machine's memory that are free; where it does not say, all of it."""
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []
     free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    return free[0] if free else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free[0] if free else machine_memory()
 
 
 def check_memory_foreseen(s: Session) -> Check:
-    """Whether a step fits into memory, by what a pass over one row and an optimizer step take.
+    """Whether a step fits into memory, by what a pass over at most four rows and an optimizer step take.
 
     MLX has no arrays without contents. A GPU takes as many rows at a time as it has room for, a CPU MICRO_BATCH_TOKENS.
     """
-    h, model = s.h, s.model
+    h, model, passes = s.h, s.model, Passes(s.h, s.rt, s.model)
     s.weights.evaluate()
-    both, before = mx.zeros((1, h.train_seq_len + 1), mx.int64), mx.get_active_memory()
-    batch = Batch(both[:, :-1], both[:, 1:], model.no_history(1), 0, h.train_seq_len)
-    carry = model.init_state(1) if h.carry_train else model.start_state(batch.history)
-    moment = Moment(mx.array(1.0), mx.array(0, mx.int64), mx.arange(1, dtype=mx.int64))
+    rows = 1 if device_name(s.rt) == "mps" else max(1, h.micro_batch_tokens // h.train_seq_len)
+    few, before = min(4, rows), mx.get_active_memory()
+    both = mx.zeros((few, h.train_seq_len + 1), mx.int64)
+    batch = Batch(both[:, :-1], both[:, 1:], model.no_history(few), 0, few * h.train_seq_len)
+    carry = model.init_state(few) if h.carry_train else model.start_state(batch.history)
+    moment = Moment(mx.array(1.0), mx.array(0, mx.int64), mx.arange(few, dtype=mx.int64))
+    row = passes.row_bytes(batch, carry, moment, final_variant(h), few)
+    grads = {name: mx.zeros_like(value) for name, value in model.named_parameters()}
     mx.reset_peak_memory()
-    grads = Passes(h, s.rt, model)(batch, carry, moment, final_variant(h), 1).grads
-    mx.eval(grads)
-    row, rows = (
-        mx.get_peak_memory() - before,
-        1 if device_name(s.rt) == "mps" else h.micro_batch_tokens // h.train_seq_len,
-    )
     s.optimizer.step(grads, 0.0, h.muon_momentum, h.ema_decay > 0, 1.0)
-    need, free = mx.get_peak_memory() + max(0, rows - 1) * row, memory_of(s.rt)
+    need, free = max(before + rows * row, mx.get_peak_memory()), memory_of(s.rt)
     found = f"{free / MIB:.0f} MiB free; training needs about {need / MIB:.0f}, {row / MIB:.1f} for each row"
     return judge("memory", found, need > free, "lower MICRO_BATCH_TOKENS, or set GRAD_CHECKPOINT=1")
 

@@ -707,17 +707,53 @@ def test_metrics_also_go_to_tensorboard(
     assert values == {"train/step": 3, "train/train_loss_nats": 2.5}
 
 
-def test_micro_batches_fit_into_half_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert m.rows_within(1000, 300) == 3 and m.rows_within(-5, 300) == 1
-    _, two = pair_of("tiny", MICRO_BATCH_TOKENS="128", TRAIN_BATCH_TOKENS="128")
-    tokens, history = some_batch(t.load_config(CASES["tiny"]))
-    batch = m.Batch(*split(mx.array(tokens)), mx.array(history), 0, 128)
-    moment = m.Moment(mx.array(0.5), mx.array(3, mx.int64), mx.arange(4, dtype=mx.int64))
+ROOMY = {"MODEL_DIM": "64", "NUM_HEADS": "4", "TRAIN_SEQ_LEN": "64", "TRAIN_BATCH_TOKENS": "1024",
+         "MICRO_BATCH_TOKENS": "1024"}  # fmt: skip
+HEAVY = ["tiny", "frontier", "hybrid", "mhc_static", "rmt", "nsa", "experts, loops, parallel", "untied, recomputed"]
+
+
+@pytest.mark.parametrize("case", HEAVY)
+def test_memory_of_many_rows_is_foreseen_from_four(case: str, byte_data: Path) -> None:
+    h = m.load_config({**CASES[case], **ROOMY, "DATA_PATH": str(byte_data)})
+    s = m.open_session(h, m.start_runtime(h), Path("."), m.Log(None, False))
+    batch, moment = s.loader.next(16, 64), m.Moment(mx.array(0.5), mx.array(3), mx.arange(16, dtype=mx.int64))
+    mx.eval(batch.tokens, batch.targets)
+    passes, carry = m.Passes(h, s.rt, s.model), s.model.start_state(batch.history)
+    one, four, all_ = (passes.row_bytes(batch, carry, moment, m.final_variant(h), rows) for rows in (1, 4, 16))
+    assert all_ * 0.98 < four < all_ * 1.25 and all_ * 0.98 < one < all_ * 2.5
+
+
+@pytest.mark.parametrize("case", ["tiny", "hybrid", "untied, recomputed"])
+def test_micro_batches_fit_into_half_of_the_memory(case: str, byte_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On machines of a few MiB, whose half a step never exceeds, moments and average included; one row always runs."""
+    h = m.load_config({**CASES[case], **ROOMY, "DATA_PATH": str(byte_data)})
+    s = m.open_session(h, m.start_runtime(h), Path("."), m.Log(None, False))
+    batch, state, rows = s.loader.next(16, 64), m.TrainState(), list[int]()
+    moment, carry = m.Moment(mx.array(0.5), mx.array(3), mx.arange(16, dtype=mx.int64)), None
+    mx.eval(batch.tokens, batch.targets)
+    s.weights.evaluate()
+    parameters = sum(weight.nbytes for _, weight in s.model.named_parameters())
     monkeypatch.setattr(m, "device_name", lambda rt: "mps")
-    for pages, rows in ((2**30, 4), (1, 1)):
-        monkeypatch.setattr(m.os, "sysconf", lambda name, pages=pages: pages)
-        passes = m.Passes(two.h, m.start_runtime(two.h), two)
-        assert passes.rows_at_once(batch, two.start_state(batch.history), moment, m.Variant()) == rows
+    for room in (1, 6 * 2**20, 12 * 2**20, 2**30):
+        memory = 2 * (mx.get_active_memory() + 4 * parameters + room)
+        monkeypatch.setattr(m, "machine_memory", lambda memory=memory: memory)
+        rows.append(m.Passes(h, s.rt, s.model).rows_at_once(batch, carry, moment, m.Variant()))
+        step = m.make_step(s)
+        s.optimizer.step(step(batch, state, 0.5).grads, 0.0, 0.9, True, 0.5)
+        mx.reset_peak_memory()
+        out = step(batch, state, 0.5)
+        assert rows[-1] == 1 or mx.get_peak_memory() <= memory // 2
+        del out
+    assert rows[0] == 1 < rows[1] < rows[2] < rows[3] == 16
+
+
+def test_a_gpu_keeps_few_freed_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = dict[str, int]()
+    for name in ("set_cache_limit", "set_memory_limit"):
+        monkeypatch.setattr(mx, name, functools.partial(told.__setitem__, name))
+    monkeypatch.setattr(m, "machine_memory", lambda: 8 * 2**30)
+    m.bound_memory()
+    assert told == {"set_cache_limit": 2**29, "set_memory_limit": 6 * 2**30}
 
 
 def test_a_gradient_may_be_lost_behind_mlx_checkpoint() -> None:
