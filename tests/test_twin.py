@@ -747,6 +747,37 @@ def test_micro_batches_fit_into_half_of_the_memory(case: str, byte_data: Path, m
     assert rows[0] == 1 < rows[1] < rows[2] < rows[3] == 16
 
 
+def test_compilation_is_for_gpus_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiles(value: str) -> bool:
+        return m.start_runtime(m.load_config({**SMALL, "COMPILE": value})).compile
+
+    assert [compiles(value) for value in ("auto", "0", "1")] == [False, False, True]
+    monkeypatch.setattr(m, "choose_device", lambda name: mx.Device(mx.gpu))
+    for name in ("set_default_device", "set_cache_limit", "set_memory_limit"):
+        monkeypatch.setattr(mx, name, lambda _: None)
+    assert [compiles(value) for value in ("auto", "0", "1")] == [True, False, True]
+
+
+@pytest.mark.slow  # a minute of C++: the one test that runs what other tests only trace
+def test_compiled_steps_and_scores_are_those_of_plain_ones(byte_data: Path) -> None:
+    """Nothing of Python's stays in a compiled function: step number, progress, structure and weights all change."""
+    case = {"NUM_LAYERS": "1", "UNTIE_AT_FRACTION": "0.5", "STOCHASTIC_DEPTH": "0.4", "WARMDOWN_FRACTION": "0.5"}
+    environ = {**SMALL, **EXACT, **case, "ITERATIONS": "6", "DATA_PATH": str(byte_data)}
+    weights = some_weights(t.load_config(environ), 255, 0.0)
+    courses, scores = [], []
+    for compiled in ("0", "1"):
+        h = m.load_config({**environ, "COMPILE": compiled})
+        courses.append([*losses_of(m, h, weights, 6)])
+        rt, tokenizer, model = m.start_runtime(h), m.load_tokenizer(h), m.build_model(h, m.start_runtime(h), 255)
+        scorer = m.Scorer(h, rt, model, tokenizer.byte_table())
+        for change in (1.0, 1.5):
+            m.load_weights(model, {name: weight * np.float32(change) for name, weight in weights.items()})
+            scores.append(scorer.score(m.read_validation(h)).loss)
+    np.testing.assert_allclose(courses[1], courses[0], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(scores[2:], scores[:2], atol=1e-5, rtol=0)
+    assert abs(scores[0] - scores[1]) > 1e-3
+
+
 def test_a_gpu_keeps_few_freed_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     told = dict[str, int]()
     for name in ("set_cache_limit", "set_memory_limit"):
