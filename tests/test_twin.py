@@ -506,6 +506,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(job: dict[str, str], capsys: Any
 def test_a_signal_ends_a_run_that_resumes_to_the_same_bytes(
     job: dict[str, str], capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    job |= {"PRECISION": "fp64"}  # eight bytes of each latent and moment come back
     run(m, ["train"], {**job, "RUN_ID": "whole"}, capsys)
     report, folder = m.report_training, Path(job["OUT_DIR"])
 
@@ -745,6 +746,23 @@ def test_micro_batches_fit_into_half_of_the_memory(case: str, byte_data: Path, m
         assert rows[-1] == 1 or mx.get_peak_memory() <= memory // 2
         del out
     assert rows[0] == 1 < rows[1] < rows[2] < rows[3] == 16
+
+
+@pytest.mark.parametrize("extra", [{}, {"MLP_MULT": "16"}, {"NGRAM_CACHE": "1"}, {"PRESET": "hybrid_mac"}])
+def test_memory_of_an_evaluation_is_bounded(
+    extra: dict[str, str], byte_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environ = {**SMALL, **ROOMY, **extra, "MAX_VAL_TOKENS": "5900", "EVAL_STREAMS": "64", "VAL_BATCH_SIZE": "100000"}
+    h = m.load_config({**environ, "DATA_PATH": str(byte_data)})
+    rt, tokenizer = m.start_runtime(h), m.load_tokenizer(h)
+    monkeypatch.setitem(m.MAX_LOGITS, "cpu", 2**20)
+    model, tokens = m.build_model(h, rt, tokenizer.bos), m.read_validation(h)
+    scorer = m.Scorer(h, rt, model, tokenizer.byte_table())
+    mx.eval(dict(model.named_parameters()))
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    scorer.score(tokens)
+    assert 4 * 2**20 < mx.get_peak_memory() - before < 36 * 2**20
 
 
 def test_compilation_is_for_gpus_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
