@@ -82,19 +82,23 @@ SIDES = {"ours": ours, "peer": peer}
 
 
 def time_side(side: str, script: str, steps: int) -> dict[str, float]:
-    """Tokens/s by the median step (the first three left out), and peak memory: of MLX's arrays and of the process."""
+    """Tokens/s by the clock and by the processor's time, medians of steps without the first three, and peak memory.
+
+    Memory is that of MLX's arrays and of the process. The processor's time of all threads tells more than the clock's
+    on a machine that others use.
+    """
     load_blas()
     import mlx.core as mx
 
-    step, times = SIDES[side](script), list[float]()
+    step, times = SIDES[side](script), list[tuple[float, float]]()
     for _ in range(steps + 3):
-        began = time.perf_counter()
+        began = time.perf_counter(), time.process_time()
         step()
-        times.append(time.perf_counter() - began)
-    tokens = float(os.environ["TRAIN_BATCH_TOKENS"])
+        times.append((time.perf_counter() - began[0], time.process_time() - began[1]))
+    tokens, (clock, used) = float(os.environ["TRAIN_BATCH_TOKENS"]), zip(*times[3:], strict=True)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"tokens_per_s": tokens / statistics.median(times[3:]), "arrays_mib": mx.get_peak_memory() / MIB,
-            "process_mib": most / MIB}  # fmt: skip
+    found = {"tokens_per_s": tokens / statistics.median(clock), "tokens_per_cpu_s": tokens / statistics.median(used)}
+    return {**found, "arrays_mib": mx.get_peak_memory() / MIB, "process_mib": most / MIB}
 
 
 def settings_of(words: list[str]) -> dict[str, str]:
@@ -133,9 +137,9 @@ def main() -> None:
         print(f"turn {turn + 1}: ours {one:.0f} tok/s  peer {two:.0f} tok/s  ratio {one / two:.3f}", flush=True)
     for side, turns in found.items():
         for key in turns[0]:
-            print(f"{side} {key:<13} {spread([turn[key] for turn in turns])}")
-    pairs = zip(found["ours"], found["peer"], strict=True)
-    print(f"ratio of tokens/s  {spread([one['tokens_per_s'] / two['tokens_per_s'] for one, two in pairs])}")
+            print(f"{side} {key:<17} {spread([turn[key] for turn in turns])}")
+    for key in ("tokens_per_s", "tokens_per_cpu_s"):
+        print(f"ratio {key:<16} {spread([a[key] / b[key] for a, b in zip(*found.values(), strict=True)])}")
 
 
 if __name__ == "__main__":

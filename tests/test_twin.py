@@ -274,12 +274,14 @@ def courses_of(
 
 
 @pytest.mark.parametrize("case", DISTINCT)
-def test_training_takes_the_same_course(case: str, byte_data: Path) -> None:
-    """Found: at most 6e-5, and 0.0054 where experts are chosen."""
-    environ = {**CASES[case], "DATA_PATH": str(byte_data), "PRECISION": "fp64"}
-    want, found = courses_of(environ)
+def test_training_takes_the_same_course(case: str, byte_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found: at most 2e-5, without the noise on copies of experts, for which each library has its own generator."""
+    for program in (t, m):
+        copy = program.Weights.copy
+        monkeypatch.setattr(program.Weights, "copy", lambda self, a, b, noise=0.0, copy=copy: copy(self, a, b))
+    want, found = courses_of({**CASES[case], "DATA_PATH": str(byte_data), "PRECISION": "fp64"})
     assert want[-1] < want[0] - 0.5
-    np.testing.assert_allclose(found, want, atol=1e-2 if t.load_config(environ).moe_experts else 1e-3, rtol=0)
+    np.testing.assert_allclose(found, want, atol=1e-3, rtol=0)
 
 
 # The presets as they are stored: what differs in the codecs alone is a course of its own here.
