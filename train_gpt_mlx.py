@@ -1407,7 +1407,7 @@ class Runtime(NamedTuple):
     @property
     def arithmetic(self) -> str:
         """The value of PRECISION that asks for this run's arithmetic."""
-        return "bf16" if self.autocast else "fp32"
+        return "bf16" if self.autocast else "fp64" if self.dtype == mx.float64 else "fp32"
 
 
 def choose_device(name: str) -> mx.Device:
@@ -1427,26 +1427,25 @@ def start_runtime(h: Hyperparameters) -> Runtime:
         raise UserError("train_gpt_mlx.py is one process; start it without torchrun, or start train_gpt.py")
     device = choose_device(h.device)
     mx.set_default_device(device)
-    check_supported(h)
     on_gpu = device == mx.Device(mx.gpu)
-    if h.precision == "bf16" and not on_gpu:
-        raise UserError("PRECISION=bf16 needs an Apple GPU; try PRECISION=fp32")
+    check_supported(h, on_gpu)
     if on_gpu:
         bound_memory()
     compiled = h.compile == "1" or (h.compile == "auto" and on_gpu)
-    return Runtime(device, 0, 1, mx.float32, h.precision == "bf16", compiled, None)
+    dtype = mx.float64 if h.precision == "fp64" else mx.float32  # in float64 exp alone keeps float32's digits (0.32.4)
+    return Runtime(device, 0, 1, dtype, h.precision == "bf16", compiled, None)
 
 
-def check_supported(h: Hyperparameters) -> None:
-    """Raise UserError for what train_gpt.py can and this program cannot."""
+def check_supported(h: Hyperparameters, on_gpu: bool) -> None:
+    """Raise UserError for what train_gpt.py can and this program, or MLX on this device, cannot."""
     unsupported = (
-        (h.precision == "fp64", "PRECISION=fp64: Apple GPUs have no float64; try PRECISION=fp32"),
+        (h.precision == "bf16" and not on_gpu, "PRECISION=bf16 needs an Apple GPU; try PRECISION=fp32"),
+        (h.precision == "fp64" and on_gpu, "PRECISION=fp64: Apple GPUs have no float64; try fp32, or DEVICE=cpu"),
         (h.cpu_threads, f"CPU_THREADS={h.cpu_threads} has no effect on MLX; set OMP_NUM_THREADS for the BLAS"),
         (h.compile_mode != "default", f"COMPILE_MODE={h.compile_mode} is of train_gpt.py; MLX compiles in one way"),
         (h.attn_impl not in ("auto", "sdpa"), f"ATTN_IMPL={h.attn_impl} is of train_gpt.py; try ATTN_IMPL=auto"),
-        (h.deterministic, "DETERMINISTIC=1: MLX promises no fixed order of sums on a GPU; unset it"),
-        (h.require_free_gpu, "REQUIRE_FREE_GPU=1: an Apple GPU does not tell who uses it; unset it"),
-        (h.tensorboard, "TENSORBOARD=1 is of train_gpt.py; metrics.jsonl has the same numbers"),
+        (h.deterministic and on_gpu, "DETERMINISTIC=1: MLX promises no fixed order of sums on a GPU; try DEVICE=cpu"),
+        (h.require_free_gpu and on_gpu, "REQUIRE_FREE_GPU=1: an Apple GPU does not tell who uses it; unset it"),
     )
     for found, message in unsupported:
         if found:
@@ -1458,9 +1457,13 @@ def bound_memory() -> None:
 
     MLX would keep freed buffers up to its limit, on a machine of 8 GB most of it: then macOS swaps.
     """
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    mx.set_cache_limit(memory // 16)
-    mx.set_memory_limit(memory * 3 // 4)
+    mx.set_cache_limit(machine_memory() // 16)
+    mx.set_memory_limit(machine_memory() * 3 // 4)
+
+
+def machine_memory() -> int:
+    """Bytes of the machine's memory, which an Apple GPU shares."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def agree(rt: Runtime, *values: float) -> tuple[float, ...]:
@@ -1491,6 +1494,11 @@ def device_name(rt: Runtime) -> str:
 def as_numpy(x: Tensor) -> np.ndarray:
     """An array's numbers; numpy has no bfloat16, so of these the bits."""
     return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x)
+
+
+def widened(x: Tensor) -> Tensor:
+    """The same numbers in float32, or in float64 if they are that already."""
+    return x.astype(mx.result_type(x, mx.float32))
 
 
 def shape_of(tree: Any) -> Any:
@@ -1673,13 +1681,31 @@ class Log:
 
 def open_sinks(h: Hyperparameters, folder: Path) -> list[Callable[[str, dict[str, Any]], None]]:
     """Where metrics also go: called with a kind and its numbers. Raises UserError where a package is missing."""
-    if not h.wandb:
-        return []
-    if find_spec("wandb") is None:
-        raise UserError("WANDB=1 needs the package wandb: pip install wandb, or unset it")
-    place = {"mode": "offline", "dir": str(folder), "id": folder.name, "resume": "allow"}
-    run = import_module("wandb").init(project="train_gpt", config=dataclasses.asdict(h), **place)
-    return [lambda kind, numbers: run.log({f"{kind}/{name}": value for name, value in numbers.items()})]  # of MLX
+    sinks: list[Callable[[str, dict[str, Any]], None]] = []
+    for variable, wanted, package in (("TENSORBOARD", h.tensorboard, "tensorboard"), ("WANDB", h.wandb, "wandb")):
+        if wanted and find_spec(package) is None:
+            raise UserError(f"{variable}=1 needs the package {package}: pip install {package}, or unset it")
+    if h.tensorboard:
+        sinks.append(tensorboard_sink(folder / "tensorboard"))
+    if h.wandb:
+        place = {"mode": "offline", "dir": str(folder), "id": folder.name, "resume": "allow"}
+        run = import_module("wandb").init(project="train_gpt", config=dataclasses.asdict(h), **place)
+        sinks.append(lambda kind, numbers: run.log({f"{kind}/{name}": value for name, value in numbers.items()}))
+    return sinks
+
+
+def tensorboard_sink(folder: Path) -> Callable[[str, dict[str, Any]], None]:
+    """Event files by the package tensorboard itself, as torch writes them, without torch."""
+    writer = import_module("tensorboard.summary.writer.event_file_writer").EventFileWriter(str(folder))
+    event, summary = (import_module(f"tensorboard.compat.proto.{name}_pb2") for name in ("event", "summary"))
+
+    def write(kind: str, numbers: dict[str, Any]) -> None:
+        values = [summary.Summary.Value(tag=f"{kind}/{name}", simple_value=v) for name, v in numbers.items()]
+        step = int(numbers.get("step", 0))
+        writer.add_event(event.Event(wall_time=time.time(), step=step, summary=summary.Summary(value=values)))
+        writer.flush()  # nothing closes it, and its thread is gone with the process
+
+    return write
 
 
 class Guard:
@@ -3039,6 +3065,11 @@ def has_gpu() -> bool:
     return mx.default_device() == mx.Device(mx.gpu)
 
 
+def exponential(x: Tensor) -> Tensor:
+    """e^x. On x86 MLX's exp is scalar code of 20 ns a number (0.32.4); pow of the C library takes a third of that."""
+    return mx.exp(x) if has_gpu() or sys.platform == "darwin" else mx.power(math.e, x)
+
+
 @mx.custom_function
 def exact_rms_norm(x: Tensor) -> tuple[Tensor, Tensor]:
     """x / rms(x) with the bits of train_gpt.py on a CPU, and 1 / rms(x)."""
@@ -3149,7 +3180,7 @@ def queries_keys_values(
     Queries and keys get an RMS norm per head, queries a gain (H,), both a rotation.
     """
     heads, kv = gain.shape[0], (x.shape[2] - gain.shape[0]) // 2
-    qk = x[:, :, : heads + kv].astype(mx.float32)
+    qk = widened(x[:, :, : heads + kv])
     qk = rms_norm(qk) if norm else qk
     q, k = qk[:, :, :heads] * gain[:, None], qk[:, :, heads:]
     return turn(q, cosine, sine).astype(x.dtype), turn(k, cosine, sine).astype(x.dtype), x[:, :, heads + kv :]
@@ -3332,8 +3363,14 @@ def added(x: Tensor, weights: Sequence[Tensor], lanes: Sequence[Tensor]) -> Tens
 
 
 def squared_relu(x: Tensor, slope: float) -> Tensor:
-    """leaky(x)^2 with slope s below zero."""
-    return mx.maximum(x, slope * x).square()
+    """leaky(x)^2 with slope s below zero, 0 <= s <= 1; its gradient is 2 x, and below zero 2 s^2 x."""
+
+    @mx.custom_function
+    def value(x: Tensor) -> Tensor:
+        return mx.maximum(x, slope * x if slope else 0.0).square()
+
+    value.vjp(lambda x, grad, _: mx.maximum(x, slope**2 * x if slope else 0.0) * (2 * grad))
+    return value(x)
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -3397,6 +3434,8 @@ class MoE(Module):
             none = mx.zeros_like(weights[0])
             weights = weights + mx.stack([none if pair is None else (pair[0] @ pair[1]).T for pair in pairs])
         weights = weights.astype(rows.dtype).swapaxes(1, 2)
+        if rows.dtype == mx.float64:  # which gather_mm has not
+            return (rows[:, None] @ weights[owners])[:, 0]
         return mx.gather_mm(rows[:, None], weights, rhs_indices=owners, sorted_indices=True)[:, 0]
 
     def answers(self, x: Tensor, chosen: Tensor, ctx: Ctx) -> Tensor:
@@ -3416,7 +3455,7 @@ class MoE(Module):
     def forward(self, x: Tensor, ctx: Ctx, state: None) -> Out:
         if not ctx.variant.experts:
             return self.experts[0](x, ctx, state)
-        p = mx.softmax(self.router(x, ctx).astype(mx.float32), -1)
+        p = mx.softmax(widened(self.router(x, ctx)), -1)
         chosen = mx.stop_gradient(mx.argsort(-p, -1)[..., : self.top_k])  # (B, T, k)
         weight = mx.take_along_axis(p, chosen, -1)
         weight = weight / weight.sum(-1, keepdims=True) if self.top_k > 1 else weight
@@ -3445,15 +3484,15 @@ def softcap_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, cap: float
 
     @mx.custom_function
     def whole(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rows = max(128, (2**27 if has_gpu() else 2**21) // weight.shape[0])
+        rows = max(128, (2**27 if has_gpu() else 2**19) // weight.shape[0])  # a CPU's cache is small
         total, matrix, slopes, dw = mx.zeros(()), weight.astype(x.dtype), [], mx.zeros(weight.shape)
         for at in range(0, x.shape[0], rows):
             part = x[at : at + rows]
-            z = (part @ matrix.T).astype(mx.float32)
+            z = widened(part @ matrix.T)
             loss, slope = capped_loss_and_slope(z, targets[at : at + rows], cap, smoothing)
             slope = slope.astype(x.dtype)
             slopes.append(slope @ matrix)
-            total, dw = total + loss, dw + (slope.T @ part).astype(mx.float32)
+            total, dw = total + loss, dw + widened(slope.T @ part)
         return total, mx.concatenate(slopes), dw
 
     @whole.vjp
@@ -3466,22 +3505,27 @@ def softcap_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, cap: float
 
 def capped_loss_and_slope(z: Tensor, targets: Tensor, cap: float, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """Sum of cross-entropies of the logits l = cap * tanh(z / cap), or z for cap 0, and its gradient by z (N, V)."""
-    keep, index = (targets >= 0)[:, None], mx.maximum(targets, 0)[:, None]
-    bent = mx.tanh(z / cap) if cap else z
+    index, slow = mx.maximum(targets, 0)[:, None], not has_gpu()
+    keep, bent = (targets >= 0)[:, None].astype(z.dtype), z
+    if cap:  # tanh(z / cap)
+        bent = 1 - 2 / (exponential(z * (2 / cap)) + 1) if slow else mx.tanh(z / cap)
     logits = bent * cap if cap else z
-    norm = mx.logsumexp(logits, -1, keepdims=True)
+    top = logits.max(-1, keepdims=True)
+    slope = exponential(logits - top)
+    total = slope.sum(-1, keepdims=True)
     picked = mx.take_along_axis(logits, index, 1)
     if smoothing:
         picked = (1 - smoothing) * picked + smoothing * logits.mean(1, keepdims=True)
-    slope = mx.exp(logits - norm) - smoothing / z.shape[1]
-    slope = slope - (1 - smoothing) * (mx.arange(z.shape[1]) == index)
+    slope = slope * (keep / total) - (smoothing / z.shape[1] * keep if smoothing else 0.0)
+    taken = mx.take_along_axis(slope, index, 1) - (1 - smoothing) * keep
+    slope = mx.put_along_axis(slope, index, taken, 1)
     slope = slope * (1 - bent.square()) if cap else slope
-    return ((norm - picked) * keep).sum(), slope * keep
+    return ((mx.log(total) + top - picked) * keep).sum(), slope
 
 
 def softcap(z: Tensor, cap: float) -> Tensor:
     """cap * tanh(z / cap), or z for cap 0; at least float32."""
-    z = z.astype(mx.float32)
+    z = widened(z)
     return cap * mx.tanh(z / cap) if cap else z
 
 
@@ -3538,14 +3582,14 @@ def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = None) -> tuple[Tensor,
     """First-order diagonal recurrence h_t = a_t * h_{t-1} + b_t.
 
     a: (B, T, S) or what broadcasts to it, in [0, 1]; b: (B, T, S); h0: (B, S) or None for zeros. Returns h (B, T, S)
-    and the last state (B, S), both in float32. O(B T S) work, O(log T) sequential steps. Raises ValueError on a shape
-    mismatch.
+    and the last state (B, S), both in float32 at least. O(B T S) work, O(log T) sequential steps. Raises ValueError on
+    a shape mismatch.
     """
-    rows, _, width = b.shape
-    h0 = mx.zeros((rows, width)) if h0 is None else h0.astype(mx.float32)
+    (rows, _, width), b = b.shape, widened(b)
+    h0 = mx.zeros((rows, width)) if h0 is None else h0
     if h0.shape != (rows, width) or a.shape[-1] not in (1, width):
         raise ValueError(f"linear_scan of a {a.shape}, b {b.shape}, h0 {h0.shape}")
-    h = scan(mx.broadcast_to(a.astype(mx.float32), b.shape), b.astype(mx.float32), h0)
+    h = scan(mx.broadcast_to(a.astype(b.dtype), b.shape), b, h0.astype(b.dtype))
     return h, h[:, -1]
 
 
@@ -3592,12 +3636,17 @@ def route_sums(routes: Tensor, values: Tensor, blocks: Blocks) -> Tensor:
     return (routes * blocks.inside.astype(routes.dtype)).swapaxes(-1, -2) @ with_ones(values)
 
 
-def hadamard(n: int) -> Tensor:
+def hadamard(n: int, dtype: mx.Dtype = mx.float32) -> Tensor:
     """The orthonormal n x n Hadamard matrix, its own inverse (Sylvester's construction); n a power of two."""
     matrix = np.ones((1, 1))
     while len(matrix) < n:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return mx.array((matrix / math.sqrt(n)).astype(np.float32))
+    return mx.array(matrix / math.sqrt(n), dtype)
+
+
+def spectrum(x: Tensor) -> Tensor:
+    """x H over the last dimension; MLX's fast transform has no float64."""
+    return x @ hadamard(x.shape[-1], x.dtype) if x.dtype == mx.float64 else mx.hadamard_transform(x)
 
 
 class Turn(Module):
@@ -3607,7 +3656,7 @@ class Turn(Module):
         self.rotation = h.koopman_rotation
 
     def forward(self, x: Tensor) -> Tensor:
-        return mx.hadamard_transform(x) if self.rotation else x
+        return spectrum(x) if self.rotation else x
 
 
 class CausalConv(Module):
@@ -3691,10 +3740,59 @@ class AttentionState(NamedTuple):
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """MLX's fast attention on (B, T, H, Dh) arrays; mask (B or 1, 1, T, S), True where a key may be seen."""
+    """Attention on (B, T, H, Dh) arrays; mask (B or 1, 1 or H, T, S) is True where a key may be seen.
+
+    causal: no later key may be, with or without a mask; without one it must be set. MLX's fast attention is a kernel on
+    the GPU alone.
+    """
+    if not has_gpu():
+        return sdpa_by_blocks(q, k, v, mask, causal)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    y = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask="causal" if causal else mask)
+    y = mx.fast.scaled_dot_product_attention(
+        q, k, v, scale=q.shape[-1] ** -0.5, mask="causal" if mask is None else mask
+    )
     return y.swapaxes(1, 2)
+
+
+def sdpa_by_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """The same in under half of the time that mx.fast takes on a CPU: blocks of queries, and fewer passes over scores.
+
+    Causal, a block's scores with later blocks are not made. With e = exp(scores - max), s = sum e, y = e V / s and the
+    gradient g of y, that of scores is e (g V^T - sum(g y)) / s (Dao et al. 2022, appendix B.2).
+    """
+    length, groups = q.shape[1], k.shape[2]
+    share, size = q.shape[2] // groups, 64 if causal else length
+    rows = [slice(at * share, min(at + size, length) * share) for at in range(0, length, size)]
+    seen = [slice(0, row.stop // share if causal else k.shape[1]) for row in rows]
+    mask = mx.tri(length, length, 0, mx.bool_)[None, None] if mask is None else mask
+    if mask.shape[1] > 1:
+        mask = mx.unflatten(mask, 1, (groups, share)).swapaxes(2, 3).flatten(2, 3)  # (B, Hkv, T G, S)
+    else:
+        mask = mx.repeat(mask, share, 2)
+
+    @mx.custom_function
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        y, weights, sums = list[Tensor](), list[Tensor](), list[Tensor]()
+        for row, keys in zip(rows, seen, strict=True):
+            z = q[:, :, row] @ k[:, :, keys].swapaxes(-1, -2) + mx.where(mask[:, :, row, keys], 0.0, -math.inf)
+            weights.append(exponential(z - z.max(-1, keepdims=True)))
+            sums.append(weights[-1].sum(-1, keepdims=True))
+            y.append(weights[-1] @ v[:, :, keys] / sums[-1])
+        return (mx.concatenate(y, 2), *weights, *sums)
+
+    @attend.vjp
+    def gradients(primals: Any, cotangents: Any, outputs: Any) -> tuple[Tensor, ...]:
+        (q, k, v, mask), (y, *parts), grad = primals, outputs, cotangents[0]
+        dq, dk, dv = list[Tensor](), mx.zeros_like(k), mx.zeros_like(v)
+        for row, keys, e, total in zip(rows, seen, parts[: len(rows)], parts[len(rows) :], strict=True):
+            g, rest = grad[:, :, row] / total, ((0, 0), (0, 0), (0, k.shape[2] - keys.stop), (0, 0))
+            dz = e * (g @ v[:, :, keys].swapaxes(-1, -2) - (g * y[:, :, row]).sum(-1, keepdims=True))
+            dq.append(dz @ k[:, :, keys])
+            dk, dv = dk + mx.pad(dz.swapaxes(-1, -2) @ q[:, :, row], rest), dv + mx.pad(e.swapaxes(-1, -2) @ g, rest)
+        return mx.concatenate(dq, 2), dk, dv, mx.zeros_like(mask)
+
+    parts = (by_groups(widened(x), groups) for x in (q * q.shape[-1] ** -0.5, k, v))
+    return by_heads(attend(*parts, mask)[0], length).astype(q.dtype)
 
 
 class Ranges(NamedTuple):
@@ -3751,6 +3849,7 @@ def importance_of(p: Tensor, seen: Tensor, block: int, stride: int, size: int, c
     are memory's.
     """
     p = mx.unflatten(p[..., skip:], 2, (seen.shape[1], -1)).sum(3) * seen[:, None, :, None]
+    p = p.astype(mx.float32)
     starts = mx.arange(0, size, stride)
     inside = mx.minimum(size - starts, block) / block
     more = count * len(starts) - p.shape[-1]
@@ -3780,8 +3879,8 @@ def with_backends(h: Hyperparameters, rt: Runtime) -> tuple[Hyperparameters, str
 
 
 def choose_attention(h: Hyperparameters, rt: Runtime) -> tuple[str, str]:
-    """The attention backend of a run and why: MLX has one."""
-    return "sdpa", "mx.fast"
+    """The attention backend of a run and why: there is one."""
+    return "sdpa", "mx.fast" if device_name(rt) == "mps" else "by blocks of queries"
 
 
 def without_own_value(y: Tensor, v: Tensor) -> Tensor:
@@ -3854,7 +3953,8 @@ class Attention(Module):
         """Attend to the state's keys and the new ones; the new state keeps what a later query may still see."""
         if state is None:
             plain = not (self.doc_mask or self.window or ctx.writes)
-            return sdpa(q, k, v, None if plain else self.mask(ctx.documents, ctx.documents, ctx.writes), plain), None
+            mask = None if plain else self.mask(ctx.documents, ctx.documents, ctx.writes)
+            return sdpa(q, k, v, mask, not ctx.writes), None
         (k, keys), (v, values) = self.cacher.add(state.k, k), self.cacher.add(state.v, v)
         documents = mx.concatenate((state.documents, ctx.documents), 1)
         y = sdpa(q, k, v, self.mask(ctx.documents, documents, ctx.writes), False)
@@ -3889,7 +3989,7 @@ def masked_compressed(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, blocks: t
     if not keys:
         return mx.zeros_like(q), mx.zeros((rows, groups, length, blocks[3]))
     scores = by_groups(q * q.shape[-1] ** -0.5, groups) @ by_groups(k, groups).swapaxes(-1, -2)
-    grid = mx.unflatten(scores.astype(mx.float32), 2, (length, -1))  # (B, Hkv, T, G, S)
+    grid = mx.unflatten(widened(scores), 2, (length, -1))  # (B, Hkv, T, G, S)
     hidden = ranges.hides(slice(0, length), slice(0, keys))[:, None, :, None]
     p = mx.softmax(mx.where(hidden, -math.inf, grid), -1).flatten(2, 3)
     y = by_heads(p.astype(v.dtype) @ by_groups(v, groups), length)
@@ -3914,7 +4014,7 @@ def gathered_selected(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, ranges: R
     groups, scale = k.shape[2], q.shape[-1] ** -0.5
     grid = mx.unflatten(q * scale, 2, (groups, -1)).swapaxes(1, 2)  # (B, Hkv, T, G, Dh)
     keys, values = (picked_blocks(x, chosen, size) for x in (k, v))  # (B, Hkv, T, n size, Dh)
-    scores = (grid @ keys.swapaxes(-1, -2)).astype(mx.float32)
+    scores = widened(grid @ keys.swapaxes(-1, -2))
     p = mx.softmax(mx.where(unseen_of(chosen, ranges, size)[..., None, :], -math.inf, scores), -1)
     return (p.astype(values.dtype) @ values).swapaxes(1, 2).flatten(2, 3)
 
@@ -4329,7 +4429,7 @@ class SKC(Module):
     def init_state(self, batch: int, dtype: mx.Dtype) -> SKCState:
         (block, width, count), local, spectral = self.shape, self.h.skc_local != "off", self.h.skc_spectral
         open_spectrum = mx.zeros((batch, block if spectral else 0, width))
-        first = mx.broadcast_to(self.z0.astype(mx.float32), open_spectrum.shape) if spectral else open_spectrum
+        first = mx.broadcast_to(widened(self.z0), open_spectrum.shape) if spectral else open_spectrum
         return SKCState(
             mx.zeros((batch, self.h.skc_conv - 1 if local else 0, width), dtype),
             mx.zeros((batch, width if local else 0)),
@@ -4411,7 +4511,7 @@ class SKC(Module):
 
         H is orthonormal, so the spectra have the energy of the values.
         """
-        energy = (grid * blocks.inside).astype(mx.float32).square().sum((1, 2))
+        energy = widened(grid * blocks.inside).square().sum((1, 2))
         p = energy / (energy.sum(-1, keepdims=True) + 1e-12)
         entropy = -(p * mx.log(p + 1e-12)).sum(-1)
         return self.h.skc_spectral_entropy * mx.maximum(0.8 * math.log(self.shape[1]) - entropy, 0).sum()
@@ -4419,7 +4519,7 @@ class SKC(Module):
 
 def along_blocks(x: Tensor) -> Tensor:
     """H x over the places of blocks (B, n, W, S)."""
-    return mx.hadamard_transform(x.swapaxes(-1, -2)).swapaxes(-1, -2)
+    return spectrum(x.swapaxes(-1, -2)).swapaxes(-1, -2)
 
 
 class Engram(Module):
@@ -4670,7 +4770,7 @@ def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
 
     Columns and rows are normalized in turn, in logarithms; rows last. For n = 2 the solution is known.
     """
-    a = logits.astype(mx.float32)
+    a = widened(logits)
     if a.shape[-1] == 2:
         across = mx.sigmoid((a[..., 0, 1] + a[..., 1, 0] - a[..., 0, 0] - a[..., 1, 1]) / 2)
         return mx.unflatten(mx.stack((1 - across, across, across, 1 - across), -1), -1, (2, 2))
@@ -4722,7 +4822,7 @@ class ManifoldConnections(PlainResidual):
 
     def deviation(self, logits: Tensor) -> Tensor:
         """R - I (..., n, n) of raw logits (..., K), in float32; of permutations, the mean of their changes."""
-        logits, n = logits.astype(mx.float32) / self.h.mhc_tau, self.count
+        logits, n = widened(logits) / self.h.mhc_tau, self.count
         if self.h.mhc_mode == "lite":
             return mx.unflatten(mx.softmax(logits, -1) @ self.changes, -1, (n, n))
         return sinkhorn(mx.unflatten(logits, -1, (n, n)), self.h.sinkhorn_iters) - mx.eye(n)
@@ -5646,7 +5746,7 @@ def build_model(h: Hyperparameters, rt: Runtime, bos: int, fill: bool = True) ->
     for name, value in model.named_parameters() if fill else ():
         generator = np.random.default_rng(parameter_seed(h.seed, name))
         values[name] = mx.array(initial_value(h, name, value.shape, generator).astype(np.float32))
-    model.load(values)
+    model.load({name: values.get(name, value).astype(rt.dtype) for name, value in model.named_parameters()})
     return model
 
 
@@ -5821,7 +5921,8 @@ class Bank:
         """What the forward pass uses, by parameter name."""
         parts = ((at, self.codec.decode(coded)) for at, coded in self.coded()) if quantized else [(0, self.latent)]
         found = {name: value for at, values in parts for name, value in zip(self.names[at:], values, strict=False)}
-        return found | {name: low.added_to(found[name]) for name, low in self.corrections.items() if quantized}
+        found |= {name: low.added_to(found[name]) for name, low in self.corrections.items() if quantized}
+        return {name: value.astype(self.latent.dtype) for name, value in found.items()}
 
     def settle(self, h: Hyperparameters, fixed: Codes | None = None) -> None:
         """Change to the codec of the file, with these codes if given."""
@@ -6002,7 +6103,7 @@ def gram_polynomial(gram: Tensor, polynomials: Sequence[Polynomial]) -> Tensor:
     float32: the powers of G would drown in bf16's rounding.
     """
     size = mx.diagonal(gram, 0, -2, -1).sum(-1).sqrt()[:, None, None] + 1e-7  # Frobenius norm of y
-    gram, product, one = gram / size**2, 1 / size, mx.eye(gram.shape[-1])
+    gram, product, one = gram / size**2, 1 / size, mx.eye(gram.shape[-1], dtype=gram.dtype)
     for step, (a, b, c) in enumerate(polynomials):
         factor = mx.addmm(gram, gram, gram, c, b) + a * one
         product = factor @ product if step else factor * product
@@ -6122,7 +6223,7 @@ class Optimizer:
     def muon(self, bank: Bank, grad: Tensor, has: Tensor, group: Group) -> None:
         """Nesterov momentum, rows normalized (MuonEq-R), orthogonalized, scaled by sqrt(max(1, rows / columns))."""
         speed = group.rate * max(1.0, grad.shape[-2] / grad.shape[-1]) ** 0.5
-        numbers = mx.array([group.momentum, speed, group.rate * group.decay])
+        numbers = mx.array([group.momentum, speed, group.rate * group.decay], grad.dtype)
         bank.latent, bank.state["momentum"] = self.move_muon(bank.latent, bank.slot("momentum"), grad, has, numbers)
 
     def muon_rule(self, w: Tensor, buffer: Tensor, grad: Tensor, has: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -6138,7 +6239,8 @@ class Optimizer:
         """Decoupled weight decay Adam (Loshchilov & Hutter 2019), steps counted per weight."""
         count = bank.state.get("count", mx.zeros_like(has)) + has
         moments = (bank.slot("first"), bank.slot("second"), count)
-        numbers = mx.array([group.rate, group.rate * group.decay, group.beta1, group.beta2, group.eps])
+        settings = [group.rate, group.rate * group.decay, group.beta1, group.beta2, group.eps]
+        numbers = mx.array(settings, grad.dtype)
         bank.latent, first, second = self.move_adamw(bank.latent, moments, grad, has, numbers)
         bank.state |= {"first": first, "second": second, "count": count}
 
@@ -6148,7 +6250,9 @@ class Optimizer:
         A row without gradient stays as it is.
         """
         total = bank.state.get("total", mx.zeros((*bank.latent.shape[:-1], 1)))
-        bank.latent, bank.state["total"] = self.move_adagrad(bank.latent, total, grad, has, mx.array(group.rate))
+        bank.latent, bank.state["total"] = self.move_adagrad(
+            bank.latent, total, grad, has, mx.array(group.rate, grad.dtype)
+        )
 
     def average(self, bank: Bank) -> None:
         """Running average of latents: what is averaged is quantized afterwards like any latent."""
@@ -6554,7 +6658,7 @@ def hessian_error(error: np.ndarray, hessian: np.ndarray) -> np.ndarray:
 def in_float64(step: Callable[..., Tensor], *arrays: np.ndarray) -> np.ndarray:
     """A codec's step on float64, which MLX has on the CPU alone."""
     with mx.stream(mx.cpu):
-        return np.array(step(*(mx.array(array) for array in arrays)))
+        return np.array(step(*(mx.array(array, mx.float64) for array in arrays)))
 
 
 def gptq(codec: Codec, w: np.ndarray, hessian: np.ndarray) -> Codes:
@@ -6823,7 +6927,7 @@ def load_weights(model: GPT, weights: dict[str, np.ndarray]) -> None:
     if {n: tuple(p.shape) for n, p in parameters.items()} != {n: w.shape for n, w in weights.items()}:
         wrong = sorted(set(parameters) ^ set(weights)) or ["shapes"]
         raise UserError(f"the artifact's tensors do not fit the network: {', '.join(wrong[:3])}")
-    model.load({name: mx.array(weight) for name, weight in weights.items()})
+    model.load({name: mx.array(weight, parameters[name].dtype) for name, weight in weights.items()})
 
 
 class Proxy:
@@ -7586,7 +7690,8 @@ def merge_changes(changes: list[dict[str, Any] | None]) -> dict[str, Any]:
     return merged
 
 
-# Most logits of one forward pass, which bounds its memory (4 bytes each, twice) whatever VAL_BATCH_SIZE says.
+# Most logits, or hidden values of an MLP, of one forward pass, which bounds its memory whatever VAL_BATCH_SIZE says:
+# tests found 13 to 30 bytes for each, so at most 1 GB on a GPU.
 MAX_LOGITS = {"cuda": 2**28, "mps": 2**25, "cpu": 2**24}
 
 
@@ -7626,9 +7731,9 @@ class Scorer:
         self.tokens, self.spans = tokens, self.cut(len(tokens) - 1)
         count, rt = len(self.spans), self.rt
         mine = range(rt.rank * count // rt.world, (rt.rank + 1) * count // rt.world)
-        rows = max(
-            1, min(self.h.val_batch_size, MAX_LOGITS[device_name(rt)] // self.h.vocab_size) // self.h.eval_window
-        )
+        widest = max(self.h.vocab_size, round(self.h.mlp_mult * self.h.model_dim))  # numbers that a token becomes
+        limit = min(self.h.val_batch_size, MAX_LOGITS[device_name(rt)] // widest)
+        rows = max(1, limit // self.h.eval_window)
         rows = min([rows, *(adapter.together for adapter in self.adapters)])
         groups = [list(mine[at : at + rows]) for at in range(0, len(mine), rows)]
         self.foresee_memory(count, rows)
@@ -8201,7 +8306,8 @@ def read_tree(path: Path) -> Any:
                 return part
             if "dict" in part:
                 return {name: whole(value) for name, value in part["dict"].items()}
-            array = mx.array(file[str(part["array"])])
+            held = file[str(part["array"])]
+            array = mx.array(held, mx.float64) if held.dtype == np.float64 else mx.array(held)
             return array.view(mx.bfloat16) if part["half"] else array
 
         return whole(json.loads(file["tree"].tobytes()))
@@ -8537,29 +8643,38 @@ class Passes:
         return mx.compile(function) if self.rt.compile else function, form
 
     def rows_at_once(self, batch: Batch, carry: Any, moment: Moment, variant: Variant) -> int:
-        """Rows of a micro-batch: MICRO_BATCH_TOKENS' worth, or what half of the memory holds beside what it holds now.
+        """Rows of a micro-batch: MICRO_BATCH_TOKENS' worth, or what half of the memory holds beside what is held.
 
-        An Apple GPU shares the computer's memory, so that too large a batch makes the system swap. What a row takes is
-        measured on one, once for each variant and length.
+        An Apple GPU shares the computer's memory, so that too large a batch makes the system swap. What rows take is
+        measured once for each variant and length, on one and, where there is room, on four. Sums of gradients, moments
+        and the average, four times the parameters' bytes, may come later.
         """
         length = batch.tokens.shape[1]
-        rows = max(1, self.h.micro_batch_tokens // length)
+        rows = max(1, min(batch.tokens.shape[0], self.h.micro_batch_tokens // length))
         if device_name(self.rt) == "cpu":
             return rows
         if (variant, length) not in self.most:
-            one = rows_of(batch, slice(1))
-            mx.eval(dict(self.model.named_parameters()), leaves(carry))  # which are there whatever the rows
-            mx.reset_peak_memory()
-            before = mx.get_active_memory()
-            mx.eval(self(one, take_rows(carry, slice(1)), moment._replace(rows=moment.rows[:1]), variant, 1).grads)
-            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            self.most[variant, length] = max(1, rows_within(memory // 2 - before, mx.get_peak_memory() - before))
+            later = 4 * sum(value.nbytes for _, value in self.model.named_parameters())
+            room = machine_memory() // 2 - mx.get_active_memory() - later
+            row = self.row_bytes(batch, carry, moment, variant, 1)
+            if rows >= 4 and 4 * row <= room:
+                row = self.row_bytes(batch, carry, moment, variant, 4)
+            self.most[variant, length] = max(1, room // max(1, row))
         return min(rows, self.most[variant, length])
 
+    def row_bytes(self, batch: Batch, carry: Any, moment: Moment, variant: Variant, rows: int) -> int:
+        """What a pass over the first rows takes at most, beside what is there before, for each of them.
 
-def rows_within(room: int, row: int) -> int:
-    """How many rows of so many bytes fit into some bytes, at least one; two for which nothing was measured are none."""
-    return max(1, room // max(1, row))
+        More rows take less each, since a part is there once; found: 16 rows at most a tenth more than four said.
+        """
+        part = slice(rows)
+        carry, moment = take_rows(carry, part), moment._replace(rows=moment.rows[part])
+        mx.eval(dict(self.model.named_parameters()), leaves(carry))
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        out = self(rows_of(batch, part), carry, moment, variant, rows)
+        mx.eval(out.grads, out.nats, out.metrics, leaves(out.carry))
+        return (mx.get_peak_memory() - before) // rows
 
 
 def make_step(s: Session) -> Callable[[Batch, TrainState, float], StepOut]:
@@ -9839,32 +9954,30 @@ def check_tokens(s: Session) -> Check:
 
 
 def memory_of(rt: Runtime) -> int:
-    """Bytes of the machine's memory, which an Apple GPU shares, that are free; where it does not say, all of it."""
+    """Bytes of the machine's memory that are free; where it does not say, all of it."""
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []
     free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    return free[0] if free else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free[0] if free else machine_memory()
 
 
 def check_memory_foreseen(s: Session) -> Check:
-    """Whether a step fits into memory, by what a pass over one row and an optimizer step take.
+    """Whether a step fits into memory, by what a pass over at most four rows and an optimizer step take.
 
     MLX has no arrays without contents. A GPU takes as many rows at a time as it has room for, a CPU MICRO_BATCH_TOKENS.
     """
-    h, model = s.h, s.model
+    h, model, passes = s.h, s.model, Passes(s.h, s.rt, s.model)
     s.weights.evaluate()
-    both, before = mx.zeros((1, h.train_seq_len + 1), mx.int64), mx.get_active_memory()
-    batch = Batch(both[:, :-1], both[:, 1:], model.no_history(1), 0, h.train_seq_len)
-    carry = model.init_state(1) if h.carry_train else model.start_state(batch.history)
-    moment = Moment(mx.array(1.0), mx.array(0, mx.int64), mx.arange(1, dtype=mx.int64))
+    rows = 1 if device_name(s.rt) == "mps" else max(1, h.micro_batch_tokens // h.train_seq_len)
+    few, before = min(4, rows), mx.get_active_memory()
+    both = mx.zeros((few, h.train_seq_len + 1), mx.int64)
+    batch = Batch(both[:, :-1], both[:, 1:], model.no_history(few), 0, few * h.train_seq_len)
+    carry = model.init_state(few) if h.carry_train else model.start_state(batch.history)
+    moment = Moment(mx.array(1.0), mx.array(0, mx.int64), mx.arange(few, dtype=mx.int64))
+    row = passes.row_bytes(batch, carry, moment, final_variant(h), few)
+    grads = {name: mx.zeros_like(value) for name, value in model.named_parameters()}
     mx.reset_peak_memory()
-    grads = Passes(h, s.rt, model)(batch, carry, moment, final_variant(h), 1).grads
-    mx.eval(grads)
-    row, rows = (
-        mx.get_peak_memory() - before,
-        1 if device_name(s.rt) == "mps" else h.micro_batch_tokens // h.train_seq_len,
-    )
     s.optimizer.step(grads, 0.0, h.muon_momentum, h.ema_decay > 0, 1.0)
-    need, free = mx.get_peak_memory() + max(0, rows - 1) * row, memory_of(s.rt)
+    need, free = max(before + rows * row, mx.get_peak_memory()), memory_of(s.rt)
     found = f"{free / MIB:.0f} MiB free; training needs about {need / MIB:.0f}, {row / MIB:.1f} for each row"
     return judge("memory", found, need > free, "lower MICRO_BATCH_TOKENS, or set GRAD_CHECKPOINT=1")
 

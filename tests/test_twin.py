@@ -239,7 +239,7 @@ def losses_of(program: Any, h: Any, weights: dict[str, np.ndarray], steps: int) 
     s = program.open_session(h, program.start_runtime(h), Path("."), program.Log(None, False))
     for bank in s.weights.banks.values():
         stacked = np.stack([weights[name] for name in bank.names])
-        bank.latent = mx.array(stacked) if program is m else torch.tensor(stacked)
+        bank.latent = (mx.array if program is m else torch.tensor)(stacked, dtype=s.rt.dtype)
     s.weights.materialize(0.0)
     step, state = program.make_step(s), program.TrainState()
     if h.carry_train:
@@ -259,18 +259,66 @@ def losses_of(program: Any, h: Any, weights: dict[str, np.ndarray], steps: int) 
         yield out.nats.item() / tokens
 
 
+def courses_of(
+    environ: dict[str, str], steps: int = 20, nudge: float = 0.0, programs: tuple = (t, m)
+) -> Iterator[np.ndarray]:
+    """The course of each program from the same initial weights, of the last one with weights nudged by a random part.
+
+    PRECISION=fp64 takes rounding out of the comparison, which float32 courses below amplify up to 100,000 times.
+    """
+    weights, draw = some_weights(t.load_config(environ), 255, 0.0), np.random.default_rng(0)
+    for number, program in enumerate(programs):
+        change = nudge if number == len(programs) - 1 else 0.0
+        moved = {n: (w * (1 + change * draw.standard_normal(w.shape))).astype(np.float32) for n, w in weights.items()}
+        yield np.array([*losses_of(program, program.load_config(environ), moved, steps)])
+
+
 @pytest.mark.parametrize("case", DISTINCT)
-def test_training_takes_the_same_course(case: str, byte_data: Path) -> None:
-    ours, twins = configs(case, DATA_PATH=str(byte_data))
-    weights = some_weights(ours, 255, 0.0)
-    want = np.array([*losses_of(t, ours, weights, 20)])
-    found = np.array([*losses_of(m, twins, weights, 20)])
+def test_training_takes_the_same_course(case: str, byte_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found: at most 2e-5, without the noise on copies of experts, for which each library has its own generator."""
+    for program in (t, m):
+        copy = program.Weights.copy
+        monkeypatch.setattr(program.Weights, "copy", lambda self, a, b, noise=0.0, copy=copy: copy(self, a, b))
+    want, found = courses_of({**CASES[case], "DATA_PATH": str(byte_data), "PRECISION": "fp64"})
     assert want[-1] < want[0] - 0.5
-    # Experts and blocks are chosen, and hyper-connections begin with lanes that are alike: what hardly has a gradient
-    # is moved by its rounding errors, which Adam scales to whole steps (measured: up to 0.0096, and 0.0015 with noise).
-    routes = bool(ours.moe_experts) or "nsa" in ours.mixers or ours.mhc_gate_noise > 0
-    tolerance = 2e-2 if ours.residual == "hc" else 1e-2 if routes else 1e-3
-    np.testing.assert_allclose(found, want, atol=tolerance, rtol=0)
+    np.testing.assert_allclose(found, want, atol=1e-3, rtol=0)
+
+
+# The presets as they are stored: what differs in the codecs alone is a course of its own here.
+STORED = list({tuple(course_of(t.load_config(small_preset(name))).items()): name for name in t.PRESETS}.values())
+
+
+@pytest.mark.parametrize("preset", STORED)
+def test_quantized_training_takes_the_same_course(preset: str, byte_data: Path) -> None:
+    """Ternary weights, bf16 embeddings: a latent near a threshold may get another code. Found: at most 0.0009."""
+    want, found = courses_of({**small_preset(preset), "DATA_PATH": str(byte_data), "PRECISION": "fp64"})
+    assert want[-1] < want[0] - 0.5
+    np.testing.assert_allclose(found, want, atol=1e-2, rtol=0)
+
+
+def is_rough(h: t.Hyperparameters) -> bool:
+    """Whether rounding errors grow: experts and blocks are chosen, hyper-connections begin with lanes that are alike.
+
+    A lane that is x0 times a number has no effect behind a norm until a branch has written to it: keep and bias have
+    gradients that are rounding errors alone, near ADAM_EPS, and AdamW makes whole steps of them. Those of float64 are
+    far below it, and make none.
+    """
+    return h.residual == "hc" or bool(h.moe_experts) or "nsa" in h.mixers or h.mhc_gate_noise > 0
+
+
+@pytest.mark.parametrize("case", [case for case in DISTINCT if not is_rough(configs(case)[0])])
+def test_training_in_float32_takes_the_same_course(case: str, byte_data: Path) -> None:
+    want, found = courses_of({**CASES[case], "DATA_PATH": str(byte_data)})
+    np.testing.assert_allclose(found, want, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("case", [case for case in DISTINCT if configs(case)[0].residual == "hc"])
+def test_hyper_connections_in_float32_part_from_themselves_as_far(case: str, byte_data: Path) -> None:
+    """Why the twin's float32 course is only near: train_gpt.py's own is no nearer when weights change by 1e-7."""
+    environ = {**CASES[case], "DATA_PATH": str(byte_data)}
+    want, found = courses_of(environ)
+    again = [np.abs(list(courses_of(environ, nudge=size, programs=(t, t)))[1] - want).max() for size in (1e-7, 2e-7)]
+    assert max(again) > 1e-3 and np.abs(found - want).max() < 2e-2
 
 
 def test_no_preset_has_another_role_for_a_parameter() -> None:
@@ -460,6 +508,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(job: dict[str, str], capsys: Any
 def test_a_signal_ends_a_run_that_resumes_to_the_same_bytes(
     job: dict[str, str], capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    job |= {"PRECISION": "fp64"}  # eight bytes of each latent and moment come back
     run(m, ["train"], {**job, "RUN_ID": "whole"}, capsys)
     report, folder = m.report_training, Path(job["OUT_DIR"])
 
@@ -599,15 +648,11 @@ def test_gptq_gives_the_same_codes() -> None:
 @pytest.mark.parametrize(
     "variable",
     [
-        "PRECISION=fp64",
         "PRECISION=bf16",
         "ATTN_IMPL=fa3",
         "DEVICE=cuda",
         "CPU_THREADS=2",
         "COMPILE_MODE=reduce-overhead",
-        "DETERMINISTIC=1",
-        "REQUIRE_FREE_GPU=1",
-        "TENSORBOARD=1",
     ],
 )
 def test_what_is_not_there_is_refused_by_name(variable: str, tiny_env: dict[str, str], capsys: Any) -> None:
@@ -616,17 +661,150 @@ def test_what_is_not_there_is_refused_by_name(variable: str, tiny_env: dict[str,
     assert name in capsys.readouterr().err
 
 
-def test_micro_batches_fit_into_half_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert m.rows_within(1000, 300) == 3 and m.rows_within(-5, 300) == 1
-    _, two = pair_of("tiny", MICRO_BATCH_TOKENS="128", TRAIN_BATCH_TOKENS="128")
-    tokens, history = some_batch(t.load_config(CASES["tiny"]))
-    batch = m.Batch(*split(mx.array(tokens)), mx.array(history), 0, 128)
-    moment = m.Moment(mx.array(0.5), mx.array(3, mx.int64), mx.arange(4, dtype=mx.int64))
+@pytest.mark.parametrize("variable", ["PRECISION=fp64", "DETERMINISTIC=1", "REQUIRE_FREE_GPU=1"])
+def test_what_an_apple_gpu_has_not_is_refused_there_alone(variable: str) -> None:
+    h = m.load_config({**SMALL, **dict([variable.split("=")])})
+    m.check_supported(h, False)
+    with pytest.raises(m.UserError, match=variable.split("=")[0]):
+        m.check_supported(h, True)
+
+
+def test_two_deterministic_runs_are_the_same_bits(job: dict[str, str], capsys: Any) -> None:
+    for name in ("one", "two"):
+        run(m, ["train"], {**job, "DETERMINISTIC": "1", "BIGRAM_HASH_BUCKETS": "64", "RUN_ID": name}, capsys)
+    one, two = ((Path(job["OUT_DIR"]) / name / "model.pgz").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+TENSORBOARD = {
+    "compat/proto/event_pb2.py": "Event = dict",
+    "compat/proto/summary_pb2.py": "class Summary(dict):\n    Value = dict",
+    "summary/writer/event_file_writer.py": """
+import json
+class EventFileWriter:
+    def __init__(self, folder): self.folder, self.events = folder, []
+    def add_event(self, event): self.events.append(event)
+    def flush(self): json.dump([self.folder, self.events], open(self.folder + ".json", "w"))
+""",
+}
+
+
+def test_metrics_also_go_to_tensorboard(
+    monkeypatch: pytest.MonkeyPatch, tiny_env: dict[str, str], tmp_path: Path
+) -> None:
+    """Against a stand-in for the package, which writes down how it was called."""
+    for name, text in TENSORBOARD.items():
+        path = tmp_path / "tensorboard" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (tmp_path / "tensorboard" / "__init__.py").write_text("")
+    (tmp_path / "run").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    log = m.Log(tmp_path, True)
+    log.sinks = m.open_sinks(m.load_config({**tiny_env, "TENSORBOARD": "1"}), tmp_path / "run")
+    log.metric("train", step=3, train_loss_nats=2.5, name="text")
+    log.close()
+    folder, (event,) = json.loads((tmp_path / "run" / "tensorboard.json").read_text())
+    values = {value["tag"]: value["simple_value"] for value in event["summary"]["value"]}
+    assert folder == str(tmp_path / "run" / "tensorboard") and event["step"] == 3 and event["wall_time"] > 1e9
+    assert values == {"train/step": 3, "train/train_loss_nats": 2.5}
+
+
+ROOMY = {"MODEL_DIM": "64", "NUM_HEADS": "4", "TRAIN_SEQ_LEN": "64", "TRAIN_BATCH_TOKENS": "1024",
+         "MICRO_BATCH_TOKENS": "1024"}  # fmt: skip
+HEAVY = ["tiny", "frontier", "hybrid", "mhc_static", "rmt", "nsa", "experts, loops, parallel", "untied, recomputed"]
+
+
+@pytest.mark.parametrize("case", HEAVY)
+def test_memory_of_many_rows_is_foreseen_from_four(case: str, byte_data: Path) -> None:
+    h = m.load_config({**CASES[case], **ROOMY, "DATA_PATH": str(byte_data)})
+    s = m.open_session(h, m.start_runtime(h), Path("."), m.Log(None, False))
+    batch, moment = s.loader.next(16, 64), m.Moment(mx.array(0.5), mx.array(3), mx.arange(16, dtype=mx.int64))
+    mx.eval(batch.tokens, batch.targets)
+    passes, carry = m.Passes(h, s.rt, s.model), s.model.start_state(batch.history)
+    one, four, all_ = (passes.row_bytes(batch, carry, moment, m.final_variant(h), rows) for rows in (1, 4, 16))
+    assert all_ * 0.98 < four < all_ * 1.25 and all_ * 0.98 < one < all_ * 2.5
+
+
+@pytest.mark.parametrize("case", ["tiny", "hybrid", "untied, recomputed"])
+def test_micro_batches_fit_into_half_of_the_memory(case: str, byte_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On machines of a few MiB, whose half a step never exceeds, moments and average included; one row always runs."""
+    h = m.load_config({**CASES[case], **ROOMY, "DATA_PATH": str(byte_data)})
+    s = m.open_session(h, m.start_runtime(h), Path("."), m.Log(None, False))
+    batch, state, rows = s.loader.next(16, 64), m.TrainState(), list[int]()
+    moment, carry = m.Moment(mx.array(0.5), mx.array(3), mx.arange(16, dtype=mx.int64)), None
+    mx.eval(batch.tokens, batch.targets)
+    s.weights.evaluate()
+    parameters = sum(weight.nbytes for _, weight in s.model.named_parameters())
     monkeypatch.setattr(m, "device_name", lambda rt: "mps")
-    for pages, rows in ((2**30, 4), (1, 1)):
-        monkeypatch.setattr(m.os, "sysconf", lambda name, pages=pages: pages)
-        passes = m.Passes(two.h, m.start_runtime(two.h), two)
-        assert passes.rows_at_once(batch, two.start_state(batch.history), moment, m.Variant()) == rows
+    for room in (1, 6 * 2**20, 12 * 2**20, 2**30):
+        memory = 2 * (mx.get_active_memory() + 4 * parameters + room)
+        monkeypatch.setattr(m, "machine_memory", lambda memory=memory: memory)
+        rows.append(m.Passes(h, s.rt, s.model).rows_at_once(batch, carry, moment, m.Variant()))
+        step = m.make_step(s)
+        s.optimizer.step(step(batch, state, 0.5).grads, 0.0, 0.9, True, 0.5)
+        mx.reset_peak_memory()
+        out = step(batch, state, 0.5)
+        assert rows[-1] == 1 or mx.get_peak_memory() <= memory // 2
+        del out
+    assert rows[0] == 1 < rows[1] < rows[2] < rows[3] == 16
+
+
+@pytest.mark.parametrize("extra", [{}, {"MLP_MULT": "16"}, {"NGRAM_CACHE": "1"}, {"PRESET": "hybrid_mac"}])
+def test_memory_of_an_evaluation_is_bounded(
+    extra: dict[str, str], byte_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environ = {**SMALL, **ROOMY, **extra, "MAX_VAL_TOKENS": "5900", "EVAL_STREAMS": "64", "VAL_BATCH_SIZE": "100000"}
+    h = m.load_config({**environ, "DATA_PATH": str(byte_data)})
+    rt, tokenizer = m.start_runtime(h), m.load_tokenizer(h)
+    monkeypatch.setitem(m.MAX_LOGITS, "cpu", 2**20)
+    model, tokens = m.build_model(h, rt, tokenizer.bos), m.read_validation(h)
+    scorer = m.Scorer(h, rt, model, tokenizer.byte_table())
+    mx.eval(dict(model.named_parameters()))
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    scorer.score(tokens)
+    assert 4 * 2**20 < mx.get_peak_memory() - before < 36 * 2**20
+
+
+def test_compilation_is_for_gpus_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiles(value: str) -> bool:
+        return m.start_runtime(m.load_config({**SMALL, "COMPILE": value})).compile
+
+    assert [compiles(value) for value in ("auto", "0", "1")] == [False, False, True]
+    monkeypatch.setattr(m, "choose_device", lambda name: mx.Device(mx.gpu))
+    for name in ("set_default_device", "set_cache_limit", "set_memory_limit"):
+        monkeypatch.setattr(mx, name, lambda _: None)
+    assert [compiles(value) for value in ("auto", "0", "1")] == [True, False, True]
+
+
+@pytest.mark.slow  # a minute of C++: the one test that runs what other tests only trace
+def test_compiled_steps_and_scores_are_those_of_plain_ones(byte_data: Path) -> None:
+    """Nothing of Python's stays in a compiled function: step number, progress, structure and weights all change."""
+    case = {"NUM_LAYERS": "1", "UNTIE_AT_FRACTION": "0.5", "STOCHASTIC_DEPTH": "0.4", "WARMDOWN_FRACTION": "0.5"}
+    environ = {**SMALL, **EXACT, **case, "ITERATIONS": "6", "DATA_PATH": str(byte_data)}
+    weights = some_weights(t.load_config(environ), 255, 0.0)
+    courses, scores = [], []
+    for compiled in ("0", "1"):
+        h = m.load_config({**environ, "COMPILE": compiled})
+        courses.append([*losses_of(m, h, weights, 6)])
+        rt, tokenizer, model = m.start_runtime(h), m.load_tokenizer(h), m.build_model(h, m.start_runtime(h), 255)
+        scorer = m.Scorer(h, rt, model, tokenizer.byte_table())
+        for change in (1.0, 1.5):
+            m.load_weights(model, {name: weight * np.float32(change) for name, weight in weights.items()})
+            scores.append(scorer.score(m.read_validation(h)).loss)
+    np.testing.assert_allclose(courses[1], courses[0], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(scores[2:], scores[:2], atol=1e-5, rtol=0)
+    assert abs(scores[0] - scores[1]) > 1e-3
+
+
+def test_a_gpu_keeps_few_freed_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = dict[str, int]()
+    for name in ("set_cache_limit", "set_memory_limit"):
+        monkeypatch.setattr(mx, name, functools.partial(told.__setitem__, name))
+    monkeypatch.setattr(m, "machine_memory", lambda: 8 * 2**30)
+    m.bound_memory()
+    assert told == {"set_cache_limit": 2**29, "set_memory_limit": 6 * 2**30}
 
 
 def test_a_gradient_may_be_lost_behind_mlx_checkpoint() -> None:
