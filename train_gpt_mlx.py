@@ -969,6 +969,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "muon_coeffs": "polar_express", "muon_momentum": 0.97, "muon_momentum_warmup_steps": 1500,
         "muon_wd": 0.09, "muon_wd_taper_start": 0.7, "matrix_lr": 0.025, "warmdown_fraction": 0.7, "lr_floor": 0.1,
         "holdout_tokens": 2**20, "ema_decay": 0.9965, "train_seq_len": 2048, "train_batch_tokens": 786432,
+        "sliding_eval": True, "ttt_scope": "lora", "ttt_rank": 80, "ttt_optimizer": "adam", "ttt_lr": 0.003,
+        "eval_streams": 128, "max_eval_seconds": 600.0,
     },
     "skc": {**SKC_STACK, "num_layers": 12, "model_dim": 768, "num_heads": 12, "num_kv_heads": 6},
     "skc_proxy": {

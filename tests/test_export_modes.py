@@ -310,3 +310,35 @@ def test_hessians_are_those_of_the_inputs(tiny_env: dict[str, str], tmp_path: Pa
         assert torch.allclose(hessian, flat.mT @ flat, rtol=1e-4, atol=1e-4), name
     more = s._replace(h=dataclasses.replace(s.h, gptq_batches=2))
     assert t.input_hessians(more, set(seen), lambda: 0.0, 1.0)["embed.weight"].trace() > found["embed.weight"].trace()
+
+
+# The preset of eight GPUs, at a size for a CPU.
+SMALL_FRONTIER = {
+    "PRESET": "frontier", "NUM_LAYERS": "3", "MODEL_DIM": "32", "NUM_HEADS": "2", "NUM_KV_HEADS": "1",
+    "PARTIAL_ROPE_DIMS": "8", "RECURRENCE_LAYERS": "0-1", "HC_START": "1", "TRAIN_SEQ_LEN": "32",
+    "TRAIN_BATCH_TOKENS": "256", "MICRO_BATCH_TOKENS": "256", "HOLDOUT_TOKENS": "512", "GPTQ_BATCHES": "2",
+    "ITERATIONS": "20", "MAX_WALLCLOCK_SECONDS": "0", "VAL_LOSS_EVERY": "0", "VAL_BATCH_SIZE": "512",
+    "SLIDING_EVAL_STRIDE": "8", "EVAL_STREAMS": "4", "MAX_VAL_TOKENS": "600", "SAMPLE_TOKENS": "0",
+    "PRECISION": "fp32",
+}  # fmt: skip
+
+
+def test_frontier_trains_exports_reloads_and_is_scored_by_sliding_windows_that_learn(
+    run_job: Run, tiny_env: dict[str, str], read_metrics: Callable
+) -> None:
+    env = {**tiny_env, **SMALL_FRONTIER}
+    done = run_job(env)
+    assert done.code == 0, done.err
+    (final,) = read_metrics(folder_of(env), "final")
+    assert abs(final["val_loss_nats"] - final["in_memory_val_loss_nats"]) < 1e-6
+    assert "protocol:window=32,stride=8,streams=4,adapters=ttt_lora,settings=" in done.out
+    assert "MAX_EVAL_SECONDS=600" in done.out
+    header, _ = t.decode_artifact((folder_of(env) / "model.pgz").read_bytes())
+    assert {"int6", "int7", "int8"} <= {codec for _, codec, *_ in header["tensors"]}
+    again = run_job({name: text for name, text in env.items() if name != "RUN_ID"},
+        ["eval", str(folder_of(env) / "model.pgz")])  # fmt: skip
+    assert again.code == 0, again.err
+    found = float(again.out.split("final_eval val_loss:")[1].split()[0])
+    assert found == pytest.approx(final["val_loss_nats"], abs=1e-6)
+    still = run_job({**env, "TTT_SCOPE": "off", "RUN_ID": "still"}, ["eval", str(folder_of(env) / "model.pgz")])
+    assert float(still.out.split("final_eval val_loss:")[1].split()[0]) != pytest.approx(found, abs=1e-6)
