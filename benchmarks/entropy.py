@@ -52,10 +52,7 @@ def read(path: str) -> tuple[dict[str, np.ndarray], dict[str, list[list[int]]]]:
     header, payload = t.read_header(Path(path).read_bytes())
     h = t.Hyperparameters(**header["config"])
     streams = t.read_streams(header, payload, 2**40, h)
-    shapes: dict[str, list[list[int]]] = {}
-    for _, codec, *shape in header["tensors"]:
-        shapes.setdefault(t.CODECS[codec](h).stream, []).append(shape)
-    return streams, shapes
+    return streams, t.stream_shapes(header, h, streams.get("rows"))
 
 
 def order_0_bits(values: np.ndarray, shapes: list[list[int]]) -> float:
@@ -97,7 +94,7 @@ def rows_of(kind: str, values: np.ndarray, shapes: list[list[int]]) -> list[tupl
 def main() -> int:
     for path in sys.argv[1:]:
         streams, shapes = read(path)
-        for kind in ("trits", "ints"):
+        for kind in ("trits", *t.INT_CODECS):
             if kind in streams:
                 values = streams[kind]
                 print(f"{path}: {kind}, {values.size:,} weights, {np.mean(values == 0):.1%} of them zero\n")
