@@ -3857,17 +3857,44 @@ class AttentionState(NamedTuple):
     documents: Tensor  # (B, S)
 
 
-def flash3(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    from flash_attn_interface import flash_attn_func
+def document_bounds(documents: Tensor) -> Tensor:
+    """Where the documents of rows laid end to end begin and end, int32, rising to B T, for kernels of variable length.
 
-    out = flash_attn_func(q, k, v, causal=True, window_size=(window - 1 if window else -1, 0 if window else -1))
-    return out[0] if isinstance(out, tuple) else out
+    documents (B, T). As many as a batch of documents of 64 tokens would need, at least 256: a fixed length compiles
+    once, and kernels begin a block for each that is not there. Tokens beyond the last bound belong to none.
+    """
+    rows, length = documents.shape
+    starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True).flatten()
+    most = min(rows * length, max(256, rows * length // 64))
+    return torch.searchsorted(starts.cumsum(0), torch.arange(1, most + 2, device=starts.device)).int()
 
 
-def flash2(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    from flash_attn import flash_attn_func
+def by_flash(package: Any, q: Tensor, k: Tensor, v: Tensor, window: int, documents: Tensor | None) -> Tensor:
+    """A FlashAttention package's kernel; of variable length where documents (B, T) bound what is seen.
 
-    return flash_attn_func(q, k, v, causal=True, window_size=(window - 1 if window else -1, 0 if window else -1))
+    Tokens of too many documents get NaN: training leaves such a step out, and no score hides it.
+    """
+    ways = {"causal": True, "window_size": (window - 1 if window else -1, 0 if window else -1)}
+    if documents is None:
+        out = package.flash_attn_func(q, k, v, **ways)
+        return out[0] if isinstance(out, tuple) else out
+    bounds, flat, longest = document_bounds(documents), [x.flatten(0, 1) for x in (q, k, v)], q.shape[1]
+    out = package.flash_attn_varlen_func(*flat, bounds, bounds, longest, longest, **ways)
+    out = out[0] if isinstance(out, tuple) else out
+    beyond = torch.arange(len(out), device=out.device) >= bounds[-1]
+    return out.masked_fill(beyond.view(-1, 1, 1), math.nan).view(q.shape)
+
+
+def flash3(q: Tensor, k: Tensor, v: Tensor, window: int, documents: Tensor | None) -> Tensor:
+    import flash_attn_interface
+
+    return by_flash(flash_attn_interface, q, k, v, window, documents)
+
+
+def flash2(q: Tensor, k: Tensor, v: Tensor, window: int, documents: Tensor | None) -> Tensor:
+    import flash_attn
+
+    return by_flash(flash_attn, q, k, v, window, documents)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -4072,12 +4099,12 @@ def importance_of(p: Tensor, seen: Tensor, block: int, stride: int, size: int, c
     return here + F.pad((grid.sum(-1) - here).clamp(min=0), (1, 0))[..., :-1]
 
 
-# Causal attention of (B, T, H, Dh) tensors within a window (0: all), without document mask or cache.
-ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
+# Causal attention of (B, T, H, Dh) tensors within a window (0: all) and documents (B, T) or None, without cache.
+ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor, int, Tensor | None], Tensor]] = {
     "fa3": flash3,
     "fa2": flash2,
-    "blocks": lambda q, k, v, window: block_attention(q, k, v),
-    "sdpa": lambda q, k, v, window: sdpa(q, k, v, None, True),  # a window takes the masked path instead
+    "blocks": lambda q, k, v, window, documents: block_attention(q, k, v),
+    "sdpa": lambda q, k, v, window, documents: sdpa(q, k, v, None, True),  # windows, documents take the masked path
 }
 ATTENTION_PACKAGES = {"fa3": "flash_attn_interface", "fa2": "flash_attn"}
 
@@ -4134,8 +4161,8 @@ def with_backends(h: Hyperparameters, rt: Runtime) -> tuple[Hyperparameters, str
 def choose_attention(h: Hyperparameters, rt: Runtime) -> tuple[str, str]:
     """The attention backend of a run and why: FlashAttention 3, then 2, then SDPA; blocks on a CPU. Raises UserError.
 
-    FlashAttention needs bf16 on CUDA, and here serves full and windowed causal attention without document mask; blocks
-    serve full attention over at most 1,024 tokens, since they keep a number for each pair.
+    FlashAttention needs bf16 on CUDA, and serves full and windowed causal attention, with DOC_MASK by its kernels of
+    variable length; blocks serve full attention over at most 1,024 tokens, since they keep a number for each pair.
     """
     on_gpu = rt.autocast and rt.device.type == "cuda"
     short = not h.attn_window and not h.doc_mask and max(h.train_seq_len, h.eval_window) <= 1024
@@ -4153,8 +4180,6 @@ def choose_attention(h: Hyperparameters, rt: Runtime) -> tuple[str, str]:
         return "blocks", "bf16 and short windows on a CPU"
     if not on_gpu:
         return "sdpa", "no bf16 on CUDA"
-    if h.doc_mask:
-        return "sdpa", "document mask"
     hopper, problems = torch.cuda.get_device_capability(rt.device)[0] == 9, list[str]()
     for name, package in ATTENTION_PACKAGES.items():
         problem = import_problem(package) if name != "fa3" or hopper else "for compute capability 9 only"
@@ -4226,9 +4251,10 @@ class Attention(Module):
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Ctx, state: AttentionState | None
     ) -> tuple[Tensor, AttentionState | None]:
         """Attend to the state's keys and the new ones; the new state keeps what a later query may still see."""
-        if state is None and not self.doc_mask and (self.backend != "sdpa" or not self.window):
-            text = slice(k.shape[1] - ctx.writes)
-            y = ATTENTION[self.backend](q[:, text], k[:, text], v[:, text], self.window)
+        masks = self.window or self.doc_mask if self.backend == "sdpa" else self.doc_mask and ctx.writes
+        if state is None and not masks:
+            text, documents = slice(k.shape[1] - ctx.writes), ctx.documents if self.doc_mask else None
+            y = ATTENTION[self.backend](q[:, text], k[:, text], v[:, text], self.window, documents)
             last = q[:, text.stop :]  # torch's fused kernel takes longer for these few than for all others
             return torch.cat((y, block_attention(last, k, v, causal=False)), 1) if ctx.writes else y, None
         if state is None:
