@@ -10230,7 +10230,10 @@ def calibration_batches(s: Session, seconds: Callable[[], float], limit: float) 
 
 
 def input_hessians(s: Session, names: set[str], seconds: Callable[[], float], limit: float) -> dict[str, Tensor]:
-    """X^T X (columns, columns) float64 of the inputs that those weights get, as far as `limit` allows."""
+    """X^T X (columns, columns) float64 of the inputs that those weights get, as far as `limit` allows.
+
+    Left out where an input was not finite: its weight is rounded, and the run ends well.
+    """
     found, slowest = dict[str, Tensor](), 0.0
 
     def observe(name: str, x: Tensor) -> None:
@@ -10246,7 +10249,7 @@ def input_hessians(s: Session, names: set[str], seconds: Callable[[], float], li
         with torch.no_grad(), s.rt.precision():
             s.model.logits(tokens, scoring_variant(s.h), s.model.start_state(history), observe=observe)
         slowest = max(slowest, seconds() - before)
-    return found
+    return {name: hessian for name, hessian in found.items() if bool(hessian.isfinite().all())}
 
 
 def solve_bank(

@@ -9086,7 +9086,10 @@ def calibration_batches(s: Session, seconds: Callable[[], float], limit: float) 
 
 
 def input_hessians(s: Session, names: set[str], seconds: Callable[[], float], limit: float) -> dict[str, np.ndarray]:
-    """X^T X (columns, columns) float64 of the inputs that those weights get, as far as `limit` allows."""
+    """X^T X (columns, columns) float64 of the inputs that those weights get, as far as `limit` allows.
+
+    Left out where an input was not finite: its weight is rounded, and the run ends well.
+    """
     found, slowest = dict[str, np.ndarray](), 0.0
 
     def observe(name: str, x: Tensor) -> None:
@@ -9101,7 +9104,7 @@ def input_hessians(s: Session, names: set[str], seconds: Callable[[], float], li
             break
         s.model.logits(tokens, scoring_variant(s.h), s.model.start_state(history), observe=observe)
         slowest = max(slowest, seconds() - before)
-    return found
+    return {name: hessian for name, hessian in found.items() if np.isfinite(hessian).all()}
 
 
 def solve_bank(

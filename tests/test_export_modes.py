@@ -156,6 +156,29 @@ def test_inputs_never_seen_leave_a_weight_to_rounding() -> None:
     assert torch.equal(got.codes, codec.quantize(w.double(), t.default_tuning(w)).codes)
 
 
+@pytest.mark.parametrize("group", [0, 16])
+def test_singular_hessians_are_solved(group: int) -> None:
+    """Of fewer inputs than columns, of one input, and with inputs that are always zero: damping makes them regular."""
+    w, codec = drawn(3, 10, 48).float(), int_codec(int_group=group)
+    few, one, dead = drawn(20, 48, seed=4), drawn(1, 48, seed=5), drawn(400, 48, seed=6)
+    dead[:, ::3] = 0
+    hessian = torch.stack([x.mT @ x for x in (few, one, dead)])
+    assert all(torch.linalg.matrix_rank(h) < 48 for h in hessian)
+    coded = t.gptq(codec, w, hessian)
+    assert coded.scales is not None and coded.scales.isfinite().all()
+    nearest = codec.fake_quantize(w, t.default_tuning(w))
+    losses = [t.hessian_error(v.double() - w, hessian) for v in (codec.decode(coded), nearest)]
+    assert (losses[0][:2] < 0.7 * losses[1][:2]).all() and losses[0][2] < 1.05 * losses[1][2]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_hessian_that_is_not_finite_is_an_error_of_gptq(value: float) -> None:
+    hessian = inputs_hessian(12, 1)
+    hessian[0, 3, 3] = value
+    with pytest.raises(torch.linalg.LinAlgError):
+        t.gptq(int_codec(int_group=0), drawn(1, 5, 12).float(), hessian)
+
+
 # ---- low-rank corrections ----
 
 
@@ -292,6 +315,22 @@ def test_without_time_gptq_gives_up_and_weights_are_rounded(tiny_env: dict[str, 
     t.quantize_trained(plain, lambda: 100.0)
     for (name, p), (_, q) in zip(late.model.named_parameters(), plain.model.named_parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+def test_weight_whose_inputs_are_not_finite_is_rounded(tiny_env: dict[str, str], tmp_path: Path) -> None:
+    """An MLP of 1e30 squares to infinity: its second matrix has no Hessian, all before it have, and nothing raises."""
+    s = session_of({**tiny_env, **GPTQ, "LQER_RANK": "0"}, tmp_path)
+    bank, i = s.weights.where["blocks.1.mlp.up.weight"]
+    bank.latent[i] = 1e30
+    s.weights.materialize(1.0)
+    names = {name for name in s.weights.where if name.startswith("blocks") and name.endswith("weight")}
+    found = t.input_hessians(s, names, lambda: 0.0, 1.0)
+    assert "blocks.1.mlp.down.weight" not in found and "blocks.1.mlp.up.weight" in found
+    assert all(hessian.isfinite().all() for hessian in found.values())
+    t.quantize_trained(s, lambda: 0.0)
+    down, at = s.weights.where["blocks.1.mlp.down.weight"]
+    rounded = down.codec.fake_quantize(down.latent[at : at + 1], t.default_tuning(down.latent[:1]))[0]
+    assert torch.equal(s.model.get_parameter("blocks.1.mlp.down.weight").detach(), rounded)
 
 
 def test_hessians_are_those_of_the_inputs(tiny_env: dict[str, str], tmp_path: Path) -> None:
