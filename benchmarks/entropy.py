@@ -13,6 +13,7 @@ the package zstandard is. One thread each; every coder's output is expanded agai
 
 import argparse
 import lzma
+import math
 import shutil
 import subprocess
 import sys
@@ -212,7 +213,7 @@ def context_lines(parts: list[Part]) -> Iterator[str]:
     for name, tried in tried_contexts(parts).items():
         length = adaptive_bits(sizes, ours * 2**32 + tried)
         yield f"| ours and {name} | {length / values.size:.5f} | {1 - length / base:+.3%} |"
-    cost = sum(float(gammaln(len(part.codes) + 1)) for part in parts) / np.log(2)
+    cost = sum(math.lgamma(len(part.codes) + 1) for part in parts) / math.log(2)
     for name in row_orders(parts[0]):
         rows = [part.codes[row_orders(part)[name]].reshape(-1) for part in parts]
         length, told = our_contexts(np.concatenate(rows), shapes)[1], 0.0 if name == "scale" else cost
