@@ -7986,6 +7986,8 @@ def read_streams(header: dict[str, Any], payload: bytes, limit: int, h: Hyperpar
     """Unpacked streams by kind. Checks sizes before it allocates. Raises ValueError or UserError."""
     streams, at = dict[str, np.ndarray](), 0
     for kind, packing, tool, count, packed, stored in header["streams"]:
+        if kind not in STREAM_TYPES:
+            raise ValueError(f"stream {kind} is of another version of this program; export the model again")
         dtype, shapes = STREAM_TYPES[kind], stream_shapes(header, h, streams.get("rows"))
         if packing not in packings_of(kind):
             raise ValueError(f"stream {kind} cannot be packed as {packing}")
