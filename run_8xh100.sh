@@ -57,6 +57,7 @@ check_data() {
     local remedy variant=sp$vocabulary
     case $vocabulary in 256 | 260) variant=byte260 ;; esac
     remedy="run: python data/download.py --variant ${variant} --train-shards 80"
+    [ "$folded" = "" ] || remedy="run: python data/prepare.py --train docs.jsonl --vocab-size $vocabulary --name fineweb10B --casefold"
     if [ -n "${DATA_PATH:-}" ] && ! { has_shards train && has_shards val; }; then
         problem "found no fineweb_train_*.bin or no fineweb_val_*.bin in DATA_PATH=$DATA_PATH; $remedy"
     fi
@@ -136,13 +137,17 @@ need_number MIN_FREE_GB 0
 check_supervision
 
 # Competition settings, then what long runs taught: an allocator that does not fragment, peer-to-peer copies left on.
-vocabulary=${VOCAB_SIZE:-8192}
+vocabulary=${VOCAB_SIZE:-8192} folded=""
+[ "${PRESET:-}" != frontier ] || folded=_casefold
 SETTINGS="PRESET=ternary MAX_WALLCLOCK_SECONDS=600 MAX_EVAL_SECONDS=600 TRAIN_BATCH_TOKENS=524288 TRAIN_SEQ_LEN=1024
 VOCAB_SIZE=$vocabulary DATA_PATH=./data/datasets/fineweb10B_sp$vocabulary TOKENIZER_PATH=./data/tokenizers/fineweb_${vocabulary}_bpe.model
 PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:256,expandable_segments:True NCCL_P2P_DISABLE=0"
 if [ "$vocabulary" = 256 ] || [ "$vocabulary" = 260 ]; then
     # The byte tokenizers need no file.
     SETTINGS=$(printf '%s' "$SETTINGS" | sed "s/_sp$vocabulary/_byte$vocabulary/; s/TOKENIZER_PATH=[^ ]*//")
+fi
+if [ "$folded" = _casefold ]; then
+    SETTINGS=$(printf '%s' "$SETTINGS" | sed "s/_sp$vocabulary/&_casefold/; s/fineweb_${vocabulary}_bpe/fineweb10B_${vocabulary}_casefold_bpe/")
 fi
 named_preset=${PRESET:-}
 for setting in $SETTINGS; do

@@ -14,7 +14,7 @@ variables alone (`--help` lists them), and reads from top to bottom: each sectio
     python train_gpt.py --help                      every variable with type, default, unit and meaning
 
 Sections: 1 CONFIG, 2 RUNTIME, 3 DATA, 4 CODECS, 5 LAYERS, 6 MIXERS, 7 RESIDUAL, 8 MEMORY, 9 MODEL,
-10 OPTIMIZERS, 11 ARTIFACT, 12 EVALUATION, 13 CHECKPOINT, 14 TRAINING, 15 MAIN. At most 11,500 lines.
+10 OPTIMIZERS, 11 ARTIFACT, 12 EVALUATION, 13 CHECKPOINT, 14 TRAINING, 15 MAIN. At most 11,600 lines.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ import weakref
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -971,6 +971,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "muon_coeffs": "polar_express", "muon_momentum": 0.97, "muon_momentum_warmup_steps": 1500,
         "muon_wd": 0.09, "muon_wd_taper_start": 0.7, "matrix_lr": 0.025, "warmdown_fraction": 0.7, "lr_floor": 0.1,
         "holdout_tokens": 2**20, "ema_decay": 0.9965, "train_seq_len": 2048, "train_batch_tokens": 786432,
+        "sliding_eval": True, "ttt_scope": "lora", "ttt_rank": 80, "ttt_optimizer": "adam", "ttt_lr": 0.003,
+        "eval_streams": 128, "max_eval_seconds": 600.0,
     },
     "skc": {**SKC_STACK, "num_layers": 12, "model_dim": 768, "num_heads": 12, "num_kv_heads": 6},
     "skc_proxy": {
@@ -2361,8 +2363,8 @@ class Codec:
     `decode_numpy` the same bits without torch. The law (tested): quantize -> decode -> file -> decode_numpy agree.
     """
 
-    stream: ClassVar[str] = "floats"  # kind of bytes its codes are
-    bits: ClassVar[float] = 32.0  # packed bits of one code
+    stream: str = "floats"  # kind of bytes its codes are
+    bits: float = 32.0  # packed bits of one code
     tunes: tuple[str, ...] = ()  # fields of Tuning that calibration may search
 
     def quantize(self, w: Tensor, tuning: Tuning) -> Codes:
@@ -2440,8 +2442,6 @@ class GroupedCodec(Codec):
     A group of no measurable size (mean |w| < 1e-12) has codes 0. bf16 scales, since fp16 lost accuracy when many
     weights of a group are zero. A vector counts as one row.
     """
-
-    stream = "ints"
 
     def __init__(self, group: int) -> None:
         self.group = group
@@ -2525,7 +2525,7 @@ class IntCodec(GroupedCodec):
 
     def __init__(self, group: int, width: int, sigma: float = 0.0, search: bool = False) -> None:
         super().__init__(group)
-        self.top, self.sigma = 2 ** (width - 1) - 1, sigma
+        self.stream, self.top, self.sigma = f"int{width}", 2 ** (width - 1) - 1, sigma
         self.shrinks = self.SHRINKS if search else (1.0,)
 
     def quantize(self, w: Tensor, tuning: Tuning) -> Codes:
@@ -2606,7 +2606,7 @@ class TurnedCodec(Codec):
     """
 
     def __init__(self, codec: GroupedCodec) -> None:
-        self.codec, self.stream, self.bits = codec, codec.stream, codec.bits  # type: ignore[misc]
+        self.codec, self.stream, self.bits = codec, codec.stream, codec.bits
         self.tunes = codec.tunes
 
     def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...] | None:
@@ -2765,9 +2765,10 @@ def unpack_planes(data: bytes, count: int, dtype: np.dtype) -> np.ndarray:
 
 
 STREAM_TYPES: dict[str, np.dtype] = {
+    "rows": np.dtype("i1"),  # 1: a tensor's row is in its stream, -1: it is all zeros
     "trits": np.dtype("i1"),
     "signs": np.dtype("i1"),
-    "ints": np.dtype("i1"),
+    **dict.fromkeys(INT_CODECS, np.dtype("i1")),
     "fours": np.dtype("u1"),
     "bytes": np.dtype("u1"),
     "scales": np.dtype("<u2"),
@@ -3857,17 +3858,44 @@ class AttentionState(NamedTuple):
     documents: Tensor  # (B, S)
 
 
-def flash3(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    from flash_attn_interface import flash_attn_func
+def document_bounds(documents: Tensor) -> Tensor:
+    """Where the documents of rows laid end to end begin and end, int32, rising to B T, for kernels of variable length.
 
-    out = flash_attn_func(q, k, v, causal=True, window_size=(window - 1 if window else -1, 0 if window else -1))
-    return out[0] if isinstance(out, tuple) else out
+    documents (B, T). As many as a batch of documents of 64 tokens would need, at least 256: a fixed length compiles
+    once, and kernels begin a block for each that is not there. Tokens beyond the last bound belong to none.
+    """
+    rows, length = documents.shape
+    starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True).flatten()
+    most = min(rows * length, max(256, rows * length // 64))
+    return torch.searchsorted(starts.cumsum(0), torch.arange(1, most + 2, device=starts.device)).int()
 
 
-def flash2(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    from flash_attn import flash_attn_func
+def by_flash(package: Any, q: Tensor, k: Tensor, v: Tensor, window: int, documents: Tensor | None) -> Tensor:
+    """A FlashAttention package's kernel; of variable length where documents (B, T) bound what is seen.
 
-    return flash_attn_func(q, k, v, causal=True, window_size=(window - 1 if window else -1, 0 if window else -1))
+    Tokens of too many documents get NaN: training leaves such a step out, and no score hides it.
+    """
+    ways = {"causal": True, "window_size": (window - 1 if window else -1, 0 if window else -1)}
+    if documents is None:
+        out = package.flash_attn_func(q, k, v, **ways)
+        return out[0] if isinstance(out, tuple) else out
+    bounds, flat, longest = document_bounds(documents), [x.flatten(0, 1) for x in (q, k, v)], q.shape[1]
+    out = package.flash_attn_varlen_func(*flat, bounds, bounds, longest, longest, **ways)
+    out = out[0] if isinstance(out, tuple) else out
+    beyond = torch.arange(len(out), device=out.device) >= bounds[-1]
+    return out.masked_fill(beyond.view(-1, 1, 1), math.nan).view(q.shape)
+
+
+def flash3(q: Tensor, k: Tensor, v: Tensor, window: int, documents: Tensor | None) -> Tensor:
+    import flash_attn_interface
+
+    return by_flash(flash_attn_interface, q, k, v, window, documents)
+
+
+def flash2(q: Tensor, k: Tensor, v: Tensor, window: int, documents: Tensor | None) -> Tensor:
+    import flash_attn
+
+    return by_flash(flash_attn, q, k, v, window, documents)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -4072,12 +4100,12 @@ def importance_of(p: Tensor, seen: Tensor, block: int, stride: int, size: int, c
     return here + F.pad((grid.sum(-1) - here).clamp(min=0), (1, 0))[..., :-1]
 
 
-# Causal attention of (B, T, H, Dh) tensors within a window (0: all), without document mask or cache.
-ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
+# Causal attention of (B, T, H, Dh) tensors within a window (0: all) and documents (B, T) or None, without cache.
+ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor, int, Tensor | None], Tensor]] = {
     "fa3": flash3,
     "fa2": flash2,
-    "blocks": lambda q, k, v, window: block_attention(q, k, v),
-    "sdpa": lambda q, k, v, window: sdpa(q, k, v, None, True),  # a window takes the masked path instead
+    "blocks": lambda q, k, v, window, documents: block_attention(q, k, v),
+    "sdpa": lambda q, k, v, window, documents: sdpa(q, k, v, None, True),  # windows, documents take the masked path
 }
 ATTENTION_PACKAGES = {"fa3": "flash_attn_interface", "fa2": "flash_attn"}
 
@@ -4134,8 +4162,8 @@ def with_backends(h: Hyperparameters, rt: Runtime) -> tuple[Hyperparameters, str
 def choose_attention(h: Hyperparameters, rt: Runtime) -> tuple[str, str]:
     """The attention backend of a run and why: FlashAttention 3, then 2, then SDPA; blocks on a CPU. Raises UserError.
 
-    FlashAttention needs bf16 on CUDA, and here serves full and windowed causal attention without document mask; blocks
-    serve full attention over at most 1,024 tokens, since they keep a number for each pair.
+    FlashAttention needs bf16 on CUDA, and serves full and windowed causal attention, with DOC_MASK by its kernels of
+    variable length; blocks serve full attention over at most 1,024 tokens, since they keep a number for each pair.
     """
     on_gpu = rt.autocast and rt.device.type == "cuda"
     short = not h.attn_window and not h.doc_mask and max(h.train_seq_len, h.eval_window) <= 1024
@@ -4153,8 +4181,6 @@ def choose_attention(h: Hyperparameters, rt: Runtime) -> tuple[str, str]:
         return "blocks", "bf16 and short windows on a CPU"
     if not on_gpu:
         return "sdpa", "no bf16 on CUDA"
-    if h.doc_mask:
-        return "sdpa", "document mask"
     hopper, problems = torch.cuda.get_device_capability(rt.device)[0] == 9, list[str]()
     for name, package in ATTENTION_PACKAGES.items():
         problem = import_problem(package) if name != "fa3" or hopper else "for compute capability 9 only"
@@ -4226,9 +4252,10 @@ class Attention(Module):
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Ctx, state: AttentionState | None
     ) -> tuple[Tensor, AttentionState | None]:
         """Attend to the state's keys and the new ones; the new state keeps what a later query may still see."""
-        if state is None and not self.doc_mask and (self.backend != "sdpa" or not self.window):
-            text = slice(k.shape[1] - ctx.writes)
-            y = ATTENTION[self.backend](q[:, text], k[:, text], v[:, text], self.window)
+        masks = self.window or self.doc_mask if self.backend == "sdpa" else self.doc_mask and ctx.writes
+        if state is None and not masks:
+            text, documents = slice(k.shape[1] - ctx.writes), ctx.documents if self.doc_mask else None
+            y = ATTENTION[self.backend](q[:, text], k[:, text], v[:, text], self.window, documents)
             last = q[:, text.stop :]  # torch's fused kernel takes longer for these few than for all others
             return torch.cat((y, block_attention(last, k, v, causal=False)), 1) if ctx.writes else y, None
         if state is None:
@@ -7621,13 +7648,13 @@ class Expander:
         return index
 
 
-CONTEXT_VALUES = 64  # at most of a byte
+CONTEXT_VALUES = 128  # at most of a byte: 99 of 100 trits may be zeros
 
 
 def unpack_context(data: bytes, count: int, shapes: list[list[int]], largest: int) -> np.ndarray:
     """The inverse of pack_context, (count,) int8. Raises ValueError for what it cannot have made.
 
-    A value takes an eighth of a bit at least: time and memory stay in proportion to the bytes read.
+    A value takes a sixteenth of a bit at least: time and memory stay in proportion to the bytes read.
     """
     if (
         sum(map(math.prod, shapes)) != count
@@ -7652,8 +7679,8 @@ def unpack_context(data: bytes, count: int, shapes: list[list[int]], largest: in
 
 def packings_of(kind: str) -> tuple[str, ...]:
     """Names of the ways in which a kind of stream can be packed; `context` is a coder, and not in PACKINGS."""
-    own = {"trits": ("base3", "bitmask", "context"), "ints": ("planes", "context")}
-    return {**own, "signs": ("signs",), "fours": ("nibbles",)}.get(kind, ("planes",))
+    own = {"trits": ("base3", "bitmask", "context"), "rows": ("signs",), "signs": ("signs",), "fours": ("nibbles",)}
+    return {**own, **dict.fromkeys(INT_CODECS, ("planes", "context"))}.get(kind, ("planes",))
 
 
 def compress_best(kind: str, values: np.ndarray, shapes: list[list[int]]) -> tuple[str, str, int, bytes]:
@@ -7673,9 +7700,7 @@ def compress_best(kind: str, values: np.ndarray, shapes: list[list[int]]) -> tup
             if best is None or len(stored) < len(best[3]):
                 best = (packing, tool, len(data), stored)
     assert best is not None
-    if (
-        "context" in packings_of(kind) and len(best[3]) * CONTEXT_VALUES > values.size
-    ):  # sparser ones are no work for it
+    if "context" in packings_of(kind) and len(best[3]) * CONTEXT_VALUES > values.size:  # it is slow with sparser ones
         data = pack_context(values, shapes)
         if CONTEXT_VALUES * len(data) >= values.size and len(data) < len(best[3]):
             best = ("context", "none", len(data), data)
@@ -7831,6 +7856,12 @@ def bf16_bits(values: np.ndarray) -> np.ndarray:
     return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16).reshape(-1)
 
 
+def live_rows(codes: np.ndarray) -> np.ndarray:
+    """Which rows of a tensor's codes (..., columns) have a bit set, (rows,) bool."""
+    raw = np.ascontiguousarray(codes).view(np.uint8)
+    return raw.reshape(math.prod(codes.shape[:-1]), -1).max(1) > 0
+
+
 class Artifact(NamedTuple):
     """A written artifact and where its bytes went: rows (stream, packing, compressor, values, packed, stored)."""
 
@@ -7841,17 +7872,25 @@ class Artifact(NamedTuple):
 def write_artifact(
     h: Hyperparameters, tensors: Iterator[Coded], prints: dict[str, str], calibration: dict[str, float] | None = None
 ) -> Artifact:
-    """The container: magic, crc32, header length, header (JSON, lzma), streams. Same input, same bytes."""
+    """The container: magic, crc32, header length, header (JSON, lzma), streams. Same input, same bytes.
+
+    Rows of zeros (hashed n-grams that never occurred) and their scales are left out, and marked in a stream of their
+    own: our coder, which goes by sizes, would take some bits for each of their zeros.
+    """
     parts = {kind: bytearray() for kind in STREAM_TYPES}  # growing in place, a third less memory than joined arrays
     index: list[list[Any]] = []
     shapes: dict[str, list[list[int]]] = {kind: [] for kind in STREAM_TYPES}
     for tensor in tensors:
-        kind = CODECS[tensor.codec](h).stream
-        shapes[kind].append(list(tensor.codes.shape))
+        kind, live = CODECS[tensor.codec](h).stream, live_rows(tensor.codes)
+        codes = tensor.codes.reshape(live.size, -1)[live]
+        shapes[kind] += [list(codes.shape)] if len(codes) else []
         index.append([tensor.name, tensor.codec, *tensor.codes.shape])
-        parts[kind] += tensor.codes.astype(STREAM_TYPES[kind], copy=False).tobytes()
+        parts["rows"] += np.where(live, 1, -1).astype(STREAM_TYPES["rows"]).tobytes()
+        parts[kind] += codes.astype(STREAM_TYPES[kind], copy=False).tobytes()
         if tensor.scales is not None:
-            parts["scales"] += bf16_bits(tensor.scales).tobytes()
+            parts["scales"] += bf16_bits(tensor.scales.reshape(live.size, -1)[live]).tobytes()
+    if b"\xff" not in parts["rows"]:
+        del parts["rows"]
     rows, payload = [], []
     for kind, data in parts.items():
         if data:
@@ -7933,14 +7972,24 @@ def unpack_stream(
     return unpack_context(data, sizes[0], shapes, 1 if kind == "trits" else 128)
 
 
+def stream_shapes(header: dict[str, Any], h: Hyperparameters, marks: np.ndarray | None) -> dict[str, list[list[int]]]:
+    """Shapes (rows, columns) of what the streams hold of tensors, by kind; marks: the stream of rows, if any."""
+    shapes, at = {kind: list[list[int]]() for kind in STREAM_TYPES}, 0
+    for _, codec, *shape in header["tensors"]:
+        count = math.prod(shape[:-1])
+        live = count if marks is None else int((marks[at : at + count] > 0).sum())
+        shapes[CODECS[codec](h).stream] += [[live, shape[-1]]] if live else []
+        at += count
+    return shapes
+
+
 def read_streams(header: dict[str, Any], payload: bytes, limit: int, h: Hyperparameters) -> dict[str, np.ndarray]:
     """Unpacked streams by kind. Checks sizes before it allocates. Raises ValueError or UserError."""
-    streams, at = {}, 0
-    shapes: dict[str, list[list[int]]] = {kind: [] for kind in STREAM_TYPES}
-    for _, codec, *shape in header["tensors"]:
-        shapes[CODECS[codec](h).stream].append(shape)
+    streams, at = dict[str, np.ndarray](), 0
     for kind, packing, tool, count, packed, stored in header["streams"]:
-        dtype = STREAM_TYPES[kind]
+        if kind not in STREAM_TYPES:
+            raise ValueError(f"stream {kind} is of another version of this program; export the model again")
+        dtype, shapes = STREAM_TYPES[kind], stream_shapes(header, h, streams.get("rows"))
         if packing not in packings_of(kind):
             raise ValueError(f"stream {kind} cannot be packed as {packing}")
         if not (0 <= count <= limit and 0 <= packed <= 8 + count * dtype.itemsize and stored >= 0):
@@ -7954,12 +8003,24 @@ def read_streams(header: dict[str, Any], payload: bytes, limit: int, h: Hyperpar
     return streams
 
 
-def take(streams: dict[str, np.ndarray], used: dict[str, int], kind: str, shape: Sequence[int]) -> np.ndarray:
-    """The next values of a stream in a tensor's shape."""
-    size = math.prod(shape)
-    part = streams[kind][used.get(kind, 0) :][:size]
+def take(streams: dict[str, np.ndarray], used: dict[str, int], kind: str, size: int) -> np.ndarray:
+    """The next values of a stream."""
+    part = streams[kind][used.get(kind, 0) :][:size] if size else np.zeros(0, STREAM_TYPES[kind])
     used[kind] = used.get(kind, 0) + size
-    return part.reshape(shape)
+    return part
+
+
+def take_live(
+    streams: dict[str, np.ndarray], used: dict[str, int], kind: str, shape: Sequence[int], live: np.ndarray
+) -> np.ndarray:
+    """The next values of a stream in a tensor's shape, with zeros in the rows that do not live."""
+    count = int(live.sum())
+    part = take(streams, used, kind, count * shape[-1])
+    if count == live.size:
+        return part.reshape(shape)
+    whole = np.zeros((live.size, shape[-1]), part.dtype)
+    whole[live] = part.reshape(count, shape[-1])
+    return whole.reshape(shape)
 
 
 def decode_artifact(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -7972,9 +8033,12 @@ def decode_artifact(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]
         weights, used = {}, dict[str, int]()
         for name, codec_name, *shape in header["tensors"]:
             codec = CODECS[codec_name](base)
-            codes, scale_shape = take(streams, used, codec.stream, shape), codec.scale_shape(shape)
-            bits = take(streams, used, "scales", scale_shape).astype(np.uint32) if scale_shape else None
-            scales = None if bits is None else (bits << 16).view(np.float32)
+            count, scale_shape = math.prod(shape[:-1]), codec.scale_shape(shape)
+            live = take(streams, used, "rows", count) > 0 if "rows" in streams else np.ones(count, bool)
+            codes, scales = take_live(streams, used, codec.stream, shape, live), None
+            if scale_shape:
+                bits = take_live(streams, used, "scales", scale_shape, live).astype(np.uint32)
+                scales = (bits << 16).view(np.float32)
             weights[name] = codec.decode_numpy(np.ascontiguousarray(codes), scales)
         weights = join_corrections(weights)
     except (lzma.LZMAError, UserError, *MALFORMED) as error:
@@ -10169,7 +10233,10 @@ def calibration_batches(s: Session, seconds: Callable[[], float], limit: float) 
 
 
 def input_hessians(s: Session, names: set[str], seconds: Callable[[], float], limit: float) -> dict[str, Tensor]:
-    """X^T X (columns, columns) float64 of the inputs that those weights get, as far as `limit` allows."""
+    """X^T X (columns, columns) float64 of the inputs that those weights get, as far as `limit` allows.
+
+    Left out where an input was not finite: its weight is rounded, and the run ends well.
+    """
     found, slowest = dict[str, Tensor](), 0.0
 
     def observe(name: str, x: Tensor) -> None:
@@ -10185,7 +10252,7 @@ def input_hessians(s: Session, names: set[str], seconds: Callable[[], float], li
         with torch.no_grad(), s.rt.precision():
             s.model.logits(tokens, scoring_variant(s.h), s.model.start_state(history), observe=observe)
         slowest = max(slowest, seconds() - before)
-    return found
+    return {name: hessian for name, hessian in found.items() if bool(hessian.isfinite().all())}
 
 
 def solve_bank(
@@ -10691,9 +10758,15 @@ SPREADS = {
     "matrix": Spread(0.2, 0.2, 0.05),  # of other layers
     "scalar": Spread(0.5, 0.5, 0.0),
 }
-# Distinct n-grams of so many tokens of the built-in corpus by order, and the power of the tokens with which they grow.
-DISTINCT_TOKENS = 833_000
-DISTINCT = {2: (99_184, 0.35), 3: (390_502, 0.68), 4: (598_288, 0.84)}
+# By vocabulary and order: distinct n-grams of a million tokens of English web text (published FineWeb tokenizers), and
+# the power of the tokens with which they grow up to four million.
+DISTINCT_TOKENS = 10**6
+DISTINCT: dict[int, dict[int, tuple[int, float]]] = {
+    1024: {2: (108_114, 0.385), 3: (451_152, 0.698), 4: (709_748, 0.848)},
+    2048: {2: (162_043, 0.487), 3: (534_299, 0.754), 4: (771_933, 0.882)},
+    4096: {2: (220_101, 0.558), 3: (607_155, 0.795), 4: (818_339, 0.906)},
+    8192: {2: (273_309, 0.607), 3: (655_386, 0.82), 4: (843_815, 0.915)},
+}
 
 
 def kind_of(name: str, role: Role) -> str:
@@ -10738,9 +10811,9 @@ def spreads_like(path: str) -> dict[str, Spread]:
 
 def untrained_share(h: Hyperparameters, tokens: float) -> float:
     """The share of hashed n-grams' rows that no n-gram of so many training tokens falls into: they stay zero."""
-    found = []
+    found, nearest = [], min(DISTINCT, key=lambda size: abs(math.log(size / h.vocab_size)))
     for order in h.ngram_orders:
-        distinct, power = DISTINCT[min(order, max(DISTINCT))]
+        distinct, power = DISTINCT[nearest][min(order, 4)]
         found.append(math.exp(-distinct * (tokens / DISTINCT_TOKENS) ** power / h.bigram_hash_buckets))
     return sum(found) / len(found) if found else 0.0
 
@@ -10753,6 +10826,28 @@ def drawn_like(shape: Sequence[int], spread: Spread, generator: torch.Generator)
 
     sizes = spread.rows * noise(*shape[:-1], 1) + spread.columns * noise(*[1] * (len(shape) - 1), shape[-1])
     return noise(*shape) * (sizes + spread.elements * noise(*shape)).exp() / math.sqrt(shape[-1])
+
+
+def corrections_like(h: Hyperparameters, shapes: dict[str, tuple[int, ...]]) -> Iterator[Coded]:
+    """LQER's factors of the largest weights: which ones are the worst, only training can tell."""
+    largest = sorted(shapes, key=lambda name: -math.prod(shapes[name]))
+    generator = np.random.default_rng(0)
+    for name in largest[: h.lqer_tensors if h.export_mode == "competition_gptq" and h.lqer_rank else 0]:
+        for end, size in zip(FACTORS, shapes[name], strict=True):
+            w = generator.standard_normal((h.lqer_rank, size))
+            codes = np.rint(7 * w / np.abs(w).max(-1, keepdims=True)).astype(np.int8)
+            scales = generator.random(CODECS["int4"](h).scale_shape(codes.shape) or ())
+            yield Coded(name + end, "int4", codes, scales.astype(np.float32))
+
+
+def stream_sizes(h: Hyperparameters, tensors: Iterable[tuple[str, Sequence[int]]]) -> Counter[str]:
+    """Values of each stream that tensors (codec, shape) have, were none of their rows all zeros."""
+    sizes = Counter[str]()
+    for name, shape in tensors:
+        codec = CODECS[name](h)
+        sizes.update({codec.stream: math.prod(shape), "rows": math.prod(shape[:-1])})
+        sizes["scales"] += math.prod(codec.scale_shape(shape) or (0,))
+    return sizes
 
 
 SAMPLE_VALUES = 2**19  # of each kind of stream are compressed to foresee its size
@@ -10878,15 +10973,18 @@ def weigh(h: Hyperparameters, spreads: dict[str, Spread], speed: Speed, limit: f
     with torch.device("meta"):
         model = GPT(h, 1)
         weights = Weights(model)
-    whole: Counter[str] = Counter()
     for bank in weights.banks.values():
         bank.settle(h)
-        whole[bank.codec.stream] += bank.latent.numel()
-        whole["scales"] += len(bank.names) * math.prod(bank.codec.scale_shape(bank.latent.shape[1:]) or (0,))
     prints = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("data", "tokenizer")}
     expected = foresee(h, speed)
-    table = write_artifact(h, coded_like(weights, spreads, untrained_share(h, expected.tokens), limit), prints).table
-    streams = {kind: round(stored * whole.get(kind, values) / values) for kind, _, _, values, _, stored in table}
+    shapes = {name: tuple(bank.latent.shape[1:]) for name, (bank, _) in weights.where.items()}
+    corrections = [*corrections_like(h, shapes)]
+    drawn = [*coded_like(weights, spreads, untrained_share(h, expected.tokens), limit), *corrections]
+    table = write_artifact(h, iter(drawn), prints).table
+    part = stream_sizes(h, [(coded.codec, coded.codes.shape) for coded in drawn])
+    whole = stream_sizes(h, [(coded.codec, coded.codes.shape) for coded in corrections])
+    whole.update(stream_sizes(h, [(weights.where[name][0].role.codec, shape) for name, shape in shapes.items()]))
+    streams = {kind: round(stored * (whole[kind] or 1) / (part[kind] or 1)) for kind, *_, stored in table}
     return Candidate(h, sum(p.numel() for p in model.parameters()), expected, streams)
 
 

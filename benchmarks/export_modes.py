@@ -1,6 +1,6 @@
 """What a float model loses by each way of quantizing it after training, and the bytes of its file.
 
-    python benchmarks/export_modes.py RUN_FOLDER [NAME=VALUE ...]
+    python benchmarks/export_modes.py RUN_FOLDER [--ways "float;GPTQ, LQER"] [NAME=VALUE ...]
 
 Takes the last checkpoint of a run that trained in float and gives its weights the codecs of EXPORT_MODE
 competition_gptq, each time from the float latents: rounded to the nearest, clipped, by GPTQ, with LQER. Scores what is
@@ -23,11 +23,14 @@ WAYS: dict[str, dict[str, str]] = {
     "nearest": {"EXPORT_MODE": "mixed", "CODEC_MAP": "matrix:int6"},
     "CLIP_SIGMA=3": {"EXPORT_MODE": "mixed", "CODEC_MAP": "matrix:int6", "CLIP_SIGMA": "3"},
     "CLIP_SIGMA=4": {"EXPORT_MODE": "mixed", "CODEC_MAP": "matrix:int6", "CLIP_SIGMA": "4"},
+    "CLIP_SIGMA=12": {"EXPORT_MODE": "mixed", "CODEC_MAP": "matrix:int6", "CLIP_SIGMA": "12"},
     "CLIP_SEARCH": {"EXPORT_MODE": "mixed", "CODEC_MAP": "matrix:int6", "CLIP_SEARCH": "1"},
     "GPTQ": {"EXPORT_MODE": "competition_gptq", "LQER_RANK": "0"},
     "GPTQ, search": {"EXPORT_MODE": "competition_gptq", "LQER_RANK": "0", "CLIP_SEARCH": "1"},
     "GPTQ of own text": {"EXPORT_MODE": "competition_gptq", "LQER_RANK": "0", "GPTQ_SOURCE": "self"},
     "GPTQ, LQER": {"EXPORT_MODE": "competition_gptq"},
+    "GPTQ, 12": {"EXPORT_MODE": "competition_gptq", "LQER_RANK": "0", "CLIP_SIGMA": "12"},
+    "GPTQ, LQER, 12": {"EXPORT_MODE": "competition_gptq", "CLIP_SIGMA": "12"},
 }
 
 
@@ -79,13 +82,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Score a float checkpoint under each way of quantizing it.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("changes", nargs="*", metavar="NAME=VALUE")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--ways", default=";".join(WAYS), help="some of them, with semicolons between, float first")
+    arguments = parser.parse_intermixed_args(argv)
+    if unknown := set(arguments.ways.split(";")) - set(WAYS):
+        parser.error(f"no such way: {', '.join(sorted(unknown))}; there are {'; '.join(WAYS)}")
     more = dict(change.split("=", 1) for change in arguments.changes if "=" in change)
     plain = {name: value for name, value in more.items() if name != "CODEC_MAP"}  # which would set training's codecs
     print(f"{'way':<18}{'val_bpb':>10}{'gap':>10}{'in memory':>12}{'model_bytes':>13}{'seconds':>9}")
     try:
         base = None
-        for name, changes in WAYS.items():
+        for name in arguments.ways.split(";"):
+            changes = WAYS[name]
             row = measure(arguments.folder, {**changes, **more} if changes else plain)
             base = row.bpb if base is None else base
             gap, same = row.bpb - base, f"{row.in_memory:.0e}"

@@ -55,7 +55,8 @@ def small_stages(preset: str) -> dict[str, str]:
     values = train_gpt.PRESETS[preset]
     small = {"batch_stages": "0:64", "curriculum_stages": "0:2,0.5:1", "rmt_segment": "8"}
     small |= {"recurrence_layers": "0-1", "hc_start": "1", "bigram_hash_buckets": "64"}
-    return {name.upper(): text for name, text in small.items() if name in values}
+    stride = {"SLIDING_EVAL_STRIDE": "4"} if "sliding_eval" in values else {}
+    return stride | {name.upper(): text for name, text in small.items() if name in values}
 
 
 # Jobs that switch on other residual topologies, on the same terms.

@@ -156,6 +156,29 @@ def test_inputs_never_seen_leave_a_weight_to_rounding() -> None:
     assert torch.equal(got.codes, codec.quantize(w.double(), t.default_tuning(w)).codes)
 
 
+@pytest.mark.parametrize("group", [0, 16])
+def test_singular_hessians_are_solved(group: int) -> None:
+    """Of fewer inputs than columns, of one input, and with inputs that are always zero: damping makes them regular."""
+    w, codec = drawn(3, 10, 48).float(), int_codec(int_group=group)
+    few, one, dead = drawn(20, 48, seed=4), drawn(1, 48, seed=5), drawn(400, 48, seed=6)
+    dead[:, ::3] = 0
+    hessian = torch.stack([x.mT @ x for x in (few, one, dead)])
+    assert all(torch.linalg.matrix_rank(h) < 48 for h in hessian)
+    coded = t.gptq(codec, w, hessian)
+    assert coded.scales is not None and coded.scales.isfinite().all()
+    nearest = codec.fake_quantize(w, t.default_tuning(w))
+    losses = [t.hessian_error(v.double() - w, hessian) for v in (codec.decode(coded), nearest)]
+    assert (losses[0][:2] < 0.7 * losses[1][:2]).all() and losses[0][2] < 1.05 * losses[1][2]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_hessian_that_is_not_finite_is_an_error_of_gptq(value: float) -> None:
+    hessian = inputs_hessian(12, 1)
+    hessian[0, 3, 3] = value
+    with pytest.raises(torch.linalg.LinAlgError):
+        t.gptq(int_codec(int_group=0), drawn(1, 5, 12).float(), hessian)
+
+
 # ---- low-rank corrections ----
 
 
@@ -294,6 +317,22 @@ def test_without_time_gptq_gives_up_and_weights_are_rounded(tiny_env: dict[str, 
         assert torch.equal(p, q), name
 
 
+def test_weight_whose_inputs_are_not_finite_is_rounded(tiny_env: dict[str, str], tmp_path: Path) -> None:
+    """An MLP of 1e30 squares to infinity: its second matrix has no Hessian, all before it have, and nothing raises."""
+    s = session_of({**tiny_env, **GPTQ, "LQER_RANK": "0"}, tmp_path)
+    bank, i = s.weights.where["blocks.1.mlp.up.weight"]
+    bank.latent[i] = 1e30
+    s.weights.materialize(1.0)
+    names = {name for name in s.weights.where if name.startswith("blocks") and name.endswith("weight")}
+    found = t.input_hessians(s, names, lambda: 0.0, 1.0)
+    assert "blocks.1.mlp.down.weight" not in found and "blocks.1.mlp.up.weight" in found
+    assert all(hessian.isfinite().all() for hessian in found.values())
+    t.quantize_trained(s, lambda: 0.0)
+    down, at = s.weights.where["blocks.1.mlp.down.weight"]
+    rounded = down.codec.fake_quantize(down.latent[at : at + 1], t.default_tuning(down.latent[:1]))[0]
+    assert torch.equal(s.model.get_parameter("blocks.1.mlp.down.weight").detach(), rounded)
+
+
 def test_hessians_are_those_of_the_inputs(tiny_env: dict[str, str], tmp_path: Path) -> None:
     """The tied head's from logits' hidden states; a batch more adds its own."""
     s = session_of({**tiny_env, **GPTQ, "GPTQ_BATCHES": "1"}, tmp_path)
@@ -310,3 +349,35 @@ def test_hessians_are_those_of_the_inputs(tiny_env: dict[str, str], tmp_path: Pa
         assert torch.allclose(hessian, flat.mT @ flat, rtol=1e-4, atol=1e-4), name
     more = s._replace(h=dataclasses.replace(s.h, gptq_batches=2))
     assert t.input_hessians(more, set(seen), lambda: 0.0, 1.0)["embed.weight"].trace() > found["embed.weight"].trace()
+
+
+# The preset of eight GPUs, at a size for a CPU.
+SMALL_FRONTIER = {
+    "PRESET": "frontier", "NUM_LAYERS": "3", "MODEL_DIM": "32", "NUM_HEADS": "2", "NUM_KV_HEADS": "1",
+    "PARTIAL_ROPE_DIMS": "8", "RECURRENCE_LAYERS": "0-1", "HC_START": "1", "TRAIN_SEQ_LEN": "32",
+    "TRAIN_BATCH_TOKENS": "256", "MICRO_BATCH_TOKENS": "256", "HOLDOUT_TOKENS": "512", "GPTQ_BATCHES": "2",
+    "ITERATIONS": "20", "MAX_WALLCLOCK_SECONDS": "0", "VAL_LOSS_EVERY": "0", "VAL_BATCH_SIZE": "512",
+    "SLIDING_EVAL_STRIDE": "8", "EVAL_STREAMS": "4", "MAX_VAL_TOKENS": "600", "SAMPLE_TOKENS": "0",
+    "PRECISION": "fp32",
+}  # fmt: skip
+
+
+def test_frontier_trains_exports_reloads_and_is_scored_by_sliding_windows_that_learn(
+    run_job: Run, tiny_env: dict[str, str], read_metrics: Callable
+) -> None:
+    env = {**tiny_env, **SMALL_FRONTIER}
+    done = run_job(env)
+    assert done.code == 0, done.err
+    (final,) = read_metrics(folder_of(env), "final")
+    assert abs(final["val_loss_nats"] - final["in_memory_val_loss_nats"]) < 1e-6
+    assert "protocol:window=32,stride=8,streams=4,adapters=ttt_lora,settings=" in done.out
+    assert "MAX_EVAL_SECONDS=600" in done.out
+    header, _ = t.decode_artifact((folder_of(env) / "model.pgz").read_bytes())
+    assert {"int6", "int7", "int8"} <= {codec for _, codec, *_ in header["tensors"]}
+    again = run_job({name: text for name, text in env.items() if name != "RUN_ID"},
+        ["eval", str(folder_of(env) / "model.pgz")])  # fmt: skip
+    assert again.code == 0, again.err
+    found = float(again.out.split("final_eval val_loss:")[1].split()[0])
+    assert found == pytest.approx(final["val_loss_nats"], abs=1e-6)
+    still = run_job({**env, "TTT_SCOPE": "off", "RUN_ID": "still"}, ["eval", str(folder_of(env) / "model.pgz")])
+    assert float(still.out.split("final_eval val_loss:")[1].split()[0]) != pytest.approx(found, abs=1e-6)

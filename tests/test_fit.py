@@ -45,16 +45,21 @@ def test_spread_of_drawn_weights_is_the_one_they_were_drawn_with(spread: t.Sprea
 
 def test_ngrams_that_never_occur_leave_rows_untrained() -> None:
     """Against rows of a hash table that random keys fall into, at the numbers of distinct n-grams that were counted."""
-    h = config(BIGRAM_HASH_BUCKETS=65536, BIGRAM_HASH_ORDERS="2,3")
+    h = config(BIGRAM_HASH_BUCKETS=262144, BIGRAM_HASH_ORDERS="2,3", VOCAB_SIZE=1000)
     generator = torch.Generator().manual_seed(0)
     empty = []
     for order in (2, 3):
-        keys = torch.randint(65536, (t.DISTINCT[order][0],), generator=generator)
-        empty.append(1 - keys.unique().numel() / 65536)
+        keys = torch.randint(262144, (t.DISTINCT[1024][order][0],), generator=generator)
+        empty.append(1 - keys.unique().numel() / 262144)
     assert t.untrained_share(h, t.DISTINCT_TOKENS) == pytest.approx(sum(empty) / 2, abs=0.003)
     shares = [t.untrained_share(h, tokens) for tokens in (0, 1e5, 1e6, 1e9)]
     assert shares == sorted(shares, reverse=True) and shares[0] == 1 and shares[-1] < 0.01
     assert t.untrained_share(config(), 0.0) == 0
+    wide = [
+        t.untrained_share(config(BIGRAM_HASH_BUCKETS=262144, BIGRAM_HASH_ORDERS="2,3", VOCAB_SIZE=size), 1e6)
+        for size in (256, 1024, 8192)
+    ]
+    assert wide[0] == wide[1] > wide[2] + 0.1, "the larger the vocabulary, the more n-grams are there"
 
 
 # ---- time
@@ -110,6 +115,18 @@ def test_variables_may_stand_before_and_after_options() -> None:
             t.parse_command(words)
 
 
+def test_forecast_has_the_corrections() -> None:
+    """int4 factors of the three largest matrices, counted once whatever the sample is."""
+    base = {"EXPORT_MODE": "competition_gptq", "MATRIX_CODEC": "bf16", "MODEL_DIM": 64, "INT_GROUP": 0}
+    speed = t.Speed(1e-12, 0.0, "")
+    with_them = [t.weigh(config(**base), t.SPREADS, speed, limit).streams for limit in (math.inf, 2**12)]
+    without = t.weigh(config(**base, LQER_RANK=0), t.SPREADS, speed).streams
+    values = 4 * 3 * (64 + 256)  # embedding, 256 x 64, and two matrices of 128 x 64 or the like
+    assert "int4" not in without and 0.3 < with_them[0]["int4"] / values < 0.6
+    assert with_them[0]["int4"] == with_them[1]["int4"]
+    assert with_them[0]["header"] > without["header"] and with_them[0]["scales"] > without["scales"]
+
+
 @pytest.mark.parametrize("codec", ["ternary", "int6"])
 def test_sample_foretells_the_whole(codec: str) -> None:
     h = config(MODEL_DIM=256, NUM_LAYERS=4, MATRIX_CODEC=codec, FP_STORAGE="int7", BIGRAM_HASH_BUCKETS=4096)
@@ -125,7 +142,7 @@ def test_codecs_that_come_after_training_are_those_of_the_forecast() -> None:
     after = config(EXPORT_MODE="mixed", CODEC_MAP="matrix:int6")
     found = [t.weigh(h, t.SPREADS, speed).streams for h in (after, config(MATRIX_CODEC="int6", FP_STORAGE="int7"))]
     weights = [{kind: size for kind, size in streams.items() if kind != "header"} for streams in found]
-    assert weights[0] == weights[1] and "ints" in weights[0]
+    assert weights[0] == weights[1] and {"int6", "int7"} <= set(weights[0])
 
 
 def test_forecast_of_a_trained_models_artifact(

@@ -28,6 +28,7 @@ def built(preset: str, **variables: object) -> t.GPT:
     more |= {"BATCH_STAGES": "0:64"} if whole.batch_stages else {}
     more |= {"RECURRENCE_LAYERS": "1-2"} if whole.looped else {}
     more |= {"HC_START": 2} if whole.hc_start else {}
+    more |= {"SLIDING_EVAL_STRIDE": 4} if whole.sliding_eval else {}
     more |= {"INDUCTION_WINDOW": 8} if whole.matched_orders else {}
     more |= {"RMT_SEGMENT": 8, "RMT_TOKENS": 2} if whole.rmt_segment else {}
     sparse = {"NSA_BLOCK": 4, "NSA_STRIDE": 2, "NSA_SELECT_BLOCK": 4, "NSA_SELECT": 4, "NSA_WINDOW": 4}

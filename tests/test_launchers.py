@@ -20,6 +20,8 @@ from pathlib import Path
 
 import pytest
 
+import train_gpt as t
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = (
     "run_local.sh",
@@ -483,6 +485,8 @@ def test_settings_can_be_overridden_and_the_line_can_be_pasted(machine: Machine)
 def test_named_preset_brings_its_own_batch_and_length(machine: Machine) -> None:
     line = dry_run(machine, "PRESET=frontier")
     assert "PRESET=frontier" in line and "TRAIN_SEQ_LEN" not in line and "TRAIN_BATCH_TOKENS" not in line
+    values = t.PRESETS["frontier"]
+    assert f"DATA_PATH={values['data_path']} TOKENIZER_PATH={values['tokenizer_path']} " in line
 
 
 def test_vocabulary_chooses_data_and_tokenizer(machine: Machine) -> None:

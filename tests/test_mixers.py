@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -485,7 +490,7 @@ def test_blocks_are_attention_with_its_gradients(length: int, heads: tuple[int, 
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
     grad, found = torch.randn(shapes[0], generator=generator, dtype=torch.float64), []
     for backend in ("blocks", "sdpa"):
-        y = t.ATTENTION[backend](*inputs, 0)
+        y = t.ATTENTION[backend](*inputs, 0, None)
         found.append([y, *torch.autograd.grad(y, inputs, grad)])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
@@ -517,8 +522,95 @@ def test_a_package_that_cannot_be_imported_is_passed_over(tmp_path: Path, monkey
         t.choose_attention(t.load_config({"PRESET": "attn", "ATTN_IMPL": "fa3"}), rt)
     (tmp_path / "flash_attn.py").write_text("")
     assert t.choose_attention(t.load_config({"PRESET": "attn"}), rt)[0] == "fa2"
+    assert t.choose_attention(t.load_config({"PRESET": "attn", "DOC_MASK": "1"}), rt)[0] == "fa2"
     with pytest.raises(t.UserError, match="no bf16 on CUDA"):
         t.choose_attention(t.load_config({"PRESET": "attn", "ATTN_IMPL": "fa2"}), rt._replace(autocast=False))
+
+
+# ---- kernels of variable length
+
+
+def test_bounds_of_documents_by_hand() -> None:
+    """Rows begin documents of their own; those that are not there have no tokens, and the length does not change."""
+    documents = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 2]])
+    assert t.document_bounds(documents).tolist() == [0, 2, 4, 7, 8, 8, 8, 8, 8]
+    assert t.document_bounds(documents * 0).tolist() == [0, 4, *[8] * 7]
+    assert t.document_bounds(torch.arange(8).view(2, 4)).tolist() == list(range(9))
+    assert t.document_bounds(torch.zeros(2, 200, dtype=torch.int64)).dtype == torch.int32
+    compiled = torch.compile(t.document_bounds, backend="eager", fullgraph=True, dynamic=False)
+    sizes = [len(compiled((torch.rand(16, 2048) < share).cumsum(1))) for share in (0.01, 0.0)]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        sizes.append(len(compiled((torch.rand(16, 2048) < 0.5).cumsum(1))))
+    assert sizes == [513] * 3, "a document for 64 tokens"
+
+
+def one_sequence_after_the_other(
+    q: Tensor, k: Tensor, v: Tensor, ends: Tensor, key_ends: Tensor, longest: int, longest_key: int, **ways: Any
+) -> Tensor:
+    """What FlashAttention's kernel of variable length computes; tokens beyond the last sequence are left unwritten."""
+    assert ways["causal"] and torch.equal(ends, key_ends) and ends.dtype == torch.int32 and longest == longest_key
+    edges, window, parts = ends.tolist(), ways["window_size"], []
+    assert edges == sorted(edges) and edges[0] == 0
+    for first, last in itertools.pairwise(edges):
+        assert last - first <= longest
+        if first < last:
+            place = torch.arange(last - first)
+            back = place.unsqueeze(1) - place
+            seen = (back >= 0) & (back <= (window[0] if window[0] >= 0 else back.numel()))
+            parts.append(t.sdpa(*(x[None, first:last] for x in (q, k, v)), seen[None, None], False)[0])
+    return torch.cat([*parts, torch.full_like(q[edges[-1] :], 1e3)])
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package flash_attn whose kernel is the loop above."""
+    package = SimpleNamespace(flash_attn_varlen_func=one_sequence_after_the_other)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
+
+
+def with_kernel(name: str, variables: dict[str, object]) -> t.GPT:
+    """A scrambled network on a backend, whatever the device is."""
+    h = dataclasses.replace(config("attn", {"DOC_MASK": 1, **variables}), attn_impl=name)
+    return scramble(t.build_model(h, t.start_runtime(h), BOS))
+
+
+@pytest.mark.parametrize("backend", ["fa2", "fa3"])
+@pytest.mark.parametrize("starts", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize(
+    "variables", [{}, {"ATTN_WINDOW": 3}, {"NUM_KV_HEADS": 4, "XSA_LAYERS": 2}, {"RMT_SEGMENT": 5}]
+)
+def test_documents_by_kernels_of_variable_length_are_the_masked_ones(
+    backend: str, starts: float, variables: dict[str, object], flash: None
+) -> None:
+    """Logits and gradients; with written memory, which sees all of its segment, the mask is taken."""
+    tokens, found = some_tokens(3, 13, 1, starts), []
+    for name in (backend, "sdpa"):
+        model = with_kernel(name, variables)
+        out = logits(model, tokens)
+        out.square().sum().backward()
+        found.append([out, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 15
+    for ours, masked in zip(*found, strict=True):
+        torch.testing.assert_close(ours, masked, rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_documents_by_kernels_see_all_of_themselves_and_nothing_else(flash: None) -> None:
+    model, tokens = with_kernel("fa2", {"NUM_LAYERS": 2}), some_tokens(1, 14, starts=0)
+    tokens[0, [3, 9]] = BOS
+    found, documents = depends(model, tokens, 0), documents_of(tokens)
+    for i in range(14):
+        for j in set(range(14)) - {3, 9}:
+            assert found[i][j] == (j <= i and documents[i] == documents[j]), f"query {i}, key {j}"
+
+
+def test_too_many_documents_make_no_number(flash: None) -> None:
+    """Of 400 tokens, each a document, 256 have one; no token of the others may see a wrong one."""
+    x = torch.randn(2, 200, 1, 4)
+    y = t.flash2(x, x, x, 0, torch.arange(400).view(2, 200))
+    assert torch.equal(y.isnan().any(-1).flatten(), torch.arange(400) >= 256)
+    torch.testing.assert_close(y.flatten(0, 1)[:256], x.flatten(0, 1)[:256])
 
 
 # ---- rows of tokens in values, and queries that look at their own

@@ -43,6 +43,7 @@ def small_preset(preset: str) -> dict[str, str]:
     more = {"PARTIAL_ROPE_DIMS": "8"} if whole.partial_rope_dims else {}
     more |= {"EMBED_DIM": "16"} if whole.embed_dim else {}
     more |= {"BACKOUT": "0"} if whole.backout >= 0 else {}
+    more |= {"TTT_SCOPE": "off"} if whole.ttt_scope != "off" else {}  # first pairs are other random numbers there
     if whole.ngram_orders:
         more |= {"BIGRAM_HASH_BUCKETS": "67", "BIGRAM_HASH_DIM": str(4 * len(whole.ngram_orders))}
     return {**SMALL, "PRESET": preset, **more, **small_stages(preset)}

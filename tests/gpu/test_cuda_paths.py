@@ -57,7 +57,11 @@ def test_flash_attention_agrees_with_sdpa(backend: str, window: int) -> None:
     key = torch.arange(256, device="cuda")
     mask = (key <= key[:, None]) & (key > key[:, None] - (window or 256))
     expected = t.sdpa(q.float(), k.float(), v.float(), mask, False)
-    assert (t.ATTENTION[backend](q, k, v, window).float() - expected).abs().max() < 2e-2
+    assert (t.ATTENTION[backend](q, k, v, window, None).float() - expected).abs().max() < 2e-2
+    documents = (torch.rand(2, 256, device="cuda") < 0.05).cumsum(1)
+    mask = mask & (documents.unsqueeze(2) == documents.unsqueeze(1)).unsqueeze(1)
+    expected = t.sdpa(q.float(), k.float(), v.float(), mask, False)
+    assert (t.ATTENTION[backend](q, k, v, window, documents).float() - expected).abs().max() < 2e-2
 
 
 def test_masked_and_causal_sdpa_agree_in_bf16() -> None:
