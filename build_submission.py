@@ -20,7 +20,6 @@ import argparse
 import ast
 import base64
 import builtins
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -252,11 +251,65 @@ def walk(node: ast.AST) -> Iterator[ast.AST]:
 
 def children(node: ast.AST) -> list[ast.AST]:
     """The nodes right below one."""
-    found = list[Any]()
+    found, held = list[Any](), node.__dict__
     for name in PARTS[node.__class__]:
-        part = node.__dict__.get(name)
-        found += part if part.__class__ is list else [part]
-    return [one for one in found if one is not None]
+        part = held.get(name)
+        if part.__class__ is list:
+            found += [p for p in part if p is not None]
+        elif part is not None:
+            found.append(part)
+    return found
+
+
+class Rewriter:
+    """ast.NodeTransformer, several times as fast: methods are looked up once a class, and only parts are visited."""
+
+    def __init_subclass__(cls) -> None:
+        cls.rules = {kind: getattr(cls, name, None) for kind, name in VISITORS.items()}
+
+    rules: dict[type, Callable | None]
+
+    def visit(self, node: Any) -> Any:
+        rule = self.rules[node.__class__]
+        return self.generic_visit(node) if rule is None else rule(self, node)
+
+    def generic_visit(self, node: Any) -> Any:
+        held = node.__dict__
+        for name in PARTS[node.__class__]:
+            part = held.get(name)
+            if part.__class__ is list:
+                part[:] = self.visited(part)
+            elif part is not None:
+                new = self.visit(part)
+                if new is None:
+                    del held[name]
+                else:
+                    held[name] = new
+        return node
+
+    def visited(self, nodes: list[Any]) -> list[Any]:
+        found = list[Any]()
+        for node in nodes:
+            new = node if node is None else self.visit(node)
+            if new.__class__ is list:
+                found += new
+            elif new is not None or node is None:
+                found.append(new)
+        return found
+
+
+VISITORS = {kind: "visit_" + kind.__name__ for kind in PARTS}
+
+
+def cloned(node: Any) -> Any:
+    """A copy of a tree."""
+    if node.__class__ is list:
+        return [cloned(part) for part in node]
+    if not isinstance(node, ast.AST):
+        return node
+    new = node.__class__.__new__(node.__class__)
+    new.__dict__.update({name: cloned(part) for name, part in node.__dict__.items()})
+    return new
 
 
 def parsed(text: str) -> ast.expr:
@@ -384,28 +437,36 @@ def stores(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr | None]]:
 def inside(node: ast.AST) -> Iterator[ast.AST]:
     """Nodes of a scope's own code: not of functions, classes and lambdas in it, whose first node is given."""
     body = [node.body] if isinstance(node, ast.Lambda) else getattr(node, "body", [node])
-    work: list[ast.AST] = list(body)
+    work: list[Any] = list(body)
     while work:
         one = work.pop()
         yield one
-        if isinstance(one, Definition):
-            work += one.decorator_list
-            work += (
-                [*one.args.defaults, *filter(None, one.args.kw_defaults)] if isinstance(one, Function) else one.bases
-            )
-        elif isinstance(one, ast.Lambda):
+        kind = one.__class__
+        if kind in (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda):
+            work += [] if kind is ast.Lambda else one.decorator_list
             work += [*one.args.defaults, *filter(None, one.args.kw_defaults)]
-        else:
-            work += children(one)
+            continue
+        held = one.__dict__
+        for name in ("decorator_list", "bases") if kind is ast.ClassDef else PARTS[kind]:
+            part = held.get(name)
+            if part.__class__ is list:
+                work += [p for p in part if p is not None]
+            elif part is not None:
+                work.append(part)
+
+
+BINDERS = {ast.Assign, ast.AnnAssign, ast.AugAssign, ast.For, ast.NamedExpr, ast.withitem, ast.Delete, ast.ExceptHandler}
+BINDERS |= {ast.Global, ast.Nonlocal, ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef}
 
 
 def bindings(node: ast.AST) -> dict[str, list[ast.AST | None]]:
     """Name -> what is bound to it in a scope, None for what is not at hand. Comprehensions are scopes of their own."""
     found: dict[str, list[ast.AST | None]] = defaultdict(list)
-    own = {id(target) for one in inside(node) if isinstance(one, ast.comprehension) for target in walk(one.target)}
     for one in inside(node):
+        if one.__class__ not in BINDERS:
+            continue
         for target, value in stores(one):
-            if isinstance(target, ast.Name) and id(target) not in own:
+            if isinstance(target, ast.Name):
                 found[target.id].append(value)
         if isinstance(one, Definition):
             found[one.name].append(one)
@@ -833,7 +894,7 @@ class Scope:
     hides: bool = False  # a comprehension's or class's: its names are not known outside, and nothing of them is
 
 
-class Fold(ast.NodeTransformer):
+class Fold(Rewriter):
     """One round of evaluation: what is known becomes a literal, what cannot be reached goes."""
 
     def __init__(self, program: Program, facts: Facts) -> None:
@@ -900,7 +961,7 @@ class Fold(ast.NodeTransformer):
             return literal(node)
         closed = Closed(self)
         closed.check(node, frozenset())
-        plain = Spelled(self).visit(copy.deepcopy(node))
+        plain = Spelled(self).visit(cloned(node)) if closed.spelled else node
         with warnings.catch_warnings(action="ignore"):  # an expression that makes no sense is left to run time
             code = compile(ast.fix_missing_locations(ast.Expression(plain)), "<build>", "eval")
         try:
@@ -989,7 +1050,7 @@ class Fold(ast.NodeTransformer):
         if scope and not scope.hides and node.id in scope.constants and len(scope.bound[node.id]) == 1:
             value = scope.constants[node.id]
             if self.facts.symbol(value) and (is_literal(value) or self.visible(value)):
-                return copy.deepcopy(value)
+                return cloned(value)
         return None
 
     def visible(self, value: ast.expr) -> bool:
@@ -998,7 +1059,7 @@ class Fold(ast.NodeTransformer):
 
     def simplify_Attribute(self, node: ast.Attribute) -> ast.expr | None:
         value = self.attribute_symbol(node)
-        return copy.deepcopy(value) if value is not None and (is_literal(value) or self.visible(value)) else None
+        return cloned(value) if value is not None and (is_literal(value) or self.visible(value)) else None
 
     def simplify_BoolOp(self, node: ast.BoolOp) -> ast.expr | None:
         is_or, parts = isinstance(node.op, ast.Or), list[ast.expr]()
@@ -1102,7 +1163,7 @@ class Fold(ast.NodeTransformer):
             fit = isinstance(entry, ast.Name | ast.Attribute) or (
                 isinstance(entry, ast.Lambda) and self.closed_lambda(entry)
             )
-            return copy.deepcopy(entry) if entry is not None and fit else None
+            return cloned(entry) if entry is not None and fit else None
         if isinstance(node.value, ast.Dict) and all(is_literal(k) for k in node.value.keys):
             found = [v for k, v in zip(node.value.keys, node.value.values) if same(literal(k), literal(key))]
             return found[-1] if found and all(map(self.purity.expression, node.value.values)) else None
@@ -1119,7 +1180,7 @@ class Fold(ast.NodeTransformer):
             return self.applied(node.func, node)
         if isinstance(node.func, ast.Subscript) and isinstance(node.func.value, ast.Name) and not node.args:
             empty_ones = {"dict": ast.Dict([], []), "list": ast.List([], ast.Load())}  # dict[str, int]() is {}
-            return copy.deepcopy(empty_ones.get(node.func.value.id))
+            return cloned(empty_ones.get(node.func.value.id))
         if is_replace(node) and self.is_config(node.args[0]):
             kept = [k for k in node.keywords if k.arg in self.program.open]
             if len(kept) < len(node.keywords):
@@ -1167,7 +1228,7 @@ class Fold(ast.NodeTransformer):
         ):
             return None
         given = dict(zip(names, call.args))
-        return Replace(given).visit(copy.deepcopy(function.body))
+        return Replace(given).visit(cloned(function.body))
 
     def result(self, node: ast.Call) -> ast.expr | None:
         """The literal that a call returns whatever is passed and whoever is called; it must do nothing else."""
@@ -1493,25 +1554,26 @@ def is_config_arg(arg: ast.arg) -> bool:
     return isinstance(arg.annotation, ast.Name) and arg.annotation.id == CONFIG_CLASS
 
 
-class Replace(ast.NodeTransformer):
+class Replace(Rewriter):
     """Put expressions in for names."""
 
     def __init__(self, given: dict[str, ast.expr]) -> None:
         self.given = given
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        return copy.deepcopy(self.given[node.id]) if node.id in self.given and isinstance(node.ctx, ast.Load) else node
+        return cloned(self.given[node.id]) if node.id in self.given and isinstance(node.ctx, ast.Load) else node
 
 
 class Closed:
     """Checks that an expression can be evaluated at build time, and collects what its names mean."""
 
     def __init__(self, fold: Fold) -> None:
-        self.fold, self.names = fold, dict[str, Any]()
+        self.fold, self.names, self.spelled = fold, dict[str, Any](), False
 
     def check(self, node: ast.AST, local: frozenset[str]) -> None:
         """Raises Unknown for what cannot be known."""
         if isinstance(node, ast.Name | ast.Attribute) and self.fold.is_config(node):
+            self.spelled = True
             return
         if isinstance(node, ast.Name):
             if node.id not in local:
@@ -1546,6 +1608,7 @@ class Closed:
             self.names[head] = importlib.import_module(module)
             return
         if self.fold.is_config(node.value):
+            self.spelled = True
             return
         if node.attr not in PURE_METHODS:
             raise Unknown
@@ -1554,6 +1617,7 @@ class Closed:
     def call(self, node: ast.Call, local: frozenset[str]) -> None:
         name = dotted(node.func)
         if name == "dataclasses.asdict" and len(node.args) == 1 and self.fold.is_config(node.args[0]):
+            self.spelled = True
             return
         if name in self.fold.facts.defs and name not in local and self.fold.find(name) is self.fold.scopes[0]:
             self.names[name] = self.fold.program.pure_function(name)
@@ -1567,7 +1631,7 @@ class Closed:
             self.check(part, local)
 
 
-class Spelled(ast.NodeTransformer):
+class Spelled(Rewriter):
     """Expressions that are the configuration, as one name."""
 
     def __init__(self, fold: Fold) -> None:
@@ -1588,7 +1652,7 @@ class Spelled(ast.NodeTransformer):
 # ==== sweeping: what nobody reads ====
 
 
-class Sweep(ast.NodeTransformer):
+class Sweep(Rewriter):
     """One round of removal: local names, attributes, parameters and fields that are never read."""
 
     def __init__(self, facts: Facts) -> None:
@@ -1955,7 +2019,7 @@ class Program:
         self.source, self.h = source, h
         self.kept = frozenset(name.lower() for name in kept)
         self.absent = {"cuda", "mps", "cpu"} - set(devices)
-        self.tree = copy.deepcopy(source.tree)
+        self.tree = ast.parse(source.text)
         self.original = {n.name: n for n in definitions(source.tree.body) if isinstance(n, Definition)}
         self.assigned = {
             target.id: value
@@ -2170,7 +2234,7 @@ class Program:
         return finished(self.tree)
 
 
-class Marked(ast.NodeTransformer):
+class Marked(Rewriter):
     """Conditions on the markers alone, decided before anything else: most of a script then is out of reach."""
 
     def __init__(self, marks: dict[str, bool]) -> None:
@@ -2208,7 +2272,7 @@ def is_plain(value: Any) -> bool:
     return value is None or type(value) in (bool, int, float, str, bytes, range)
 
 
-class Finish(ast.NodeTransformer):
+class Finish(Rewriter):
     """Annotations and documentation go, but where a decorator or a class needs them."""
 
     def visit_FunctionDef(self, node: Any) -> Any:
