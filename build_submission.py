@@ -302,10 +302,11 @@ VISITORS = {kind: "visit_" + kind.__name__ for kind in PARTS}
 
 
 def cloned(node: Any) -> Any:
-    """A copy of a tree."""
+    """A copy of a tree. Contexts and operators are shared: the parser makes one of each, and the minifier hangs its
+    whole tree on them."""
     if node.__class__ is list:
         return [cloned(part) for part in node]
-    if not isinstance(node, ast.AST):
+    if not isinstance(node, ast.AST) or not node._fields:
         return node
     new = node.__class__.__new__(node.__class__)
     new.__dict__.update({name: cloned(part) for name, part in node.__dict__.items()})
