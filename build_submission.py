@@ -65,6 +65,7 @@ PURE_BUILTINS = frozenset(
         "abs",
         "all",
         "any",
+        "ascii",
         "bool",
         "bytes",
         "dict",
@@ -170,8 +171,12 @@ PURE_METHODS = frozenset(
         "hexdigest",
     ]
 )
+# What takes an attribute's name as a text.
+NAMERS = {"getattr", "setattr", "hasattr", "delattr", "attrgetter", "methodcaller", "register_buffer", "get_submodule"}
+NAMERS |= {"register_parameter", "register_module", "add_module", "get_parameter", "get_buffer"}
 EATERS = ("tuple", "list", "dict", "set", "any", "all", "sum", "sorted", "max", "min", "frozenset")  # of iterables
-PURE_CALLS = {"time.monotonic", "time.perf_counter", "time.time"}
+PURE_CALLS = {"time.monotonic", "time.perf_counter", "time.time", "Path", "slice", "zlib.crc32", "hashlib.sha256"}
+PURE_CALLS |= {"torch.cuda." + name for name in ("device_count", "is_available", "get_device_name", "memory_allocated")}
 
 
 def literal(node: ast.AST | None) -> Any:
@@ -568,12 +573,17 @@ class Facts:
         self.escaped: Counter[str] = Counter()  # names and .attributes that are read other than to be called
         self.loads: Counter[str] = Counter()  # .attributes read in any way, and names
         self.stored: dict[str, list[tuple[ast.Attribute, ast.expr | None]]] = defaultdict(list)
-        self.texts: set[str] = set()  # texts that are arguments: a name might be made of them
+        self.texts: set[str] = set()  # names of attributes that are given as texts
         self.owner = {id(n): name for name, kind in self.classes.items() for n in walk(kind)}  # node -> its class
         self.modules: dict[str, str] = {}
         self.pure_imports: set[str] = set()
         self.nonlocals = {name for n in self.nodes if isinstance(n, ast.Global | ast.Nonlocal) for name in n.names}
         called, types_only, local = set[int](), set[int](), set[str]()
+        self.arguments: dict[int, str] = {}  # names that are read in a constructor -> their annotation there
+        for _, method in self.methods["__init__"]:
+            own = {a.arg: dotted(a.annotation) for a in parameters(method.args) if a.annotation}
+            own = {n: kind for n, kind in own.items() if n not in bindings(method)}
+            self.arguments |= {id(n): own[n.id] for n in walk(method) if isinstance(n, ast.Name) and n.id in own}
         for node in self.nodes:
             if isinstance(node, ast.Call):
                 called.add(id(node.func))
@@ -608,7 +618,8 @@ class Facts:
         key = node.func.id if isinstance(node.func, ast.Name) else ""
         key = "." + node.func.attr if isinstance(node.func, ast.Attribute) else key
         self.calls[key].append(node)
-        self.texts |= {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
+        if key.strip(".") in NAMERS:
+            self.texts |= {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
 
     # -- classes --
 
@@ -621,9 +632,9 @@ class Facts:
         return [name, *(a for base in bases if base in self.classes for a in self.find_ancestors(base))]
 
     def family(self, name: str) -> frozenset[str]:
-        """All classes related to a class by inheritance, in either direction, and their relatives."""
-        ups = set(self.ancestors(name))
-        return frozenset(ups | {c for c in self.classes if ups & set(self.ancestors(c))})
+        """Classes whose code an object can have that is of a class or of one derived from it."""
+        heirs = [c for c in self.classes if name in self.ancestors(c)]
+        return frozenset(a for c in heirs for a in self.ancestors(c))
 
     def made(self, name: str) -> bool:
         """Whether an object of a program class, or of one derived from it, can exist."""
@@ -737,6 +748,17 @@ class Facts:
             self.cache[name, kinds] = self.agreed(values) if values else None
         return self.cache[name, kinds]
 
+    def attribute_kind(self, owner: str, name: str) -> str:
+        """The program's class that an attribute of a class has, or nothing, as annotations say."""
+        kinds = self.family(owner)
+        found = {dotted(one.annotation) for kind in kinds for one in self.classes[kind].body
+                 if isinstance(one, ast.AnnAssign) and dotted(one.target) == name}  # fmt: skip
+        for target, value in self.stored[name]:
+            if self.owner.get(id(target)) in kinds or dotted(target.value) != "self":
+                found.add(self.arguments.get(id(value), "") if isinstance(value, ast.Name) else made_kind(value))
+        kind = found.pop() if len(found) == 1 else ""
+        return kind if kind in self.classes else ""
+
     def values(self, name: str, kinds: frozenset[str] | None = None) -> list[ast.expr | None]:
         """All values that an attribute is given anywhere, None for an unknown one; only of some classes if named."""
         found: list[ast.expr | None] = [None] * (name in self.texts)
@@ -769,6 +791,16 @@ class Facts:
             copied = isinstance(value, ast.Attribute) and value.attr == name
             found += [value] if name in given and not copied else [None] * (None in given)
         return found
+
+
+def made_kind(node: ast.AST | None) -> str:
+    """The name of what a call makes."""
+    return dotted(node.func) if isinstance(node, ast.Call) else ""
+
+
+def marks_of(node: Definition) -> list[str]:
+    """Names of a definition's decorators."""
+    return [dotted(d.func if isinstance(d, ast.Call) else d) for d in node.decorator_list]
 
 
 def type_places(node: ast.AST) -> list[ast.expr]:
@@ -825,7 +857,7 @@ class Purity:
         if name in facts.defs:
             return name not in facts.shadowed and self.definition(facts.defs[name])
         if isinstance(node.func, ast.Name):
-            return name in PURE_BUILTINS or name in facts.pure_imports
+            return name in PURE_BUILTINS or name in facts.pure_imports or name in PURE_CALLS
         module = facts.modules.get(head, "")
         if name in PURE_CALLS or (module.split(".")[0] in PURE_MODULES and rest):
             return True
@@ -902,6 +934,7 @@ class Fold(Rewriter):
         self.program, self.facts, self.purity = program, facts, Purity(facts)
         self.scopes = [Scope(bindings(facts.tree), {}, set())]
         self.changes, self.asking, self.results = 0, set[str](), dict[int, ast.expr | None]()
+        self.owners = list[str]()  # classes around
 
     # -- names --
 
@@ -993,13 +1026,39 @@ class Fold(Rewriter):
     def attribute_symbol(self, node: ast.Attribute) -> ast.expr | None:
         """The static value of an attribute that everybody sets to the same."""
         name = node.attr
-        own = isinstance(node.value, ast.Name) and node.value.id == "self" and self.facts.owner.get(id(node), "")
-        kinds = self.facts.family(own) if own and own in self.facts.classes else None
-        if kinds is None and self.facts.outside(name):
-            return None
         if self.is_config(node.value) or dotted(node).split(".")[0] in self.facts.modules:
             return None
+        own = self.kind_of(node.value)
+        kinds = self.facts.family(own) if own else None
+        if kinds is None and self.facts.outside(name):
+            return None
+        methods = [m for c, m in self.facts.methods.get(name, ()) if kinds is None or c in kinds]
+        if methods:
+            results = [self.constant_result(m) if ["property"] == marks_of(m) else None for m in methods]
+            return self.facts.agreed(results) if all(results) and not self.facts.stored[name] else None
         return self.facts.attribute(name, kinds)
+
+    def kind_of(self, node: ast.AST | None, depth: int = 0) -> str:
+        """The program's class of an expression, or nothing: by its construction, or as its annotation says."""
+        facts, found = self.facts, ""
+        if depth > 5 or node is None:
+            return ""
+        if isinstance(node, ast.Name):
+            if node.id == "self" and (found := self.owners[-1] if self.owners else ""):
+                return found
+            scope = self.find(node.id)
+            values = scope.bound[node.id] if scope and not scope.hides and scope is not self.scopes[0] else []
+            if len(values) != 1:
+                return ""
+            value = values[0]
+            found = dotted(value.annotation) if isinstance(value, ast.arg) and value.annotation else ""
+            return found if found in facts.classes else "" if isinstance(value, ast.arg) else self.kind_of(value, depth + 1)
+        if isinstance(node, ast.Attribute) and (own := self.kind_of(node.value, depth + 1)):
+            return facts.attribute_kind(own, node.attr)
+        if isinstance(node, ast.Call):
+            name = dotted(node.func)
+            found = name if name in facts.classes and name not in facts.shadowed else self.returned(node)
+        return found if found in facts.classes else ""
 
     # -- expressions --
 
@@ -1197,8 +1256,8 @@ class Fold(Rewriter):
             one = node.args[0]
             if (
                 isinstance(one, ast.GeneratorExp)
-                and self.truth_of_loop(one.generators[0].iter)
-                and self.purity.expression(one)
+                and (self.truth_of_loop(one.generators[0].iter) or self.none_pass(one.generators[0]))
+                and self.purity.expression(one.generators[0].iter)
             ):
                 node.args[0] = ast.Tuple([], ast.Load())
                 return node
@@ -1362,6 +1421,7 @@ class Fold(Rewriter):
     def visit_ClassDef(self, node: ast.ClassDef) -> Any:
         node.decorator_list = [self.visit(d) for d in node.decorator_list]
         node.bases = [self.visit(b) for b in node.bases]
+        self.owners.append(node.name if self.facts.defs.get(node.name) is node else "")
         own = bindings(node)
         body = list[ast.stmt]()
         for one in node.body:
@@ -1371,6 +1431,7 @@ class Fold(Rewriter):
             self.scopes.append(Scope(own, {}, set(), True))
             body += self.statement(one)
             self.scopes.pop()
+        self.owners.pop()
         node.body = body or [ast.Pass()]
         return node
 
@@ -1386,11 +1447,15 @@ class Fold(Rewriter):
                 setattr(node, part, self.visit(getattr(node, part)))
         self.scopes.pop()
         iter_ = node.generators[0].iter
-        if self.truth_of_loop(iter_) and self.purity.expression(iter_):
+        if self.purity.expression(iter_) and (self.truth_of_loop(iter_) or self.none_pass(node.generators[0])):
             if isinstance(node, ast.DictComp):
                 return self.changed(ast.Dict([], []))
             return self.changed(ast.List([], ast.Load())) if isinstance(node, ast.ListComp) else node
         return node
+
+    def none_pass(self, generator: ast.comprehension) -> bool:
+        """Whether no element of what a comprehension goes through passes its conditions."""
+        return bool(generator.ifs) and self.truth_of_loop(ast.ListComp(ast.Constant(0), [generator]))
 
     visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = comprehension
 
