@@ -925,6 +925,8 @@ class Scope:
     constants: dict[str, ast.expr]
     configs: set[str]  # parameters that are configurations
     hides: bool = False  # a comprehension's or class's: its names are not known outside, and nothing of them is
+    followed: frozenset[str] = frozenset()  # names that only plain assignments of this scope's own code bind
+    flow: dict[str, ast.expr | None] = dataclasses.field(default_factory=dict)  # followed -> literal; None: not None
 
 
 class Fold(Rewriter):
@@ -1018,10 +1020,86 @@ class Fold(Rewriter):
             return self.program.module_value(name)
         if name in scope.constants:
             return literal(scope.constants[name])
+        if scope is self.scopes[-1] and scope.flow.get(name) is not None:
+            return literal(scope.flow[name])
         values = scope.bound[name]
         if len(values) != 1:
             raise Unknown
         return literal(values[0])
+
+    # -- what is known along a block --
+
+    def flows(self, flow: dict[str, ast.expr | None]) -> None:
+        self.scopes[-1].flow = flow
+
+    def note(self, node: ast.stmt) -> None:
+        """What an assignment makes known of local names."""
+        scope = self.scopes[-1]
+        for target, value in stores(node) if scope.followed else ():
+            if isinstance(target, ast.Name) and target.id in scope.followed:
+                scope.flow.pop(target.id, None)
+                if is_literal(value):
+                    scope.flow[target.id] = value
+                elif self.something(value):
+                    scope.flow[target.id] = None
+
+    def forget(self, *nodes: ast.AST) -> None:
+        """Names that some code binds are not known before and after it, when it may run often, in part or not at all."""
+        scope = self.scopes[-1]
+        if scope.flow:
+            bound = {n.id for node in nodes for n in walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            self.flows({name: value for name, value in scope.flow.items() if name not in bound})
+
+    def told(self, test: ast.expr, truth: bool) -> dict[str, ast.expr | None]:
+        """What is known where a condition has come out as true or false."""
+        scope = self.scopes[-1]
+        known, none = dict(scope.flow), ast.Constant(None)
+        if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) is truth:
+            for part in test.values:
+                known |= {name: value for name, value in self.told(part, truth).items() if name not in known}
+        elif isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+            return self.told(test.operand, not truth)
+        elif isinstance(test, ast.Name) and test.id in scope.followed and truth and test.id not in known:
+            known[test.id] = None
+        elif isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.left, ast.Name):
+            kind, right = test.ops[0], test.comparators[0]
+            if test.left.id in scope.followed and isinstance(right, ast.Constant) and right.value is None:
+                if isinstance(kind, ast.Is | ast.IsNot):
+                    known[test.left.id] = none if isinstance(kind, ast.Is) is truth else None
+        return known
+
+    def joined(self, one: dict[str, ast.expr | None], two: dict[str, ast.expr | None]) -> dict[str, ast.expr | None]:
+        """What two ways to the same place agree on."""
+        alike = {}
+        for name in one.keys() & two.keys():
+            a, b = one[name], two[name]
+            if a is not None and b is not None:
+                alike |= {name: a} if same(literal(a), literal(b)) else {}
+            elif all(x is None or literal(x) is not None for x in (a, b)):
+                alike[name] = None
+        return {name: alike[name] for name in sorted(alike)}
+
+    def branches(self, test: ast.expr, *bodies: list[ast.stmt]) -> list[list[ast.stmt]]:
+        """Two blocks of which one runs."""
+        starts, made, ends = [self.told(test, True), self.told(test, False)], list[list[ast.stmt]](), list[Any]()
+        for start, body in zip(starts, bodies):
+            self.flows(start)
+            made.append(self.block(body) if body else [])
+            if not (made[-1] and isinstance(made[-1][-1], ast.Return | ast.Raise | ast.Continue | ast.Break)):
+                ends.append(self.scopes[-1].flow)
+        self.flows(self.joined(*ends) if len(ends) == 2 else ends[0] if ends else {})
+        return made
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
+        node.test = self.visit(node.test)
+        before = self.scopes[-1].flow
+        yes, no = self.told(node.test, True), self.told(node.test, False)
+        self.flows(yes)
+        node.body = self.visit(node.body)
+        self.flows(no)
+        node.orelse = self.visit(node.orelse)
+        self.flows(before)
+        return node
 
     def attribute_symbol(self, node: ast.Attribute) -> ast.expr | None:
         """The static value of an attribute that everybody sets to the same."""
@@ -1205,6 +1283,8 @@ class Fold(Rewriter):
         scope = self.find(name)
         if scope is None or scope.hides or scope is self.scopes[0]:
             return False
+        if scope is self.scopes[-1] and name in scope.flow and scope.flow[name] is None:
+            return True
         values = scope.bound[name]
         parts = [v for v in values if not isinstance(v, ast.arg)]
         if len(parts) < len(values):
@@ -1404,12 +1484,30 @@ class Fold(Rewriter):
         for name in self.facts.nonlocals & set(bound):
             bound[name] += [None, None]
         known = self.facts.constants(node) if isinstance(node, Function) else {}
+        followed = self.followed(node, bound) if isinstance(node, Function) else frozenset()
+        flow = {name: value for name, value in known.items() if name in followed and is_literal(value)}
         known = {name: value for name, value in known.items() if len(bound[name]) == 1}
         configs = {a.arg for a in parameters(node.args) if is_config_arg(a)}
         owner = self.facts.owner.get(id(node))
         if owner == CONFIG_CLASS and not isinstance(node, ast.Lambda) and node.args.args:
             configs.add(node.args.args[0].arg)
-        return Scope(bound, known, configs)
+        return Scope(bound, known, configs, False, followed, {n: v for n, v in flow.items() if n not in known})
+
+    def followed(self, node: Function, bound: dict[str, list[ast.AST | None]]) -> frozenset[str]:
+        """Local names that nothing but plain assignments, and calls, bind."""
+        loose = set(self.facts.nonlocals) | {arg.arg for arg in starred(node.args)}
+        for one in inside(node):
+            if one.__class__ in BINDERS and one.__class__ not in (ast.Assign, ast.AnnAssign, ast.AugAssign):
+                loose |= {target.id for target, _ in stores(one) if isinstance(target, ast.Name)}
+                loose |= set(self.named(one))
+        return frozenset(bound) - loose
+
+    @staticmethod
+    def named(node: Any) -> list[str]:
+        """Names that a definition, an import or a handler binds."""
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            return [(alias.asname or alias.name).split(".")[0] for alias in node.names]
+        return [node.name] if isinstance(node, Definition | ast.ExceptHandler) and node.name else []
 
     def visit_Lambda(self, node: ast.Lambda) -> ast.expr:
         self.defaults(node.args)
@@ -1499,7 +1597,7 @@ class Fold(Rewriter):
             first = ast.BoolOp(node.test.op, parts) if len(parts) > 1 else parts[0]
             chosen = node.body if isinstance(node.test.op, ast.Or) else node.orelse
             return self.changed([ast.Expr(first), *self.spliced(chosen)])
-        node.body, node.orelse = self.block(node.body), self.block(node.orelse) if node.orelse else []
+        node.body, node.orelse = self.branches(node.test, node.body, node.orelse)
         if self.complains(node.body) and self.purity.expression(node.test):
             return self.changed(node.orelse or None)
         if self.complains(node.orelse) and self.purity.expression(node.test):
@@ -1537,10 +1635,19 @@ class Fold(Rewriter):
         node.iter = self.visit(node.iter)
         if self.truth_of_loop(node.iter):
             return self.changed(self.spliced(node.orelse) or None)
-        node.body, node.orelse = self.block(node.body), self.block(node.orelse) if node.orelse else []
+        self.apart(node)
         idle = all(isinstance(n, ast.Pass) for n in node.body) and not node.orelse
         named = all(isinstance(target, ast.Name) for target, _ in stores(node))
         return self.changed(None) if idle and named and self.purity.expression(node.iter) else node
+
+    def apart(self, node: ast.For | ast.While) -> None:
+        """A loop's parts, each of which may run often or not at all."""
+        self.forget(node)
+        before = self.scopes[-1].flow
+        node.body = self.block(node.body)
+        self.flows(dict(before))
+        node.orelse = self.block(node.orelse) if node.orelse else []
+        self.flows(before)
 
     def truth_of_loop(self, node: ast.expr) -> bool:
         """Whether there is nothing to loop over."""
@@ -1550,10 +1657,11 @@ class Fold(Rewriter):
             return isinstance(node, ast.List | ast.Tuple) and not node.elts
 
     def visit_While(self, node: ast.While) -> Any:
+        self.forget(node)
         node.test = self.condition(self.visit(node.test))
         if self.truth(node.test) is False:
             return self.changed(self.spliced(node.orelse) or None)
-        node.body, node.orelse = self.block(node.body), self.block(node.orelse) if node.orelse else []
+        self.apart(node)
         return node
 
     def visit_With(self, node: ast.With) -> Any:
@@ -1562,21 +1670,28 @@ class Fold(Rewriter):
             i for i in node.items if dotted(getattr(i.context_expr, "func", i)) == "nullcontext" and not i.optional_vars
         ]
         node.body = self.block(node.body)
+        self.forget(node)
         if idle:
             node.items = [i for i in node.items if i not in idle]
             return self.changed(node if node.items else node.body)
         return node
 
     def visit_Try(self, node: ast.Try) -> Any:
+        self.forget(node)
+        before = self.scopes[-1].flow
         node.body = self.block(node.body)
+        self.flows(dict(before))
         handlers = [h for h in node.handlers if self.may_catch(h)]
         for handler in handlers:
             handler.body = self.block(handler.body)
+            self.flows(dict(before))
         handlers = [h for h in handlers if not self.complains(h.body)]
         self.changes += len(node.handlers) - len(handlers)
         node.handlers = handlers
         node.orelse = self.block(node.orelse) if node.orelse else []
+        self.flows(dict(before))
         node.finalbody = [n for n in self.block(node.finalbody) if not isinstance(n, ast.Pass)]
+        self.flows(before)
         if not node.handlers and not node.finalbody:
             return self.changed([*node.body, *node.orelse])
         if not node.handlers and node.orelse:
@@ -1590,6 +1705,7 @@ class Fold(Rewriter):
 
     def visit_Assign(self, node: ast.Assign) -> Any:
         self.generic_visit(node)
+        self.note(node)
         value, target = node.value, node.targets[0]
         alike = (
             isinstance(value, ast.Name)
@@ -1601,10 +1717,20 @@ class Fold(Rewriter):
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
         node.value = node.value and self.visit(node.value)
+        self.note(node)
         return node
+
+    def plain(self, node: ast.Assign) -> ast.Assign:
+        self.note(node)
+        return self.changed(node)
 
     def visit_AugAssign(self, node: ast.AugAssign) -> Any:
         node.value = self.visit(node.value)
+        if isinstance(node.target, ast.Name):
+            with suppress(Unknown):
+                known = lifted(self.value(ast.BinOp(ast.Name(node.target.id, ast.Load()), node.op, node.value)))
+                return self.plain(ast.Assign([node.target], known))
+        self.note(node)
         node.target = self.generic_visit(node.target)  # type: ignore[assignment]
         nothing = isinstance(node.value, ast.Dict) and not node.value.keys and isinstance(node.op, ast.BitOr)
         nothing |= isinstance(node.value, ast.List) and not node.value.elts and isinstance(node.op, ast.Add)
