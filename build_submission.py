@@ -572,6 +572,7 @@ class Facts:
         self.calls: dict[str, list[ast.Call]] = defaultdict(list)  # by name, or by attribute with a dot in front
         self.escaped: Counter[str] = Counter()  # names and .attributes that are read other than to be called
         self.loads: Counter[str] = Counter()  # .attributes read in any way, and names
+        self.readers: dict[str, set[str]] = defaultdict(set)  # attribute -> classes of objects it is read of, "" unknown
         self.stored: dict[str, list[tuple[ast.Attribute, ast.expr | None]]] = defaultdict(list)
         self.texts: set[str] = set()  # names of attributes that are given as texts
         self.owner = {id(n): name for name, kind in self.classes.items() for n in walk(kind)}  # node -> its class
@@ -611,8 +612,29 @@ class Facts:
             ):
                 key = node.id if isinstance(node, ast.Name) else "." + node.attr
                 self.loads[key] += 1
+                if isinstance(node, ast.Attribute):
+                    self.readers[node.attr].add(node.__dict__.get("receiver", ""))
                 self.escaped[key] += id(node) not in called
         return self
+
+    def taken_apart(self) -> set[int]:
+        """Numbers of names to which the parts of what some call gives are bound, where it may be any object."""
+        found = set[int]()
+        for node in self.nodes:
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and not self.gives_tuple(node.value):
+                found |= {len(t.elts) for t in node.targets if isinstance(t, ast.Tuple | ast.List)}
+        return found
+
+    def gives_tuple(self, node: ast.Call) -> bool:
+        """Whether a call is of another module, or of a function that says it gives a plain tuple."""
+        name, method = dotted(node.func), node.func.attr if isinstance(node.func, ast.Attribute) else ""
+        called = [m for _, m in self.methods.get(method, ())] if method else [self.defs[n] for n in [name] if n in self.defs]
+        receiver = node.func.__dict__.get("receiver", "")
+        if method and not called and (kind := self.attribute_kind(receiver, method) if receiver in self.classes else ""):
+            called = [m for c, m in (*self.methods["forward"], *self.methods["__call__"]) if c in self.family(kind)]
+        if not called:
+            return not self.stored[method] if method else hasattr(builtins, name) or name in self.pure_imports
+        return all(isinstance(f, Function) and f.returns and ast.unparse(f.returns)[:6] == "tuple[" for f in called)
 
     def note_call(self, node: ast.Call) -> None:
         key = node.func.id if isinstance(node.func, ast.Name) else ""
@@ -640,6 +662,11 @@ class Facts:
         """Whether an object of a program class, or of one derived from it, can exist."""
         kinds = [c for c in self.classes if name in self.ancestors(c)]
         return any(self.calls[c] or self.escaped[c] for c in kinds)
+
+    def read(self, name: str, kind: str) -> bool:
+        """Whether an attribute may be read of an object that has this class's code."""
+        known = self.readers.get(name, set())
+        return name in self.texts or any(one not in self.classes or kind in self.family(one) for one in known)
 
     def foreign_bases(self, name: str) -> bool:
         """Whether a class derives from one of another module, which may use its attributes and methods."""
@@ -807,8 +834,8 @@ def type_places(node: ast.AST) -> list[ast.expr]:
     """Where a node names classes without using them: annotations, handlers, bases, the second part of isinstance."""
     if isinstance(node, ast.ExceptHandler):
         return [node.type] if node.type else []
-    if isinstance(node, ast.Call) and dotted(node.func) == "isinstance":
-        return node.args[1:]
+    if isinstance(node, ast.Call) and dotted(node.func) in ("isinstance", "cast"):
+        return node.args[1:] if dotted(node.func) == "isinstance" else node.args[:1]
     return node.bases if isinstance(node, ast.ClassDef) else hints(node)
 
 
@@ -858,6 +885,9 @@ class Purity:
             return name not in facts.shadowed and self.definition(facts.defs[name])
         if isinstance(node.func, ast.Name):
             return name in PURE_BUILTINS or name in facts.pure_imports or name in PURE_CALLS
+        if isinstance(node.func, ast.Subscript):  # dict[str, int]()
+            kind = dotted(node.func.value)
+            return kind in PURE_BUILTINS or kind in facts.pure_imports
         module = facts.modules.get(head, "")
         if name in PURE_CALLS or (module.split(".")[0] in PURE_MODULES and rest):
             return True
@@ -880,7 +910,8 @@ class Purity:
             return is_tuple_class(node) or not self.facts.foreign_bases(node.name) and self.construction(node)
         assert isinstance(node, Function)
         own = {a.arg for a in parameters(node.args)}
-        return not node.decorator_list and all(self.statement(one, own) for one in node.body)
+        plain = set(marks_of(node)) <= {"property", "staticmethod", "torch.no_grad"}
+        return plain and all(self.statement(one, own) for one in node.body)
 
     def construction(self, node: ast.ClassDef) -> bool:
         """Whether making an object does nothing but to set its attributes."""
@@ -1195,6 +1226,11 @@ class Fold(Rewriter):
         """Whether a module's name means the same here."""
         return self.find(dotted(value).split(".")[0]) is self.scopes[0]
 
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        node.value = self.visit(node.value)
+        node.receiver = self.kind_of(node.value)  # type: ignore[attr-defined]
+        return node
+
     def simplify_Attribute(self, node: ast.Attribute) -> ast.expr | None:
         value = self.attribute_symbol(node)
         return cloned(value) if value is not None and (is_literal(value) or self.visible(value)) else None
@@ -1316,6 +1352,8 @@ class Fold(Rewriter):
         return all(self.find(name) in (None, self.scopes[0]) for name in free)
 
     def simplify_Call(self, node: ast.Call) -> ast.expr | None:
+        if dotted(node.func) == "cast" and len(node.args) == 2:
+            return node.args[1]
         if isinstance(node.func, ast.Lambda):
             return self.applied(node.func, node)
         if isinstance(node.func, ast.Subscript) and isinstance(node.func.value, ast.Name) and not node.args:
@@ -1469,6 +1507,9 @@ class Fold(Rewriter):
         self.scopes.append(self.scope_of(node))
         node.body = self.block(node.body)
         self.scopes.pop()
+        last = node.body[-1]
+        if isinstance(last, ast.Return) and (last.value is None or dotted(last.value) == "None"):
+            node.body = node.body[:-1] or [ast.Pass()]
         return node
 
     visit_AsyncFunctionDef = visit_FunctionDef
@@ -1551,6 +1592,13 @@ class Fold(Rewriter):
             return self.changed(ast.List([], ast.Load())) if isinstance(node, ast.ListComp) else node
         return node
 
+    def visit_Starred(self, node: ast.Starred) -> ast.Starred:
+        node.value = one = self.visit(node.value)
+        if isinstance(one, ast.GeneratorExp) and self.purity.expression(one.generators[0].iter):
+            if self.truth_of_loop(one.generators[0].iter) or self.none_pass(one.generators[0]):
+                node.value = self.changed(ast.Tuple([], ast.Load()))
+        return node
+
     def none_pass(self, generator: ast.comprehension) -> bool:
         """Whether no element of what a comprehension goes through passes its conditions."""
         return bool(generator.ifs) and self.truth_of_loop(ast.ListComp(ast.Constant(0), [generator]))
@@ -1570,7 +1618,15 @@ class Fold(Rewriter):
             found += self.statement(one)
             if found and isinstance(found[-1], ast.Return | ast.Raise | ast.Continue | ast.Break):
                 break
+        if len(found) > 1 and self.at_once(found[-2], found[-1]):
+            found[-2:] = [ast.Return(found[-2].value)]  # type: ignore[attr-defined]
         return found or [ast.Pass()]
+
+    def at_once(self, node: ast.stmt, after: ast.stmt) -> bool:
+        """Whether two statements are `name = value` and `return name`, of a name that nobody else sees."""
+        if not (isinstance(node, ast.Assign) and isinstance(after, ast.Return) and isinstance(after.value, ast.Name)):
+            return False
+        return [dotted(target) for target in node.targets] == [after.value.id] and after.value.id in self.scopes[-1].followed
 
     def statement(self, node: ast.stmt) -> list[ast.stmt]:
         new = self.visit(node)
@@ -1856,13 +1912,16 @@ class Sweep(Rewriter):
         if isinstance(target, ast.Name):
             own, reads = self.local[-1] if self.local else (set(), Counter())
             return target.id in own and not reads[target.id]
-        if (
-            not isinstance(target, ast.Attribute)
-            or self.facts.loads["." + target.attr]
-            or target.attr in self.facts.texts
-        ):
+        if not isinstance(target, ast.Attribute) or target.attr in self.facts.texts:
             return False
         kind = self.facts.owner.get(id(target), "")
+        if dotted(target.value) == "self" and kind in self.facts.classes:
+            if self.facts.read(target.attr, kind):
+                return False
+        elif self.facts.loads["." + target.attr]:
+            return False
+        if dotted(target.value).split(".")[0] in self.facts.modules:  # another module may read it
+            return False
         own_self = isinstance(target.value, ast.Name) and target.value.id == "self" and kind in self.facts.classes
         if own_self and not self.facts.foreign_bases(kind):
             return True
@@ -2053,12 +2112,14 @@ def shrink_fields(facts: Facts, purity: Purity, name: str, kind: ast.ClassDef) -
         or any(id(n) not in based for n in selfless)
     ):
         return 0
+    if "NamedTuple" in map(dotted, kind.bases) and len(fields) in facts.taken_apart():
+        return 0
     dropped, changes = 0, [*facts.calls["._replace"], *facts.calls["replace"], *facts.calls[".replace"]]
     for field in list(fields):
         args = facts.field_args(name)
         calls = [(call, 0) for call in facts.calls[name]]
         given = [k.value for call in changes for k in call.keywords if k.arg == field]
-        read = facts.loads["." + field] or field in facts.texts or facts.stored[field]
+        read = facts.read(field, name) or facts.stored[field]
         if read or any(k.arg is None for c in changes for k in c.keywords) or not all(map(purity.expression, given)):
             continue
         if not unpassed(calls, args, field, purity) or len(class_fields(kind)) == 1:
@@ -2080,7 +2141,8 @@ class Reach:
     """What a run can come to, from the statements that a module runs by itself."""
 
     def __init__(self, facts: Facts) -> None:
-        self.facts, self.names, self.attributes = facts, set[str](), set[str]()
+        self.facts, self.names, self.attributes = facts, set[str](), set[tuple[str, str]]()
+        self.families = dict[str, frozenset[str]]()  # class -> classes whose objects may have its methods
         self.kept, self.pending = set[int](), list[ast.AST]()
         guarded = [node for node in facts.tree.body if isinstance(node, ast.If) and self.waits(node)]
         self.guards = {id(inner): node.test for node in guarded for inner in definitions([node])}
@@ -2128,7 +2190,7 @@ class Reach:
                 self.read(part)
             for method in (m for m in node.body if isinstance(m, Function)):
                 special = method.name.startswith("__") or self.facts.foreign(node.name, method.name)
-                if special or method.name in self.attributes:
+                if special or self.reaches(method.name, node.name):
                     self.keep(method)
             return
         self.read(node)
@@ -2143,7 +2205,7 @@ class Reach:
                     self.name(one.id)
                 continue
             if isinstance(one, ast.Attribute):
-                self.attribute(one.attr)
+                self.attribute(one.attr, one.__dict__.get("receiver", ""))
             parts, inner = children(one), bound
             if isinstance(one, Function | ast.Lambda):
                 own = set(bindings(one)) | {a.arg for a in [*parameters(one.args), *starred(one.args)]}
@@ -2168,12 +2230,24 @@ class Reach:
             for unit in self.units.get(name, ()):
                 self.keep(unit)
 
-    def attribute(self, name: str) -> None:
-        if name not in self.attributes:
-            self.attributes.add(name)
-            for owner, method in self.facts.methods.get(name, ()):
-                if id(self.facts.classes[owner]) in self.kept:
-                    self.keep(method)
+    def attribute(self, name: str, receiver: str) -> None:
+        """An attribute is read, of an object of a class of the program where that is known."""
+        receiver = receiver if receiver in self.facts.classes else ""
+        if (name, receiver) in self.attributes:
+            return
+        self.attributes.add((name, receiver))
+        for owner, method in self.facts.methods.get(name, ()):
+            if id(self.facts.classes[owner]) in self.kept and self.reaches(name, owner):
+                self.keep(method)
+
+    def reaches(self, name: str, owner: str) -> bool:
+        """Whether a method may be what somebody reads."""
+        return any((name, kind) in self.attributes for kind in ("", *self.relatives(owner)))
+
+    def relatives(self, owner: str) -> frozenset[str]:
+        if owner not in self.families:
+            self.families[owner] = frozenset(k for k in self.facts.classes if owner in self.facts.family(k))
+        return self.families[owner]
 
     def prune(self) -> None:
         """Delete what is not reached."""
