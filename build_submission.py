@@ -41,7 +41,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ALWAYS_KEPT = ("SEED", "RUN_ID", "DATA_PATH", "TOKENIZER_PATH", "MAX_WALLCLOCK_SECONDS")
 CONFIG_CLASS, LOADER, CHECKED = "Hyperparameters", "load_config", ("UserError", "ValueError")
@@ -176,6 +176,7 @@ NAMERS = {"getattr", "setattr", "hasattr", "delattr", "attrgetter", "methodcalle
 NAMERS |= {"register_parameter", "register_module", "add_module", "get_parameter", "get_buffer"}
 EATERS = ("tuple", "list", "dict", "set", "any", "all", "sum", "sorted", "max", "min", "frozenset")  # of iterables
 PURE_CALLS = {"time.monotonic", "time.perf_counter", "time.time", "Path", "slice", "zlib.crc32", "hashlib.sha256"}
+SOMETHING = {"Tensor", "tuple", "list", "dict", "set", "int", "float", "bool", "str", "bytes", "Path"}  # is not None
 PURE_CALLS |= {"torch.cuda." + name for name in ("device_count", "is_available", "get_device_name", "memory_allocated")}
 
 
@@ -490,9 +491,17 @@ def bindings(node: ast.AST) -> dict[str, list[ast.AST | None]]:
 # ==== facts: what the whole program says about functions, attributes and classes ====
 
 
-def external_names(tree: ast.Module) -> frozenset[str]:
+class Outside(NamedTuple):
+    """Names that other modules know."""
+
+    all: frozenset[str]
+    bases: frozenset[str]  # attributes of their classes from which the program's derive
+
+
+def external_names(tree: ast.Module) -> Outside:
     """Attributes that objects of imported modules and builtin types have: such a name says nothing about its owner."""
     found = {name for kind in vars(builtins).values() if isinstance(kind, type) for name in dir(kind)}
+    bases = set[str]()
     modules = dict[str, Any]()
     for node in walk(tree):
         aliases = node.names if isinstance(node, ast.Import | ast.ImportFrom) else []
@@ -509,8 +518,8 @@ def external_names(tree: ast.Module) -> frozenset[str]:
     for base in {dotted(b) for n in walk(tree) if isinstance(n, ast.ClassDef) for b in n.bases}:
         with suppress(AttributeError, KeyError):
             head, *rest = base.split(".")
-            found |= set(dir(functools.reduce(getattr, rest, modules[head])))
-    return frozenset(found)
+            bases |= set(dir(functools.reduce(getattr, rest, modules[head])))
+    return Outside(frozenset(found | bases), frozenset(bases))
 
 
 def is_tuple_class(node: ast.ClassDef) -> bool:
@@ -544,8 +553,8 @@ def definitions(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
 class Facts:
     """An inventory of a program: definitions, calls by name, attribute reads and stores."""
 
-    def __init__(self, tree: ast.Module, external: frozenset[str]) -> None:
-        self.tree, self.external = tree, external
+    def __init__(self, tree: ast.Module, external: Outside) -> None:
+        self.tree, self.external, self.bases = tree, external.all, external.bases
         self.defs = {n.name: n for n in definitions(tree.body) if isinstance(n, Definition)}
         self.classes = {name: n for name, n in self.defs.items() if isinstance(n, ast.ClassDef)}
         self.methods: dict[str, list[tuple[str, Function]]] = defaultdict(list)
@@ -571,6 +580,7 @@ class Facts:
         self.nodes = list(walk(self.tree))
         self.calls: dict[str, list[ast.Call]] = defaultdict(list)  # by name, or by attribute with a dot in front
         self.escaped: Counter[str] = Counter()  # names and .attributes that are read other than to be called
+        self.escapees: dict[str, set[str]] = defaultdict(set)  # attribute -> classes of which it is read like that
         self.loads: Counter[str] = Counter()  # .attributes read in any way, and names
         self.readers: dict[str, set[str]] = defaultdict(set)  # attribute -> classes of objects it is read of, "" unknown
         self.stored: dict[str, list[tuple[ast.Attribute, ast.expr | None]]] = defaultdict(list)
@@ -604,6 +614,7 @@ class Facts:
                 elif isinstance(target, ast.Name):
                     local.add(target.id)
         self.shadowed = local & set(self.defs)  # local names that hide a definition
+        called |= self.follow_aliases(called)
         for node in self.nodes:
             if (
                 isinstance(node, ast.Attribute | ast.Name)
@@ -615,7 +626,30 @@ class Facts:
                 if isinstance(node, ast.Attribute):
                     self.readers[node.attr].add(node.__dict__.get("receiver", ""))
                 self.escaped[key] += id(node) not in called
+                if isinstance(node, ast.Attribute) and id(node) not in called:
+                    self.escapees[node.attr].add(node.__dict__.get("receiver", ""))
         return self
+
+    def follow_aliases(self, called: set[int]) -> set[int]:
+        """`name = f` or `name = torch.compile(f)`, for a name that is only called: its calls are f's.
+
+        Returns the nodes of f there, which then are no other reads of it.
+        """
+        given: dict[str, list[ast.AST | None]] = defaultdict(list)
+        for node in self.nodes:
+            for target, value in stores(node):
+                if isinstance(target, ast.Name):
+                    given[target.id].append(value)
+        others = {n.id for n in self.nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and id(n) not in called}
+        others |= {n.arg for n in self.nodes if isinstance(n, ast.arg)} | set(self.defs)
+        found = set[int]()
+        for name, values in given.items():
+            aims = aliased(values[0]) if len(values) == 1 and name not in others else []
+            keys = {"." + a.attr if isinstance(a, ast.Attribute) else a.id for a in aims}
+            if len(keys) == 1:
+                self.calls[keys.pop()] += self.calls[name]
+                found |= {id(a) for a in aims}
+        return found
 
     def taken_apart(self) -> set[int]:
         """Numbers of names to which the parts of what some call gives are bound, where it may be any object."""
@@ -642,6 +676,25 @@ class Facts:
         self.calls[key].append(node)
         if key.strip(".") in NAMERS:
             self.texts |= {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
+
+    def related(self, named: list[tuple[str, Function]]) -> list[list[Function]]:
+        """Methods of one name in groups of which a call may mean any: all, if it is not known of what one is called."""
+        calls = self.calls["." + named[0][1].name]
+        known = {c.func.__dict__.get("receiver", "") for c in calls if isinstance(c.func, ast.Attribute)}
+        if not known <= set(self.classes):
+            return [[method for _, method in named]]
+        groups = list[tuple[set[str], list[Function]]]()
+        for owner, method in named:
+            near = {c for c in self.classes if owner in self.family(c)}
+            for other in [g for g in groups if g[0] & near]:
+                groups.remove(other)
+                near, method_group = near | other[0], other[1]
+                groups.append((near, method_group))
+            if groups and groups[-1][0] & near:
+                groups[-1][1].append(method)
+            else:
+                groups.append((near, [method]))
+        return [methods for _, methods in groups]
 
     # -- classes --
 
@@ -700,9 +753,28 @@ class Facts:
         if function.name == "forward" and "staticmethod" in marks:  # autograd functions are called by their `apply`
             calls = [c for c in self.calls[".apply"] if dotted(c.func) == f"{owner}.apply"]  # type: ignore[attr-defined]
             return [(call, 1) for call in calls] if len(calls) == self.loads[owner] else None
-        if self.outside(function.name) or self.escaped["." + function.name] or not kind:
+        if not kind or function.name in self.base_names(owner) or function.name.startswith("__"):
             return None
-        return [(call, 0 if "staticmethod" in marks else 1) for call in self.calls["." + function.name]]
+        if any(self.may_be(one, owner, function.name) is not False for one in self.escapees[function.name]):
+            return None
+        found = list[tuple[ast.Call, int]]()
+        for call in self.calls["." + function.name]:
+            receiver = call.func.__dict__.get("receiver", "") if isinstance(call.func, ast.Attribute) else ""
+            its = self.may_be(receiver, owner, function.name)
+            if its is None:
+                return None
+            found += [(call, 0 if "staticmethod" in marks else 1)] if its else []
+        return found
+
+    def may_be(self, receiver: str, owner: str, name: str) -> bool | None:
+        """Whether an attribute of an object of a class is that of another class; None if nothing is known of either."""
+        if receiver in self.classes:
+            return owner in self.family(receiver)
+        return None if self.outside(name) else True
+
+    def base_names(self, owner: str) -> frozenset[str]:
+        """What other modules know of a class of the program that derives from theirs."""
+        return self.bases if self.foreign_bases(owner) else frozenset()
 
     def constructions(self, owner: str) -> list[tuple[ast.Call, int]] | None:
         """All calls of a class, as its constructor sees them."""
@@ -786,6 +858,15 @@ class Facts:
         kind = found.pop() if len(found) == 1 else ""
         return kind if kind in self.classes else ""
 
+    def stays_empty(self, kind: str, name: str) -> bool:
+        """Whether a field of a NamedTuple holds an empty dict in every object; nobody changes what such fields hold."""
+        key = ("empty", kind, name)
+        if key not in self.cache:
+            tuples = name in self.fields[kind] and "NamedTuple" in map(dotted, self.classes[kind].bases)
+            values = [v for v in self.field_values(kind, name) if not is_copy(v, name)] if tuples else []
+            self.cache[key] = bool(values) and all(map(is_empty_dict, values))
+        return self.cache[key]
+
     def values(self, name: str, kinds: frozenset[str] | None = None) -> list[ast.expr | None]:
         """All values that an attribute is given anywhere, None for an unknown one; only of some classes if named."""
         found: list[ast.expr | None] = [None] * (name in self.texts)
@@ -823,6 +904,26 @@ class Facts:
 def made_kind(node: ast.AST | None) -> str:
     """The name of what a call makes."""
     return dotted(node.func) if isinstance(node, ast.Call) else ""
+
+
+def aliased(node: ast.AST | None) -> list[ast.Attribute | ast.Name]:
+    """The functions of which a value is one, or one compiled; nothing if it may be anything else."""
+    if isinstance(node, ast.IfExp):
+        parts = [aliased(node.body), aliased(node.orelse)]
+        return parts[0] + parts[1] if all(parts) else []
+    if isinstance(node, ast.Call) and dotted(node.func) == "torch.compile" and node.args:
+        return aliased(node.args[0])
+    return [node] if isinstance(node, ast.Attribute | ast.Name) else []
+
+
+def is_empty_dict(node: ast.AST | None) -> bool:
+    return isinstance(node, ast.Dict) and not node.keys
+
+
+def is_copy(node: ast.AST | None, name: str) -> bool:
+    """Whether a value is made of nothing but that of the same attribute of another object."""
+    parts = node.values if isinstance(node, ast.Dict) and node.keys and not any(node.keys) else [node]
+    return all(isinstance(part, ast.Attribute) and part.attr == name for part in parts)
 
 
 def marks_of(node: Definition) -> list[str]:
@@ -957,6 +1058,7 @@ class Scope:
     configs: set[str]  # parameters that are configurations
     hides: bool = False  # a comprehension's or class's: its names are not known outside, and nothing of them is
     followed: frozenset[str] = frozenset()  # names that only plain assignments of this scope's own code bind
+    kinds: dict[str, str] = dataclasses.field(default_factory=dict)  # annotated names -> the program's classes
     flow: dict[str, ast.expr | None] = dataclasses.field(default_factory=dict)  # followed -> literal; None: not None
 
 
@@ -1017,8 +1119,22 @@ class Fold(Rewriter):
 
     def returned(self, node: ast.Call) -> str:
         """The annotated return type of a program function."""
-        made = self.facts.defs.get(dotted(node.func))
-        return ast.unparse(made.returns) if isinstance(made, Function) and made.returns else ""
+        made = self.called(node)
+        kinds = {ast.unparse(f.returns) if f.returns else "" for f in made}
+        return kinds.pop() if len(kinds) == 1 else ""
+
+    def called(self, node: ast.Call) -> list[Function]:
+        """The program's functions of which a call means one, where that is known."""
+        facts, name = self.facts, dotted(node.func)
+        if name in facts.defs and name not in facts.shadowed:
+            made = facts.defs[name]
+            return [made] if isinstance(made, Function) else []
+        if not isinstance(node.func, ast.Attribute) or not (own := self.kind_of(node.func.value)):
+            return []
+        found = [m for c, m in facts.methods.get(node.func.attr, ()) if c in facts.family(own)]
+        if not found and (kind := facts.attribute_kind(own, node.func.attr)) and facts.foreign_bases(kind):
+            found = [m for c, m in facts.methods["forward"] if c in facts.family(kind)]
+        return found if not facts.stored[node.func.attr] or not facts.methods.get(node.func.attr) else []
 
     # -- values --
 
@@ -1141,6 +1257,8 @@ class Fold(Rewriter):
         kinds = self.facts.family(own) if own else None
         if kinds is None and self.facts.outside(name):
             return None
+        if own and self.facts.stays_empty(own, name):
+            return ast.Dict([], [])
         methods = [m for c, m in self.facts.methods.get(name, ()) if kinds is None or c in kinds]
         if methods:
             results = [self.constant_result(m) if ["property"] == marks_of(m) else None for m in methods]
@@ -1157,6 +1275,8 @@ class Fold(Rewriter):
                 return found
             scope = self.find(node.id)
             values = scope.bound[node.id] if scope and not scope.hides and scope is not self.scopes[0] else []
+            if scope and node.id in scope.kinds:
+                return scope.kinds[node.id]
             if len(values) != 1:
                 return ""
             value = values[0]
@@ -1207,6 +1327,8 @@ class Fold(Rewriter):
         try:
             return bool(self.value(node))
         except Unknown:
+            if is_empty_dict(node):
+                return False
             if not isinstance(node, ast.BoolOp):
                 return True if isinstance(node, ast.Tuple | ast.List) and node.elts else None
         deciding, truths = isinstance(node.op, ast.Or), [self.truth(part) for part in node.values]
@@ -1220,7 +1342,24 @@ class Fold(Rewriter):
             value = scope.constants[node.id]
             if self.facts.symbol(value) and (is_literal(value) or self.visible(value)):
                 return cloned(value)
+        if scope and not scope.hides and scope is not self.scopes[0] and len(scope.bound[node.id]) == 1:
+            return self.part_of(scope.bound[node.id][0])
         return None
+
+    def part_of(self, node: ast.AST | None) -> ast.expr | None:
+        """A literal that always is this part of what a function of the program returns."""
+        if not (isinstance(node, ast.Subscript) and isinstance(node.value, ast.Call) and is_literal(node.slice)):
+            return None
+        made, place = self.called(node.value), literal(node.slice)
+        returns = [n.value for f in made for n in inside(f) if isinstance(n, ast.Return)]
+        if not returns or not all(isinstance(r, ast.Tuple) and 0 <= place < len(r.elts) for r in returns):
+            return None
+        parts = [r.elts[place] for r in returns if isinstance(r, ast.Tuple)]
+        if any(isinstance(n, ast.Starred) for r in returns if isinstance(r, ast.Tuple) for n in r.elts):
+            return None
+        agreed = self.facts.agreed(parts)
+        ends = all(isinstance(f.body[-1], ast.Return) for f in made)
+        return cloned(agreed) if ends and isinstance(agreed, ast.Constant) else None
 
     def visible(self, value: ast.expr) -> bool:
         """Whether a module's name means the same here."""
@@ -1233,7 +1372,8 @@ class Fold(Rewriter):
 
     def simplify_Attribute(self, node: ast.Attribute) -> ast.expr | None:
         value = self.attribute_symbol(node)
-        return cloned(value) if value is not None and (is_literal(value) or self.visible(value)) else None
+        known = value is not None and (is_literal(value) or is_empty_dict(value) or self.visible(value))
+        return cloned(value) if known else None
 
     def simplify_BoolOp(self, node: ast.BoolOp) -> ast.expr | None:
         is_or, parts = isinstance(node.op, ast.Or), list[ast.expr]()
@@ -1302,7 +1442,8 @@ class Fold(Rewriter):
             return True
         if isinstance(node, ast.Call):
             name = dotted(node.func)
-            return name in self.facts.classes or name in ("nn.Parameter", "torch.tensor", "torch.stack", "torch.empty")
+            known = name in self.facts.classes or name in ("nn.Parameter", "torch.tensor", "torch.stack", "torch.empty")
+            return known or self.returned(node).split("[")[0] in SOMETHING
         if isinstance(node, ast.Name):
             return self.something_named(node.id, depth)
         if isinstance(node, ast.IfExp):
@@ -1391,7 +1532,9 @@ class Fold(Rewriter):
         own = isinstance(node.func, ast.Name) or (
             isinstance(node.func, ast.Attribute) and self.purity.expression(node.func.value)
         )
-        return ast.Constant(literal(result)) if result is not None and pure and own else None
+        if result is None or not (pure and own):
+            return None
+        return ast.Dict([], []) if is_empty_dict(result) else ast.Constant(literal(result))
 
     def applied(self, function: ast.Lambda, call: ast.Call) -> ast.expr | None:
         """A lambda's body with its arguments put in, where each is simple or used at most once and in order."""
@@ -1413,12 +1556,16 @@ class Fold(Rewriter):
         if isinstance(node.func, ast.Name):
             made = self.facts.defs.get(node.func.id)
             called = [made] if isinstance(made, Function) and node.func.id not in self.facts.shadowed else []
-        elif isinstance(node.func, ast.Attribute) and not self.facts.outside(node.func.attr):
-            called = [m for _, m in self.facts.methods[node.func.attr]]
-            called = [] if self.facts.stored[node.func.attr] else called
+        elif isinstance(node.func, ast.Attribute):
+            own = self.kind_of(node.func.value)
+            kinds = self.facts.family(own) if own else None
+            called = [m for c, m in self.facts.methods.get(node.func.attr, ()) if kinds is None or c in kinds]
+            called = [] if self.facts.stored[node.func.attr] or (not own and self.facts.outside(node.func.attr)) else called
         else:
             called = []
         results = [self.constant_result(one) for one in called] if called else []
+        if results and all(map(is_empty_dict, results)):
+            return results[0]
         return self.facts.agreed(results) if results and all(results) else None
 
     def constant_result(self, function: Function) -> ast.expr | None:
@@ -1433,6 +1580,8 @@ class Fold(Rewriter):
         found = [n.value or ast.Constant(None) for n in own if isinstance(n, ast.Return)]
         if not (function.body and isinstance(function.body[-1], ast.Return)):
             found.append(ast.Constant(None))
+        if all(map(is_empty_dict, found)):
+            return found[0]
         agreed = self.facts.agreed(found)
         return agreed if is_literal(agreed) and isinstance(agreed, ast.Constant) else None
 
@@ -1532,7 +1681,9 @@ class Fold(Rewriter):
         owner = self.facts.owner.get(id(node))
         if owner == CONFIG_CLASS and not isinstance(node, ast.Lambda) and node.args.args:
             configs.add(node.args.args[0].arg)
-        return Scope(bound, known, configs, False, followed, {n: v for n, v in flow.items() if n not in known})
+        noted = [n for n in inside(node) if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+        kinds = {n.target.id: dotted(n.annotation) for n in noted if dotted(n.annotation) in self.facts.classes}
+        return Scope(bound, known, configs, False, followed, kinds, {n: v for n, v in flow.items() if n not in known})
 
     def followed(self, node: Function, bound: dict[str, list[ast.AST | None]]) -> frozenset[str]:
         """Local names that nothing but plain assignments, and calls, bind."""
@@ -1601,6 +1752,8 @@ class Fold(Rewriter):
 
     def none_pass(self, generator: ast.comprehension) -> bool:
         """Whether no element of what a comprehension goes through passes its conditions."""
+        if any(self.truth(test) is False for test in generator.ifs):
+            return True
         return bool(generator.ifs) and self.truth_of_loop(ast.ListComp(ast.Constant(0), [generator]))
 
     visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = comprehension
@@ -2034,7 +2187,8 @@ def shrink(facts: Facts) -> int:
     purity, dropped = Purity(facts), 0
     functions = [f for f in facts.defs.values() if isinstance(f, Function)]
     groups = [[f] for f in functions] + [[f] for _, f in facts.methods["__init__"]]
-    groups += [[m for _, m in pairs_] for name, pairs_ in facts.methods.items() if not name.startswith("__")]
+    for name, named in facts.methods.items():
+        groups += facts.related(named) if named and not name.startswith("__") else []
     for group in groups:
         sites = [facts.sites(f) for f in group]
         if not group or any(s is None for s in sites):

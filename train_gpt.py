@@ -6438,7 +6438,7 @@ class GPT(Module):
 
         It has no site's state, and none comes out.
         """
-        return (self.start_stream(history),) if history.shape[1] else None
+        return (self.start_stream(history),) if self.h.history and history.shape[1] else None
 
     def ranges(self) -> dict[str, tuple[float, float, float, float]]:
         """Ranges of all diagnostics that have one, by name."""
@@ -6512,7 +6512,7 @@ class GPT(Module):
             if not site.beside:
                 stream = seen
                 x, ctx = self.site_input(site, stream, ctx)
-            out = self.site(site)(x, ctx, None if states is None else states[1 + site.id])
+            out: Out = self.site(site)(x, ctx, None if states is None else states[1 + site.id])
             if out.y is not None:
                 sizes = watched(ctx, branch=out.y, stream=stream)
                 if sizes:
@@ -6527,7 +6527,7 @@ class GPT(Module):
         """The normed input of a site. Where a block has stopped it stays that of the pass before, and so do its keys,
         values and summaries, which later passes of other blocks see."""
         x = rms_norm(x) / math.sqrt(site.layer + 1) if self.h.ln_scale and site.sub >= 0 else rms_norm(x)
-        if "inputs" not in ctx.memory or site.sub < 0:
+        if not (self.h.feedback_halt and self.h.capsule_bank) or "inputs" not in ctx.memory or site.sub < 0:
             return x, ctx
         inputs, key = ctx.memory["inputs"], (site.layer, site.loop, site.sub)
         if key in inputs:
@@ -6635,7 +6635,7 @@ class GPT(Module):
         says is then settled, but a batch is computed as a whole: nothing is saved.
         """
         memory = ctx.memory
-        if "stopped" not in memory:
+        if not (self.h.feedback_halt and self.h.capsule_bank) or "stopped" not in memory:
             return ctx._replace(memory={**memory, "top": top})
         assert ctx.blocks is not None
         stopped, trail = memory["stopped"], memory["capsules"]
@@ -8921,13 +8921,13 @@ class Scorer:
                 if pace.late():
                     return carry
                 mine = [states[span] for span in chunk.spans]
-                rows = [before.spans.index(span) for span in chunk.spans] if before.state else []
-                start = take_rows(before.state, rows) if before.state else self.model.start_state(chunk.history)
+                rows = [before.spans.index(span) for span in chunk.spans] if self.h.carry_eval else []
+                start = take_rows(before.state, rows) if self.h.carry_eval else self.model.start_state(chunk.history)
                 chunk = chunk._replace(carry=start)
                 given, after = self.predict(chunk._replace(targets=None), mine)
                 self.note("score", chunk, mine, given[-1])
                 sums[:3] += self.tally(chunk, given[-1])
-                if before.state and chunk.scored == self.step:  # a shorter chunk ends its span
+                if self.h.carry_eval and chunk.scored == self.step:  # a shorter chunk ends its span
                     carry = Carry(chunk.spans, after)
                 self.learn(chunk, mine, given)
                 pace.add(len(chunk.spans) * chunk.scored)
