@@ -887,6 +887,11 @@ class Facts:
         defaults = [value for value in fields.values() if value is not None]
         return ast.arguments([], [ast.arg(name) for name in fields], None, [], [], None, defaults)
 
+    def of_another(self, call: ast.Call, kind: str) -> bool:
+        """Whether a call of `_replace` is of an object of another class than this."""
+        receiver = call.func.__dict__.get("receiver", "") if dotted(call.func)[-9:] == "._replace" else ""
+        return receiver in self.classes and kind not in self.family(receiver)
+
     def field_values(self, kind: str, name: str) -> list[ast.expr | None]:
         if self.escaped[kind] or kind in self.shadowed or any(kind in self.ancestors(c)[1:] for c in self.classes):
             return [None]
@@ -894,9 +899,11 @@ class Facts:
         found = [self.passed(call, args, 0).get(name) for call in self.calls[kind]]
         found = [value for value in found if not (isinstance(value, ast.Attribute) and value.attr == name)]
         for call in [*self.calls["._replace"], *self.calls["replace"], *self.calls[".replace"]]:
+            if self.of_another(call, kind):
+                continue
             given = {k.arg: k.value for k in call.keywords}
             value = given.get(name)
-            copied = isinstance(value, ast.Attribute) and value.attr == name
+            copied = is_copy(value, name)
             found += [value] if name in given and not copied else [None] * (None in given)
         return found
 
@@ -918,6 +925,14 @@ def aliased(node: ast.AST | None) -> list[ast.Attribute | ast.Name]:
 
 def is_empty_dict(node: ast.AST | None) -> bool:
     return isinstance(node, ast.Dict) and not node.keys
+
+
+def is_empty(node: ast.AST | None) -> bool:
+    return is_empty_dict(node) or (isinstance(node, ast.List) and not node.elts)
+
+
+def is_load(node: ast.Name) -> bool:
+    return isinstance(node.ctx, ast.Load)
 
 
 def is_copy(node: ast.AST | None, name: str) -> bool:
@@ -1184,9 +1199,10 @@ class Fold(Rewriter):
         scope = self.scopes[-1]
         for target, value in stores(node) if scope.followed else ():
             if isinstance(target, ast.Name) and target.id in scope.followed:
+                value = self.part_of(value) or value
                 scope.flow.pop(target.id, None)
-                if is_literal(value):
-                    scope.flow[target.id] = value
+                if is_literal(value) or is_empty(value):
+                    scope.flow[target.id] = value  # type: ignore[assignment]
                 elif self.something(value):
                     scope.flow[target.id] = None
 
@@ -1220,7 +1236,9 @@ class Fold(Rewriter):
         alike = {}
         for name in one.keys() & two.keys():
             a, b = one[name], two[name]
-            if a is not None and b is not None:
+            if is_empty(a) or is_empty(b):
+                alike |= {name: a} if type(a) is type(b) else {}
+            elif a is not None and b is not None:
                 alike |= {name: a} if same(literal(a), literal(b)) else {}
             elif all(x is None or literal(x) is not None for x in (a, b)):
                 alike[name] = None
@@ -1314,7 +1332,7 @@ class Fold(Rewriter):
         if not isinstance(node, ast.Call) and size > 60 and size > len(ast.unparse(node)):
             return self.simplified(node)
         if isinstance(node, ast.List | ast.Dict | ast.Set | ast.Tuple):
-            return node
+            return self.simplified(node)
         return self.changed(new)
 
     def simplified(self, node: ast.expr) -> ast.expr:
@@ -1327,7 +1345,7 @@ class Fold(Rewriter):
         try:
             return bool(self.value(node))
         except Unknown:
-            if is_empty_dict(node):
+            if is_empty(node) or (isinstance(node, ast.Name) and node.id in self.empties()):
                 return False
             if not isinstance(node, ast.BoolOp):
                 return True if isinstance(node, ast.Tuple | ast.List) and node.elts else None
@@ -1343,7 +1361,8 @@ class Fold(Rewriter):
             if self.facts.symbol(value) and (is_literal(value) or self.visible(value)):
                 return cloned(value)
         if scope and not scope.hides and scope is not self.scopes[0] and len(scope.bound[node.id]) == 1:
-            return self.part_of(scope.bound[node.id][0])
+            part = self.part_of(scope.bound[node.id][0])
+            return part if isinstance(part, ast.Constant) else None
         return None
 
     def part_of(self, node: ast.AST | None) -> ast.expr | None:
@@ -1357,9 +1376,9 @@ class Fold(Rewriter):
         parts = [r.elts[place] for r in returns if isinstance(r, ast.Tuple)]
         if any(isinstance(n, ast.Starred) for r in returns if isinstance(r, ast.Tuple) for n in r.elts):
             return None
-        agreed = self.facts.agreed(parts)
         ends = all(isinstance(f.body[-1], ast.Return) for f in made)
-        return cloned(agreed) if ends and isinstance(agreed, ast.Constant) else None
+        agreed = parts[0] if all(map(is_empty_dict, parts)) else self.facts.agreed(parts)
+        return cloned(agreed) if ends and isinstance(agreed, ast.Constant | ast.Dict) else None
 
     def visible(self, value: ast.expr) -> bool:
         """Whether a module's name means the same here."""
@@ -1640,6 +1659,10 @@ class Fold(Rewriter):
 
     def simplify_Dict(self, node: ast.Dict) -> ast.expr | None:
         """{**{...}} put in."""
+        empties = self.empties()
+        for place, (key, value) in enumerate(zip(node.keys, node.values)):
+            if key is None and isinstance(value, ast.Name) and value.id in empties:
+                node.values[place] = ast.Dict([], [])
         flat = [k is None and isinstance(v, ast.Dict) for k, v in zip(node.keys, node.values)]
         if not any(flat):
             return None
@@ -1782,8 +1805,35 @@ class Fold(Rewriter):
         return [dotted(target) for target in node.targets] == [after.value.id] and after.value.id in self.scopes[-1].followed
 
     def statement(self, node: ast.stmt) -> list[ast.stmt]:
+        self.drop_empties(node)
         new = self.visit(node)
-        return new if isinstance(new, list) else [] if new is None else [new]
+        found = new if isinstance(new, list) else [] if new is None else [new]
+        empties = self.empties()
+        read = {n.id for one in found for n in walk(one) if isinstance(n, ast.Name) and n.id in empties and is_load(n)} if empties else ()
+        self.flows({name: value for name, value in self.scopes[-1].flow.items() if name not in read})
+        return found
+
+    def empties(self) -> set[str]:
+        """Local names that hold an empty dict or list of their own, just made."""
+        return {name for name, value in self.scopes[-1].flow.items() if is_empty(value)}
+
+    def drop_empties(self, node: ast.stmt) -> None:
+        """Forget empty ones that a statement may fill: it names them more than once, or in a place that may run often."""
+        if not (empties := self.empties()):
+            return
+        looked = node.test if isinstance(node, ast.If) else node
+        counts = Counter(n.id for n in walk(looked) if isinstance(n, ast.Name) and n.id in empties)
+        often = isinstance(node, ast.For | ast.While | ast.Try | ast.With | Definition)
+        flow = self.scopes[-1].flow
+        self.flows({name: value for name, value in flow.items() if counts[name] < 1 + (not often)})
+
+    def visit_Return(self, node: ast.Return) -> ast.Return:
+        flow, empties = self.scopes[-1].flow, self.empties()
+        put = lambda one: cloned(flow[one.id]) if isinstance(one, ast.Name) and one.id in empties else one  # noqa: E731
+        node.value = put(node.value)
+        if isinstance(node.value, ast.Tuple):
+            node.value.elts = [put(one) for one in node.value.elts]
+        return self.generic_visit(node)
 
     def visit_Expr(self, node: ast.Expr) -> Any:
         node.value = self.visit(node.value)
@@ -2268,7 +2318,8 @@ def shrink_fields(facts: Facts, purity: Purity, name: str, kind: ast.ClassDef) -
         return 0
     if "NamedTuple" in map(dotted, kind.bases) and len(fields) in facts.taken_apart():
         return 0
-    dropped, changes = 0, [*facts.calls["._replace"], *facts.calls["replace"], *facts.calls[".replace"]]
+    every = [*facts.calls["._replace"], *facts.calls["replace"], *facts.calls[".replace"]]
+    dropped, changes = 0, [call for call in every if not facts.of_another(call, name)]
     for field in list(fields):
         args = facts.field_args(name)
         calls = [(call, 0) for call in facts.calls[name]]
