@@ -563,6 +563,7 @@ class Facts:
                 self.methods[method.name].append((name, method))
         self.ups = {name: self.find_ancestors(name) for name in self.classes}
         self.cache: dict[Any, Any] = {}
+        self.families: dict[str, frozenset[str]] = {}
         self.fields = {name: class_fields(node) for name, node in self.classes.items()}
         self.given: dict[str, list[tuple[str, ast.expr | None]]] = defaultdict(
             list
@@ -582,6 +583,7 @@ class Facts:
         self.escaped: Counter[str] = Counter()  # names and .attributes that are read other than to be called
         self.escapees: dict[str, set[str]] = defaultdict(set)  # attribute -> classes of which it is read like that
         self.loads: Counter[str] = Counter()  # .attributes read in any way, and names
+        self.bound: dict[str, list[ast.expr | None]] = defaultdict(list)  # names -> what is bound to them anywhere
         self.readers: dict[str, set[str]] = defaultdict(set)  # attribute -> classes of objects it is read of, "" unknown
         self.stored: dict[str, list[tuple[ast.Attribute, ast.expr | None]]] = defaultdict(list)
         self.texts: set[str] = set()  # names of attributes that are given as texts
@@ -607,12 +609,14 @@ class Facts:
                 local.add(node.arg)
             elif isinstance(node, Function):
                 local |= {n.name for n in node.body if isinstance(n, Definition)}
-            types_only |= {id(n) for part in type_places(node) for n in walk(part)}
-            for target, value in stores(node):
+            for part in type_places(node) if node.__class__ in TYPED else ():
+                types_only |= {id(n) for n in walk(part)}
+            for target, value in stores(node) if node.__class__ in BINDERS else ():
                 if isinstance(target, ast.Attribute):
                     self.stored[target.attr].append((target, value))
                 elif isinstance(target, ast.Name):
                     local.add(target.id)
+                    self.bound[target.id].append(value)
         self.shadowed = local & set(self.defs)  # local names that hide a definition
         called |= self.follow_aliases(called)
         for node in self.nodes:
@@ -635,16 +639,13 @@ class Facts:
 
         Returns the nodes of f there, which then are no other reads of it.
         """
-        given: dict[str, list[ast.AST | None]] = defaultdict(list)
-        for node in self.nodes:
-            for target, value in stores(node):
-                if isinstance(target, ast.Name):
-                    given[target.id].append(value)
-        others = {n.id for n in self.nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and id(n) not in called}
-        others |= {n.arg for n in self.nodes if isinstance(n, ast.arg)} | set(self.defs)
-        found = set[int]()
-        for name, values in given.items():
-            aims = aliased(values[0]) if len(values) == 1 and name not in others else []
+        found, maybe = set[int](), {n: aliased(v[0]) for n, v in self.bound.items() if len(v) == 1 and n not in self.defs}
+        maybe = {name: aims for name, aims in maybe.items() if aims and self.calls.get(name)}
+        names = [n for n in self.nodes if n.__class__ in (ast.Name, ast.arg)] if maybe else []
+        others = {n.arg if isinstance(n, ast.arg) else n.id for n in names if isinstance(n, ast.arg)  # type: ignore
+                  or (isinstance(n.ctx, ast.Load) and id(n) not in called)}  # type: ignore[attr-defined]  # fmt: skip
+        for name, aims in maybe.items():
+            aims = aims if name not in others else []
             keys = {"." + a.attr if isinstance(a, ast.Attribute) else a.id for a in aims}
             if len(keys) == 1:
                 self.calls[keys.pop()] += self.calls[name]
@@ -653,11 +654,13 @@ class Facts:
 
     def taken_apart(self) -> set[int]:
         """Numbers of names to which the parts of what some call gives are bound, where it may be any object."""
-        found = set[int]()
-        for node in self.nodes:
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and not self.gives_tuple(node.value):
-                found |= {len(t.elts) for t in node.targets if isinstance(t, ast.Tuple | ast.List)}
-        return found
+        if "apart" not in self.cache:
+            found = self.cache["apart"] = set[int]()
+            for node in self.nodes:
+                if node.__class__ is ast.Assign and isinstance(node.value, ast.Call):  # type: ignore[attr-defined]
+                    sizes = {len(t.elts) for t in node.targets if isinstance(t, ast.Tuple | ast.List)}  # type: ignore
+                    found |= sizes if sizes and not self.gives_tuple(node.value) else set()  # type: ignore[attr-defined]
+        return self.cache["apart"]
 
     def gives_tuple(self, node: ast.Call) -> bool:
         """Whether a call is of another module, or of a function that says it gives a plain tuple."""
@@ -676,6 +679,13 @@ class Facts:
         self.calls[key].append(node)
         if key.strip(".") in NAMERS:
             self.texts |= {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
+
+    def names_in(self, function: Function) -> set[str]:
+        """Names in a function's body."""
+        key = ("names", id(function))
+        if key not in self.cache:
+            self.cache[key] = {n.id for part in function.body for n in walk(part) if isinstance(n, ast.Name)}
+        return self.cache[key]
 
     def related(self, named: list[tuple[str, Function]]) -> list[list[Function]]:
         """Methods of one name in groups of which a call may mean any: all, if it is not known of what one is called."""
@@ -708,8 +718,10 @@ class Facts:
 
     def family(self, name: str) -> frozenset[str]:
         """Classes whose code an object can have that is of a class or of one derived from it."""
-        heirs = [c for c in self.classes if name in self.ancestors(c)]
-        return frozenset(a for c in heirs for a in self.ancestors(c))
+        if name not in self.families:
+            heirs = [c for c in self.classes if name in self.ups[c]]
+            self.families[name] = frozenset(a for c in heirs for a in self.ups[c])
+        return self.families[name]
 
     def made(self, name: str) -> bool:
         """Whether an object of a program class, or of one derived from it, can exist."""
@@ -723,6 +735,12 @@ class Facts:
 
     def foreign_bases(self, name: str) -> bool:
         """Whether a class derives from one of another module, which may use its attributes and methods."""
+        key = ("foreign", name)
+        if key not in self.cache:
+            self.cache[key] = self.find_foreign(name)
+        return self.cache[key]
+
+    def find_foreign(self, name: str) -> bool:
         plain = {"NamedTuple", "object", *(n for n, v in vars(builtins).items() if isinstance(v, type))}
         bases = {dotted(base) for kind in self.ancestors(name) for base in self.classes[kind].bases}
         return bool(bases - plain - set(self.classes))
@@ -944,6 +962,9 @@ def is_copy(node: ast.AST | None, name: str) -> bool:
 def marks_of(node: Definition) -> list[str]:
     """Names of a definition's decorators."""
     return [dotted(d.func if isinstance(d, ast.Call) else d) for d in node.decorator_list]
+
+
+TYPED = {ast.ExceptHandler, ast.Call, ast.ClassDef, ast.AnnAssign, ast.arg, ast.FunctionDef, ast.AsyncFunctionDef}
 
 
 def type_places(node: ast.AST) -> list[ast.expr]:
@@ -1783,8 +1804,12 @@ class Fold(Rewriter):
 
     # -- statements --
 
+    chosen: set[int] | None = None  # statements of the module to look at; all if None
+
     def visit_Module(self, node: ast.Module) -> ast.Module:
-        node.body = [new for one in node.body for new in self.statement(one)]
+        chosen = self.chosen
+        node.body = [new for one in node.body
+                     for new in (self.statement(one) if chosen is None or id(one) in chosen else [one])]  # fmt: skip
         return node
 
     def block(self, body: Sequence[ast.stmt]) -> list[ast.stmt]:
@@ -2245,7 +2270,7 @@ def shrink(facts: Facts) -> int:
             continue
         calls = {id(call): (call, skip) for found in sites for call, skip in found or ()}
         for arg in list(parameters(group[0].args)):
-            if all(drops(f, arg.arg, group[0]) for f in group) and unpassed(
+            if all(drops(facts, f, arg.arg, group[0]) for f in group) and unpassed(
                 calls.values(), group[0].args, arg.arg, purity
             ):
                 for call, skip in calls.values():
@@ -2258,7 +2283,7 @@ def shrink(facts: Facts) -> int:
     return dropped
 
 
-def drops(function: Function, name: str, model: Function) -> bool:
+def drops(facts: Facts, function: Function, name: str, model: Function) -> bool:
     """Whether a function has a parameter where another one has it, and does not use it."""
     place, own = ([a.arg for a in parameters(f.args)] for f in (model, function))
     if is_opaque(function) or name not in own or own.index(name) != place.index(name):
@@ -2266,8 +2291,7 @@ def drops(function: Function, name: str, model: Function) -> bool:
     marks = {dotted(d) for d in function.decorator_list}
     first = own.index(name) == 0 and name in ("self", "ctx", "cls")
     forward = function.name in ("forward", "backward", "setup_context") and "staticmethod" in marks
-    read = any(isinstance(n, ast.Name) and n.id == name for part in function.body for n in walk(part))
-    return not (first or forward or read)
+    return not (first or forward or name in facts.names_in(function))
 
 
 def unpassed(calls: Any, args: ast.arguments, name: str, purity: Purity) -> bool:
@@ -2687,22 +2711,51 @@ class Program:
 
     # -- rounds --
 
-    def run(self, limit: int = 60) -> ast.Module:
-        """Rounds until nothing changes; the tree."""
-        before = ""
-        for _ in range(limit):
+    def run(self, limit: int = 99) -> ast.Module:
+        """Rounds until nothing changes; the tree.
+
+        After the first two a round folds only what changed in the one before and what uses the same names; when that
+        comes to an end, a whole round shows whether it is the end.
+        """
+        before, dirty = dict[int, str](), None
+        for number in range(limit):
             Reach(Facts(self.tree, self.external)).prune()
             facts = Facts(self.tree, self.external).scan()
             self.survey(facts)
-            Fold(self, facts).visit(self.tree)
+            fold = Fold(self, facts)
+            fold.chosen = dirty
+            fold.visit(self.tree)
             facts = Facts(self.tree, self.external).scan()
             Sweep(facts).visit(self.tree)
             shrink(facts)
-            after = ast.dump(self.tree)
-            if after == before:
-                break
+            after = {id(node): ast.dump(node) for node in self.tree.body}
+            changed = [node for node in self.tree.body if before.get(id(node)) != after[id(node)]]
+            if after.keys() == before.keys() and not changed:
+                if dirty is None:
+                    break
+                dirty = None
+            else:
+                dirty = self.touched(facts, changed, before, after) if number else None
             before = after
         return finished(self.tree)
+
+    def touched(self, facts: Facts, changed: list[ast.stmt], before: dict[int, str], after: dict[int, str]) -> set[int]:
+        """Statements of the module that use a name which some change was about."""
+        gone = {name for key in before.keys() - after.keys() for name in NAMED.findall(before[key])}
+        names = gone.union(*(differing(before.get(id(node), ""), after[id(node)]) for node in changed))
+        own = set(facts.defs) | set(facts.methods) | set(facts.stored) | {n for f in facts.fields.values() for n in f}
+        names &= own | set(self.assigned)
+        uses = {id(node): set(NAMED.findall(after[id(node)])) for node in self.tree.body}
+        return {id(node) for node in changed} | {key for key, used in uses.items() if used & names}
+
+
+NAMED = re.compile(r"(?:id|attr|name|arg)='(\w+)'")
+
+
+def differing(old: str, new: str) -> set[str]:
+    """Names that two versions of a definition, as ast.dump shows them, have in another number."""
+    one, two = (Counter(NAMED.findall(text)) for text in (old, new))
+    return {name for name in one | two if one[name] != two[name]}
 
 
 class Marked(Rewriter):
