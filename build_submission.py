@@ -2869,7 +2869,12 @@ def minified(text: str) -> str:
         raise BuildError(
             "minifying needs python-minifier: pip install -r requirements-dev.txt, or --no-minify"
         ) from None
-    return python_minifier.minify(text, rename_globals=True, remove_literal_statements=True, hoist_literals=False)
+    kept = python_minifier.RemoveAnnotationsOptions(  # an operator reads those that are left
+        remove_return_annotations=False, remove_argument_annotations=False
+    )
+    return python_minifier.minify(
+        text, rename_globals=True, remove_literal_statements=True, hoist_literals=False, remove_annotations=kept
+    )
 
 
 def packed(text: str) -> bytes:

@@ -1640,10 +1640,6 @@ class Log:
     def line(self, text: str) -> None:
         if not self.active:
             return
-        if PACKAGED:
-            for sink in (sys.stdout, self.file):
-                print(text, file=sink, flush=True)
-            return
         self.clear()
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
@@ -1660,7 +1656,10 @@ class Log:
 
     def append(self, sink: TextIO | None, text: str) -> None:
         """Write to a file at once; a full disk costs lines of it and not the run."""
-        if sink and not sink.closed:
+        if PACKAGED and sink:
+            sink.write(text)
+            sink.flush()
+        elif sink and not sink.closed:
             try:
                 sink.write(text)
                 sink.flush()
@@ -10450,7 +10449,7 @@ def finish(s: Session, state: TrainState) -> int:
     scorer.say, scorer.limit, scorer.began = log.line, h.max_eval_seconds, began
     if not PACKAGED:
         scorer.asked = functools.partial(s.guard.beat, True)
-    log.line(f"protocol:{h.protocol}{' (named in advance)' * h.named}")
+        log.line(f"protocol:{h.protocol}{' (named in advance)' * h.named}")
     budget = account(h, len(data))
     counted = "this script" if budget.packaged else "CODE_BYTES_RESERVE"
     log.line(
