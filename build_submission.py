@@ -41,7 +41,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 ALWAYS_KEPT = ("SEED", "RUN_ID", "DATA_PATH", "TOKENIZER_PATH", "MAX_WALLCLOCK_SECONDS")
 CONFIG_CLASS, LOADER, CHECKED = "Hyperparameters", "load_config", ("UserError", "ValueError")
@@ -462,7 +462,16 @@ def inside(node: ast.AST) -> Iterator[ast.AST]:
                 work.append(part)
 
 
-BINDERS = {ast.Assign, ast.AnnAssign, ast.AugAssign, ast.For, ast.NamedExpr, ast.withitem, ast.Delete, ast.ExceptHandler}
+BINDERS = {
+    ast.Assign,
+    ast.AnnAssign,
+    ast.AugAssign,
+    ast.For,
+    ast.NamedExpr,
+    ast.withitem,
+    ast.Delete,
+    ast.ExceptHandler,
+}
 BINDERS |= {ast.Global, ast.Nonlocal, ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef}
 
 
@@ -584,7 +593,9 @@ class Facts:
         self.escapees: dict[str, set[str]] = defaultdict(set)  # attribute -> classes of which it is read like that
         self.loads: Counter[str] = Counter()  # .attributes read in any way, and names
         self.bound: dict[str, list[ast.expr | None]] = defaultdict(list)  # names -> what is bound to them anywhere
-        self.readers: dict[str, set[str]] = defaultdict(set)  # attribute -> classes of objects it is read of, "" unknown
+        self.readers: dict[str, set[str]] = defaultdict(
+            set
+        )  # attribute -> classes of objects it is read of, "" unknown
         self.stored: dict[str, list[tuple[ast.Attribute, ast.expr | None]]] = defaultdict(list)
         self.texts: set[str] = set()  # names of attributes that are given as texts
         self.owner = {id(n): name for name, kind in self.classes.items() for n in walk(kind)}  # node -> its class
@@ -639,7 +650,10 @@ class Facts:
 
         Returns the nodes of f there, which then are no other reads of it.
         """
-        found, maybe = set[int](), {n: aliased(v[0]) for n, v in self.bound.items() if len(v) == 1 and n not in self.defs}
+        found, maybe = (
+            set[int](),
+            {n: aliased(v[0]) for n, v in self.bound.items() if len(v) == 1 and n not in self.defs},
+        )
         maybe = {name: aims for name, aims in maybe.items() if aims and self.calls.get(name)}
         names = [n for n in self.nodes if n.__class__ in (ast.Name, ast.arg)] if maybe else []
         others = {n.arg if isinstance(n, ast.arg) else n.id for n in names if isinstance(n, ast.arg)  # type: ignore
@@ -665,9 +679,15 @@ class Facts:
     def gives_tuple(self, node: ast.Call) -> bool:
         """Whether a call is of another module, or of a function that says it gives a plain tuple."""
         name, method = dotted(node.func), node.func.attr if isinstance(node.func, ast.Attribute) else ""
-        called = [m for _, m in self.methods.get(method, ())] if method else [self.defs[n] for n in [name] if n in self.defs]
+        called = (
+            [m for _, m in self.methods.get(method, ())] if method else [self.defs[n] for n in [name] if n in self.defs]
+        )
         receiver = node.func.__dict__.get("receiver", "")
-        if method and not called and (kind := self.attribute_kind(receiver, method) if receiver in self.classes else ""):
+        if (
+            method
+            and not called
+            and (kind := self.attribute_kind(receiver, method) if receiver in self.classes else "")
+        ):
             called = [m for c, m in (*self.methods["forward"], *self.methods["__call__"]) if c in self.family(kind)]
         if not called:
             return not self.stored[method] if method else hasattr(builtins, name) or name in self.pure_imports
@@ -971,8 +991,8 @@ def type_places(node: ast.AST) -> list[ast.expr]:
     """Where a node names classes without using them: annotations, handlers, bases, the second part of isinstance."""
     if isinstance(node, ast.ExceptHandler):
         return [node.type] if node.type else []
-    if isinstance(node, ast.Call) and dotted(node.func) in ("isinstance", "cast"):
-        return node.args[1:] if dotted(node.func) == "isinstance" else node.args[:1]
+    if isinstance(node, ast.Call) and dotted(node.func) in ("isinstance", "cast", "suppress"):
+        return {"isinstance": node.args[1:], "cast": node.args[:1]}.get(dotted(node.func), node.args)
     return node.bases if isinstance(node, ast.ClassDef) else hints(node)
 
 
@@ -1182,7 +1202,7 @@ class Fold(Rewriter):
         closed.check(node, frozenset())
         plain = Spelled(self).visit(cloned(node)) if closed.spelled else node
         with warnings.catch_warnings(action="ignore"):  # an expression that makes no sense is left to run time
-            code = compile(ast.fix_missing_locations(ast.Expression(plain)), "<build>", "eval")
+            code = compile(ast.fix_missing_locations(ast.Expression(cast(ast.expr, plain))), "<build>", "eval")
         try:
             return eval(code, {"__builtins__": {}, **closed.names, "__config__": self.program.frozen})
         except Unknown:
@@ -1228,10 +1248,12 @@ class Fold(Rewriter):
                     scope.flow[target.id] = None
 
     def forget(self, *nodes: ast.AST) -> None:
-        """Names that some code binds are not known before and after it, when it may run often, in part or not at all."""
+        """Names that some code binds are not known beside it, when it may run often, in part or not at all."""
         scope = self.scopes[-1]
         if scope.flow:
-            bound = {n.id for node in nodes for n in walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            bound = {
+                n.id for node in nodes for n in walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+            }
             self.flows({name: value for name, value in scope.flow.items() if name not in bound})
 
     def told(self, test: ast.expr, truth: bool) -> dict[str, ast.expr | None]:
@@ -1247,14 +1269,16 @@ class Fold(Rewriter):
             known[test.id] = None
         elif isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.left, ast.Name):
             kind, right = test.ops[0], test.comparators[0]
-            if test.left.id in scope.followed and isinstance(right, ast.Constant) and right.value is None:
-                if isinstance(kind, ast.Is | ast.IsNot):
-                    known[test.left.id] = none if isinstance(kind, ast.Is) is truth else None
+            about_none = (
+                isinstance(right, ast.Constant) and right.value is None and isinstance(kind, ast.Is | ast.IsNot)
+            )
+            if test.left.id in scope.followed and about_none:
+                known[test.left.id] = none if isinstance(kind, ast.Is) is truth else None
         return known
 
     def joined(self, one: dict[str, ast.expr | None], two: dict[str, ast.expr | None]) -> dict[str, ast.expr | None]:
         """What two ways to the same place agree on."""
-        alike = {}
+        alike = dict[str, ast.expr | None]()
         for name in one.keys() & two.keys():
             a, b = one[name], two[name]
             if is_empty(a) or is_empty(b):
@@ -1300,7 +1324,7 @@ class Fold(Rewriter):
             return ast.Dict([], [])
         methods = [m for c, m in self.facts.methods.get(name, ()) if kinds is None or c in kinds]
         if methods:
-            results = [self.constant_result(m) if ["property"] == marks_of(m) else None for m in methods]
+            results = [self.constant_result(m) if marks_of(m) == ["property"] else None for m in methods]
             return self.facts.agreed(results) if all(results) and not self.facts.stored[name] else None
         return self.facts.attribute(name, kinds)
 
@@ -1320,7 +1344,13 @@ class Fold(Rewriter):
                 return ""
             value = values[0]
             found = dotted(value.annotation) if isinstance(value, ast.arg) and value.annotation else ""
-            return found if found in facts.classes else "" if isinstance(value, ast.arg) else self.kind_of(value, depth + 1)
+            return (
+                found
+                if found in facts.classes
+                else ""
+                if isinstance(value, ast.arg)
+                else self.kind_of(value, depth + 1)
+            )
         if isinstance(node, ast.Attribute) and (own := self.kind_of(node.value, depth + 1)):
             return facts.attribute_kind(own, node.attr)
         if isinstance(node, ast.Call):
@@ -1600,7 +1630,9 @@ class Fold(Rewriter):
             own = self.kind_of(node.func.value)
             kinds = self.facts.family(own) if own else None
             called = [m for c, m in self.facts.methods.get(node.func.attr, ()) if kinds is None or c in kinds]
-            called = [] if self.facts.stored[node.func.attr] or (not own and self.facts.outside(node.func.attr)) else called
+            called = (
+                [] if self.facts.stored[node.func.attr] or (not own and self.facts.outside(node.func.attr)) else called
+            )
         else:
             called = []
         results = [self.constant_result(one) for one in called] if called else []
@@ -1726,7 +1758,7 @@ class Fold(Rewriter):
         if owner == CONFIG_CLASS and not isinstance(node, ast.Lambda) and node.args.args:
             configs.add(node.args.args[0].arg)
         noted = [n for n in inside(node) if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
-        kinds = {n.target.id: dotted(n.annotation) for n in noted if dotted(n.annotation) in self.facts.classes}
+        kinds = {dotted(n.target): dotted(n.annotation) for n in noted if dotted(n.annotation) in self.facts.classes}
         return Scope(bound, known, configs, False, followed, kinds, {n: v for n, v in flow.items() if n not in known})
 
     def followed(self, node: Function, bound: dict[str, list[ast.AST | None]]) -> frozenset[str]:
@@ -1789,10 +1821,15 @@ class Fold(Rewriter):
 
     def visit_Starred(self, node: ast.Starred) -> ast.Starred:
         node.value = one = self.visit(node.value)
-        if isinstance(one, ast.GeneratorExp) and self.purity.expression(one.generators[0].iter):
-            if self.truth_of_loop(one.generators[0].iter) or self.none_pass(one.generators[0]):
-                node.value = self.changed(ast.Tuple([], ast.Load()))
+        if isinstance(one, ast.GeneratorExp) and self.gives_nothing(one.generators[0]):
+            node.value = self.changed(ast.Tuple([], ast.Load()))
         return node
+
+    def gives_nothing(self, generator: ast.comprehension) -> bool:
+        """Whether a comprehension certainly is empty, and finding that out does nothing else."""
+        return self.purity.expression(generator.iter) and (
+            self.truth_of_loop(generator.iter) or self.none_pass(generator)
+        )
 
     def none_pass(self, generator: ast.comprehension) -> bool:
         """Whether no element of what a comprehension goes through passes its conditions."""
@@ -1827,14 +1864,20 @@ class Fold(Rewriter):
         """Whether two statements are `name = value` and `return name`, of a name that nobody else sees."""
         if not (isinstance(node, ast.Assign) and isinstance(after, ast.Return) and isinstance(after.value, ast.Name)):
             return False
-        return [dotted(target) for target in node.targets] == [after.value.id] and after.value.id in self.scopes[-1].followed
+        return [dotted(target) for target in node.targets] == [after.value.id] and after.value.id in self.scopes[
+            -1
+        ].followed
 
     def statement(self, node: ast.stmt) -> list[ast.stmt]:
         self.drop_empties(node)
         new = self.visit(node)
         found = new if isinstance(new, list) else [] if new is None else [new]
         empties = self.empties()
-        read = {n.id for one in found for n in walk(one) if isinstance(n, ast.Name) and n.id in empties and is_load(n)} if empties else ()
+        read = (
+            {n.id for one in found for n in walk(one) if isinstance(n, ast.Name) and n.id in empties and is_load(n)}
+            if empties
+            else ()
+        )
         self.flows({name: value for name, value in self.scopes[-1].flow.items() if name not in read})
         return found
 
@@ -1843,7 +1886,7 @@ class Fold(Rewriter):
         return {name for name, value in self.scopes[-1].flow.items() if is_empty(value)}
 
     def drop_empties(self, node: ast.stmt) -> None:
-        """Forget empty ones that a statement may fill: it names them more than once, or in a place that may run often."""
+        """Forget empty ones that a statement may fill: it names them more than once, or where it may run often."""
         if not (empties := self.empties()):
             return
         looked = node.test if isinstance(node, ast.If) else node
@@ -1950,15 +1993,19 @@ class Fold(Rewriter):
 
     def visit_With(self, node: ast.With) -> Any:
         node.items = [self.visit(item) for item in node.items]
-        idle = [
-            i for i in node.items if dotted(getattr(i.context_expr, "func", i)) == "nullcontext" and not i.optional_vars
-        ]
+        idle = [i for i in node.items if not i.optional_vars and self.does_nothing(i.context_expr)]
         node.body = self.block(node.body)
         self.forget(node)
         if idle:
             node.items = [i for i in node.items if i not in idle]
             return self.changed(node if node.items else node.body)
         return node
+
+    def does_nothing(self, node: ast.expr) -> bool:
+        """Whether a context is none, or suppresses nothing but exceptions that are never made."""
+        name, args = (dotted(node.func), node.args) if isinstance(node, ast.Call) else ("", [])
+        own = [dotted(arg) in self.facts.classes and not self.facts.made(dotted(arg)) for arg in args]
+        return name == "nullcontext" or (name == "suppress" and all(own))
 
     def visit_Try(self, node: ast.Try) -> Any:
         self.forget(node)
@@ -3195,6 +3242,18 @@ def section_sizes(source: Source, text: str) -> list[str]:
     return rows
 
 
+def largest(text: str, count: int = 30) -> list[str]:
+    """Definitions and methods of a program that take the most bytes, and the share of each."""
+    sizes = dict[str, int]()
+    for node in ast.parse(text).body:
+        name = node.name if isinstance(node, Definition) else ast.unparse(node)[:40].split("\n")[0]
+        sizes[name] = len(ast.unparse(node)) + 1
+        methods = [n for n in node.body if isinstance(n, Function)] if isinstance(node, ast.ClassDef) else []
+        sizes |= {f"{name}.{method.name}": len(ast.unparse(method)) + 1 for method in methods}
+    order = sorted(sizes, key=lambda name: (-sizes[name], name))[:count]
+    return [f"{name:<44}{sizes[name]:>8}{sizes[name] / len(text):>7.1%}" for name in order]
+
+
 def explained(source: Source, text: str, h: Any) -> list[str]:
     """Definitions that were dropped, each with what used it and was dropped as well, or kept without it."""
     kept = {n.name for n in definitions(ast.parse(text).body) if isinstance(n, Definition)}
@@ -3389,7 +3448,8 @@ def build(options: Any) -> list[str]:
         f"{source.path.name}: {len(source.text)} bytes; {len(whole.text.splitlines())} lines and "
         f"{len(whole.text)} bytes extracted, {len(whole.short)} minified, {len(whole.script)} wrapped ({whole.wrapper})"
     ]
-    told += [*section_sizes(source, whole.text), *explained(source, whole.text, whole.h)] if options.explain else []
+    if options.explain:
+        told += [*section_sizes(source, whole.text), *largest(whole.text), *explained(source, whole.text, whole.h)]
     shown = (
         ["the extracted script was not proved (--no-proof)"]
         if options.no_proof

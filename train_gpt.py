@@ -1656,10 +1656,7 @@ class Log:
 
     def append(self, sink: TextIO | None, text: str) -> None:
         """Write to a file at once; a full disk costs lines of it and not the run."""
-        if PACKAGED and sink:
-            sink.write(text)
-            sink.flush()
-        elif sink and not sink.closed:
+        if sink and not sink.closed:
             try:
                 sink.write(text)
                 sink.flush()
@@ -6512,12 +6509,13 @@ class GPT(Module):
                 stream = seen
                 x, ctx = self.site_input(site, stream, ctx)
             out: Out = self.site(site)(x, ctx, None if states is None else states[1 + site.id])
-            if out.y is not None:
-                sizes = watched(ctx, branch=out.y, stream=stream)
+            y = out.y
+            if y is not None:
+                sizes = watched(ctx, branch=y, stream=stream)
                 if sizes:
                     sizes["branch_over_stream"] = sizes["branch_rms"] / (sizes["stream_rms"] + 1e-12)
                 out = out._replace(metrics={**out.metrics, **sizes})
-                r = self.residual.write(r, site, self.thinned(site, out.y, ctx), link)
+                r = self.residual.write(r, site, self.thinned(site, y, ctx), link)
             ctx = ctx._replace(v0=ctx.v0 if out.v0 is None else out.v0, memory={**ctx.memory, **out.memory})
             trace = trace.add(site, out)
         return r, ctx, trace
@@ -9068,7 +9066,7 @@ class Audit:
         if len(tokens) > len(self.tokens):  # the longer stream
             scorer.h = dataclasses.replace(scorer.h, eval_streams=1)
         if adapters is not None:
-            scorer.adapters = adapters
+            scorer.adapters = tuple(adapters)
         return self.look(scorer, tokens, wanted, until)
 
     def look(self, scorer: Scorer, tokens: np.ndarray, wanted: set[int], until: int = 0) -> Seen:
@@ -9868,7 +9866,7 @@ def pause_for(s: Session, state: TrainState, clock: Clock) -> None:
     clock.stop()
     state.seconds = clock.banked
     s.guard.beat(slow=True)
-    with nullcontext() if PACKAGED else suppress(Interrupted):  # the loop will see the signal, too
+    with suppress(Interrupted):  # the loop will see the signal, too
         if validates:
             report_validation(s, state)
     if saves:

@@ -1639,10 +1639,7 @@ class Log:
 
     def append(self, sink: TextIO | None, text: str) -> None:
         """Write to a file at once; a full disk costs lines of it and not the run."""
-        if PACKAGED and sink:
-            sink.write(text)
-            sink.flush()
-        elif sink and not sink.closed:
+        if sink and not sink.closed:
             try:
                 sink.write(text)
                 sink.flush()
@@ -8749,7 +8746,7 @@ def pause_for(s: Session, state: TrainState, clock: Clock) -> None:
     clock.stop()
     state.seconds = clock.banked
     s.guard.beat(slow=True)
-    with nullcontext() if PACKAGED else suppress(Interrupted):  # the loop will see the signal, too
+    with suppress(Interrupted):  # the loop will see the signal, too
         if validates:
             report_validation(s, state)
     if saves:
