@@ -1241,11 +1241,9 @@ class Fold(Rewriter):
         for target, value in stores(node) if scope.followed else ():
             if isinstance(target, ast.Name) and target.id in scope.followed:
                 value = self.part_of(value) or value
-                scope.flow.pop(target.id, None)
-                if is_literal(value) or is_empty(value):
-                    scope.flow[target.id] = value  # type: ignore[assignment]
-                elif self.something(value):
-                    scope.flow[target.id] = None
+                known = is_literal(value) or is_empty(value)
+                others = {name: v for name, v in scope.flow.items() if name != target.id}
+                self.flows(others | ({target.id: value if known else None} if known or self.something(value) else {}))
 
     def forget(self, *nodes: ast.AST) -> None:
         """Names that some code binds are not known beside it, when it may run often, in part or not at all."""
