@@ -1870,13 +1870,10 @@ class Fold(Rewriter):
         self.drop_empties(node)
         new = self.visit(node)
         found = new if isinstance(new, list) else [] if new is None else [new]
-        empties = self.empties()
-        read = (
-            {n.id for one in found for n in walk(one) if isinstance(n, ast.Name) and n.id in empties and is_load(n)}
-            if empties
-            else ()
-        )
-        self.flows({name: value for name, value in self.scopes[-1].flow.items() if name not in read})
+        if empties := self.empties():
+            names = (n for one in found for n in walk(one) if isinstance(n, ast.Name) and is_load(n))
+            read = {n.id for n in names} & empties
+            self.flows({name: value for name, value in self.scopes[-1].flow.items() if name not in read})
         return found
 
     def empties(self) -> set[str]:

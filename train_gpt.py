@@ -8791,7 +8791,8 @@ class Scorer:
     ) -> None:
         self.h, self.rt, self.model, self.table, self.calibration = h, rt, model, table, calibration or {}
         self.variant = scoring_variant(h)
-        self.adapters = tuple(ADAPTERS[name](h) for name, there in h.adapting.items() if there)
+        adapters = tuple(ADAPTERS[name](h) for name, there in h.adapting.items() if there)
+        self.adapters: Sequence[Adapter] = adapters if PACKAGED else list(adapters)
         self.say: Callable[[str], None] = lambda text: None  # told before memory is taken, and how long it will take
         self.limit = 0.0  # seconds; 0: unbounded
         self.began: float | None = None  # time.monotonic() from which they count; None: when scoring begins
@@ -9066,7 +9067,7 @@ class Audit:
         if len(tokens) > len(self.tokens):  # the longer stream
             scorer.h = dataclasses.replace(scorer.h, eval_streams=1)
         if adapters is not None:
-            scorer.adapters = tuple(adapters)
+            scorer.adapters = adapters
         return self.look(scorer, tokens, wanted, until)
 
     def look(self, scorer: Scorer, tokens: np.ndarray, wanted: set[int], until: int = 0) -> Seen:
