@@ -1114,6 +1114,7 @@ class Scope:
     configs: set[str]  # parameters that are configurations
     hides: bool = False  # a comprehension's or class's: its names are not known outside, and nothing of them is
     followed: frozenset[str] = frozenset()  # names that only plain assignments of this scope's own code bind
+    captured: frozenset[str] = frozenset()  # names that functions inside see, and may fill
     kinds: dict[str, str] = dataclasses.field(default_factory=dict)  # annotated names -> the program's classes
     flow: dict[str, ast.expr | None] = dataclasses.field(default_factory=dict)  # followed -> literal; None: not None
 
@@ -1241,7 +1242,7 @@ class Fold(Rewriter):
         for target, value in stores(node) if scope.followed else ():
             if isinstance(target, ast.Name) and target.id in scope.followed:
                 value = self.part_of(value) or value
-                known = is_literal(value) or is_empty(value)
+                known = is_literal(value) or (is_empty(value) and target.id not in scope.captured)
                 others = {name: v for name, v in scope.flow.items() if name != target.id}
                 self.flows(others | ({target.id: value if known else None} if known or self.something(value) else {}))
 
@@ -1757,7 +1758,10 @@ class Fold(Rewriter):
             configs.add(node.args.args[0].arg)
         noted = [n for n in inside(node) if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
         kinds = {dotted(n.target): dotted(n.annotation) for n in noted if dotted(n.annotation) in self.facts.classes}
-        return Scope(bound, known, configs, False, followed, kinds, {n: v for n, v in flow.items() if n not in known})
+        inner = [n for n in walk(node) if isinstance(n, Function | ast.Lambda) and n is not node]
+        captured = frozenset(n.id for one in inner for n in walk(one) if isinstance(n, ast.Name))
+        flow = {name: value for name, value in flow.items() if name not in known}
+        return Scope(bound, known, configs, False, followed, captured, kinds, dict(flow))
 
     def followed(self, node: Function, bound: dict[str, list[ast.AST | None]]) -> frozenset[str]:
         """Local names that nothing but plain assignments, and calls, bind."""

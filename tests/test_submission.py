@@ -193,6 +193,9 @@ RULES: dict[str, tuple[str, list[str], list[str]]] = {
         "def fill(into: dict[str, int], h: Hyperparameters) -> None:\n    into['a'] = h.seed\n\n"
         "def main(h: Hyperparameters) -> None:\n    found: dict[str, int] = {}\n    fill(found, h)\n    if found:\n        print('kept')\n"
         "    more: list[int] = []\n    for i in range(2):\n        if more:\n            print('kept, too')\n        more.append(i)\n", [], ["'kept'", "kept, too"]),
+    "an empty list that a function inside fills": (
+        "def main(h: Hyperparameters) -> None:\n    def fill() -> None:\n        found.append(h.seed)\n    found: list[int] = []\n    fill()\n"
+        "    if found:\n        print('kept', h.seed)\n", [], ["'kept'"]),
     "methods of one name, apart by their object": (
         "class A:\n    def f(self, x: int, by: int) -> int:\n        return x + by\n\nclass B:\n    def f(self, x: int, by: int) -> int:\n        return x * by\n\n"
         "def main(h: Hyperparameters) -> None:\n    a, b = A(), B()\n    print(a.f(h.seed, 2), b.f(h.seed, h.seed + 1))\n", [], ["return x + 2", "return x * by"]),
