@@ -901,7 +901,8 @@ class Facts:
         key = ("empty", kind, name)
         if key not in self.cache:
             tuples = name in self.fields[kind] and "NamedTuple" in map(dotted, self.classes[kind].bases)
-            values = [v for v in self.field_values(kind, name) if not is_copy(v, name)] if tuples else []
+            own = self.family(kind)
+            values = [v for v in self.field_values(kind, name, own) if not is_copy(v, name, own)] if tuples else []
             self.cache[key] = bool(values) and all(map(is_empty_dict, values))
         return self.cache[key]
 
@@ -909,14 +910,14 @@ class Facts:
         """All values that an attribute is given anywhere, None for an unknown one; only of some classes if named."""
         found: list[ast.expr | None] = [None] * (name in self.texts)
         for target, value in self.stored[name]:
-            if isinstance(value, ast.Attribute) and value.attr == name:
-                continue  # a copy of one such attribute to another
+            if isinstance(value, ast.Attribute) and is_copy(value, name, kinds):
+                continue
             own = isinstance(target.value, ast.Name) and target.value.id == "self"
             if not own or kinds is None or self.owner.get(id(target)) in kinds:
                 found.append(value)
         found += [value for kind, value in self.given.get(name, ()) if kinds is None or kind in kinds]
         for kind in self.classes if kinds is None else kinds & set(self.classes):
-            found += self.field_values(kind, name) if name in self.fields[kind] else []
+            found += self.field_values(kind, name, kinds) if name in self.fields[kind] else []
         return found
 
     def field_args(self, kind: str) -> ast.arguments:
@@ -930,18 +931,18 @@ class Facts:
         receiver = call.func.__dict__.get("receiver", "") if dotted(call.func)[-9:] == "._replace" else ""
         return receiver in self.classes and kind not in self.family(receiver)
 
-    def field_values(self, kind: str, name: str) -> list[ast.expr | None]:
+    def field_values(self, kind: str, name: str, kinds: frozenset[str] | None) -> list[ast.expr | None]:
         if self.escaped[kind] or kind in self.shadowed or any(kind in self.ancestors(c)[1:] for c in self.classes):
             return [None]
         args = self.field_args(kind)
         found = [self.passed(call, args, 0).get(name) for call in self.calls[kind]]
-        found = [value for value in found if not (isinstance(value, ast.Attribute) and value.attr == name)]
+        found = [v for v in found if not (isinstance(v, ast.Attribute) and is_copy(v, name, kinds))]
         for call in [*self.calls["._replace"], *self.calls["replace"], *self.calls[".replace"]]:
             if self.of_another(call, kind):
                 continue
             given = {k.arg: k.value for k in call.keywords}
             value = given.get(name)
-            copied = is_copy(value, name)
+            copied = is_copy(value, name, kinds)
             found += [value] if name in given and not copied else [None] * (None in given)
         return found
 
@@ -973,10 +974,11 @@ def is_load(node: ast.Name) -> bool:
     return isinstance(node.ctx, ast.Load)
 
 
-def is_copy(node: ast.AST | None, name: str) -> bool:
-    """Whether a value is made of nothing but that of the same attribute of another object."""
+def is_copy(node: ast.AST | None, name: str, kinds: frozenset[str] | None) -> bool:
+    """Whether a value is made of nothing but that attribute of other objects, of some classes or (None) of any."""
     parts = node.values if isinstance(node, ast.Dict) and node.keys and not any(node.keys) else [node]
-    return all(isinstance(part, ast.Attribute) and part.attr == name for part in parts)
+    alike = [p for p in parts if isinstance(p, ast.Attribute) and p.attr == name]
+    return len(alike) == len(parts) and (kinds is None or all(p.__dict__.get("receiver") in kinds for p in alike))
 
 
 def marks_of(node: Definition) -> list[str]:

@@ -196,6 +196,11 @@ RULES: dict[str, tuple[str, list[str], list[str]]] = {
     "an empty list that a function inside fills": (
         "def main(h: Hyperparameters) -> None:\n    def fill() -> None:\n        found.append(h.seed)\n    found: list[int] = []\n    fill()\n"
         "    if found:\n        print('kept', h.seed)\n", [], ["'kept'"]),
+    "an attribute of the same name, of another class": (
+        "class Piece(NamedTuple):\n    writes: int\n\nclass Context(NamedTuple):\n    at: int\n    writes: int\n\n"
+        "def show(c: Context) -> None:\n    print(c.at, c.writes)\n\n"
+        "def within(c: Context, p: Piece) -> None:\n    show(c._replace(writes=p.writes))\n\n"
+        "def main(h: Hyperparameters) -> None:\n    c = Context(h.seed, 0)\n    show(c)\n    within(c, Piece(h.seed + 1))\n", [], ["c.writes"]),
     "methods of one name, apart by their object": (
         "class A:\n    def f(self, x: int, by: int) -> int:\n        return x + by\n\nclass B:\n    def f(self, x: int, by: int) -> int:\n        return x * by\n\n"
         "def main(h: Hyperparameters) -> None:\n    a, b = A(), B()\n    print(a.f(h.seed, 2), b.f(h.seed, h.seed + 1))\n", [], ["return x + 2", "return x * by"]),
