@@ -20,7 +20,6 @@ import argparse
 import ast
 import base64
 import builtins
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -42,7 +41,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 ALWAYS_KEPT = ("SEED", "RUN_ID", "DATA_PATH", "TOKENIZER_PATH", "MAX_WALLCLOCK_SECONDS")
 CONFIG_CLASS, LOADER, CHECKED = "Hyperparameters", "load_config", ("UserError", "ValueError")
@@ -66,6 +65,7 @@ PURE_BUILTINS = frozenset(
         "abs",
         "all",
         "any",
+        "ascii",
         "bool",
         "bytes",
         "dict",
@@ -171,8 +171,13 @@ PURE_METHODS = frozenset(
         "hexdigest",
     ]
 )
+# What takes an attribute's name as a text.
+NAMERS = {"getattr", "setattr", "hasattr", "delattr", "attrgetter", "methodcaller", "register_buffer", "get_submodule"}
+NAMERS |= {"register_parameter", "register_module", "add_module", "get_parameter", "get_buffer"}
 EATERS = ("tuple", "list", "dict", "set", "any", "all", "sum", "sorted", "max", "min", "frozenset")  # of iterables
-PURE_CALLS = {"time.monotonic", "time.perf_counter", "time.time"}
+PURE_CALLS = {"time.monotonic", "time.perf_counter", "time.time", "Path", "slice", "zlib.crc32", "hashlib.sha256"}
+SOMETHING = {"Tensor", "tuple", "list", "dict", "set", "int", "float", "bool", "str", "bytes", "Path"}  # is not None
+PURE_CALLS |= {"torch.cuda." + name for name in ("device_count", "is_available", "get_device_name", "memory_allocated")}
 
 
 def literal(node: ast.AST | None) -> Any:
@@ -252,11 +257,66 @@ def walk(node: ast.AST) -> Iterator[ast.AST]:
 
 def children(node: ast.AST) -> list[ast.AST]:
     """The nodes right below one."""
-    found = list[Any]()
+    found, held = list[Any](), node.__dict__
     for name in PARTS[node.__class__]:
-        part = node.__dict__.get(name)
-        found += part if part.__class__ is list else [part]
-    return [one for one in found if one is not None]
+        part = held.get(name)
+        if part.__class__ is list:
+            found += [p for p in part if p is not None]
+        elif part is not None:
+            found.append(part)
+    return found
+
+
+class Rewriter:
+    """ast.NodeTransformer, several times as fast: methods are looked up once a class, and only parts are visited."""
+
+    def __init_subclass__(cls) -> None:
+        cls.rules = {kind: getattr(cls, name, None) for kind, name in VISITORS.items()}
+
+    rules: dict[type, Callable | None]
+
+    def visit(self, node: Any) -> Any:
+        rule = self.rules[node.__class__]
+        return self.generic_visit(node) if rule is None else rule(self, node)
+
+    def generic_visit(self, node: Any) -> Any:
+        held = node.__dict__
+        for name in PARTS[node.__class__]:
+            part = held.get(name)
+            if part.__class__ is list:
+                part[:] = self.visited(part)
+            elif part is not None:
+                new = self.visit(part)
+                if new is None:
+                    del held[name]
+                else:
+                    held[name] = new
+        return node
+
+    def visited(self, nodes: list[Any]) -> list[Any]:
+        found = list[Any]()
+        for node in nodes:
+            new = node if node is None else self.visit(node)
+            if new.__class__ is list:
+                found += new
+            elif new is not None or node is None:
+                found.append(new)
+        return found
+
+
+VISITORS = {kind: "visit_" + kind.__name__ for kind in PARTS}
+
+
+def cloned(node: Any) -> Any:
+    """A copy of a tree. Contexts and operators are shared: the parser makes one of each, and the minifier hangs its
+    whole tree on them."""
+    if node.__class__ is list:
+        return [cloned(part) for part in node]
+    if not isinstance(node, ast.AST) or not node._fields:
+        return node
+    new = node.__class__.__new__(node.__class__)
+    new.__dict__.update({name: cloned(part) for name, part in node.__dict__.items()})
+    return new
 
 
 def parsed(text: str) -> ast.expr:
@@ -384,28 +444,45 @@ def stores(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr | None]]:
 def inside(node: ast.AST) -> Iterator[ast.AST]:
     """Nodes of a scope's own code: not of functions, classes and lambdas in it, whose first node is given."""
     body = [node.body] if isinstance(node, ast.Lambda) else getattr(node, "body", [node])
-    work: list[ast.AST] = list(body)
+    work: list[Any] = list(body)
     while work:
         one = work.pop()
         yield one
-        if isinstance(one, Definition):
-            work += one.decorator_list
-            work += (
-                [*one.args.defaults, *filter(None, one.args.kw_defaults)] if isinstance(one, Function) else one.bases
-            )
-        elif isinstance(one, ast.Lambda):
+        kind = one.__class__
+        if kind in (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda):
+            work += [] if kind is ast.Lambda else one.decorator_list
             work += [*one.args.defaults, *filter(None, one.args.kw_defaults)]
-        else:
-            work += children(one)
+            continue
+        held = one.__dict__
+        for name in ("decorator_list", "bases") if kind is ast.ClassDef else PARTS[kind]:
+            part = held.get(name)
+            if part.__class__ is list:
+                work += [p for p in part if p is not None]
+            elif part is not None:
+                work.append(part)
+
+
+BINDERS = {
+    ast.Assign,
+    ast.AnnAssign,
+    ast.AugAssign,
+    ast.For,
+    ast.NamedExpr,
+    ast.withitem,
+    ast.Delete,
+    ast.ExceptHandler,
+}
+BINDERS |= {ast.Global, ast.Nonlocal, ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef}
 
 
 def bindings(node: ast.AST) -> dict[str, list[ast.AST | None]]:
     """Name -> what is bound to it in a scope, None for what is not at hand. Comprehensions are scopes of their own."""
     found: dict[str, list[ast.AST | None]] = defaultdict(list)
-    own = {id(target) for one in inside(node) if isinstance(one, ast.comprehension) for target in walk(one.target)}
     for one in inside(node):
+        if one.__class__ not in BINDERS:
+            continue
         for target, value in stores(one):
-            if isinstance(target, ast.Name) and id(target) not in own:
+            if isinstance(target, ast.Name):
                 found[target.id].append(value)
         if isinstance(one, Definition):
             found[one.name].append(one)
@@ -423,9 +500,17 @@ def bindings(node: ast.AST) -> dict[str, list[ast.AST | None]]:
 # ==== facts: what the whole program says about functions, attributes and classes ====
 
 
-def external_names(tree: ast.Module) -> frozenset[str]:
+class Outside(NamedTuple):
+    """Names that other modules know."""
+
+    all: frozenset[str]
+    bases: frozenset[str]  # attributes of their classes from which the program's derive
+
+
+def external_names(tree: ast.Module) -> Outside:
     """Attributes that objects of imported modules and builtin types have: such a name says nothing about its owner."""
     found = {name for kind in vars(builtins).values() if isinstance(kind, type) for name in dir(kind)}
+    bases = set[str]()
     modules = dict[str, Any]()
     for node in walk(tree):
         aliases = node.names if isinstance(node, ast.Import | ast.ImportFrom) else []
@@ -442,8 +527,8 @@ def external_names(tree: ast.Module) -> frozenset[str]:
     for base in {dotted(b) for n in walk(tree) if isinstance(n, ast.ClassDef) for b in n.bases}:
         with suppress(AttributeError, KeyError):
             head, *rest = base.split(".")
-            found |= set(dir(functools.reduce(getattr, rest, modules[head])))
-    return frozenset(found)
+            bases |= set(dir(functools.reduce(getattr, rest, modules[head])))
+    return Outside(frozenset(found | bases), frozenset(bases))
 
 
 def is_tuple_class(node: ast.ClassDef) -> bool:
@@ -477,8 +562,8 @@ def definitions(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
 class Facts:
     """An inventory of a program: definitions, calls by name, attribute reads and stores."""
 
-    def __init__(self, tree: ast.Module, external: frozenset[str]) -> None:
-        self.tree, self.external = tree, external
+    def __init__(self, tree: ast.Module, external: Outside) -> None:
+        self.tree, self.external, self.bases = tree, external.all, external.bases
         self.defs = {n.name: n for n in definitions(tree.body) if isinstance(n, Definition)}
         self.classes = {name: n for name, n in self.defs.items() if isinstance(n, ast.ClassDef)}
         self.methods: dict[str, list[tuple[str, Function]]] = defaultdict(list)
@@ -487,6 +572,7 @@ class Facts:
                 self.methods[method.name].append((name, method))
         self.ups = {name: self.find_ancestors(name) for name in self.classes}
         self.cache: dict[Any, Any] = {}
+        self.families: dict[str, frozenset[str]] = {}
         self.fields = {name: class_fields(node) for name, node in self.classes.items()}
         self.given: dict[str, list[tuple[str, ast.expr | None]]] = defaultdict(
             list
@@ -504,14 +590,24 @@ class Facts:
         self.nodes = list(walk(self.tree))
         self.calls: dict[str, list[ast.Call]] = defaultdict(list)  # by name, or by attribute with a dot in front
         self.escaped: Counter[str] = Counter()  # names and .attributes that are read other than to be called
+        self.escapees: dict[str, set[str]] = defaultdict(set)  # attribute -> classes of which it is read like that
         self.loads: Counter[str] = Counter()  # .attributes read in any way, and names
+        self.bound: dict[str, list[ast.expr | None]] = defaultdict(list)  # names -> what is bound to them anywhere
+        self.readers: dict[str, set[str]] = defaultdict(
+            set
+        )  # attribute -> classes of objects it is read of, "" unknown
         self.stored: dict[str, list[tuple[ast.Attribute, ast.expr | None]]] = defaultdict(list)
-        self.texts: set[str] = set()  # texts that are arguments: a name might be made of them
+        self.texts: set[str] = set()  # names of attributes that are given as texts
         self.owner = {id(n): name for name, kind in self.classes.items() for n in walk(kind)}  # node -> its class
         self.modules: dict[str, str] = {}
         self.pure_imports: set[str] = set()
         self.nonlocals = {name for n in self.nodes if isinstance(n, ast.Global | ast.Nonlocal) for name in n.names}
         called, types_only, local = set[int](), set[int](), set[str]()
+        self.arguments: dict[int, str] = {}  # names that are read in a constructor -> their annotation there
+        for _, method in self.methods["__init__"]:
+            own = {a.arg: dotted(a.annotation) for a in parameters(method.args) if a.annotation}
+            own = {n: kind for n, kind in own.items() if n not in bindings(method)}
+            self.arguments |= {id(n): own[n.id] for n in walk(method) if isinstance(n, ast.Name) and n.id in own}
         for node in self.nodes:
             if isinstance(node, ast.Call):
                 called.add(id(node.func))
@@ -524,13 +620,16 @@ class Facts:
                 local.add(node.arg)
             elif isinstance(node, Function):
                 local |= {n.name for n in node.body if isinstance(n, Definition)}
-            types_only |= {id(n) for part in type_places(node) for n in walk(part)}
-            for target, value in stores(node):
+            for part in type_places(node) if node.__class__ in TYPED else ():
+                types_only |= {id(n) for n in walk(part)}
+            for target, value in stores(node) if node.__class__ in BINDERS else ():
                 if isinstance(target, ast.Attribute):
                     self.stored[target.attr].append((target, value))
                 elif isinstance(target, ast.Name):
                     local.add(target.id)
+                    self.bound[target.id].append(value)
         self.shadowed = local & set(self.defs)  # local names that hide a definition
+        called |= self.follow_aliases(called)
         for node in self.nodes:
             if (
                 isinstance(node, ast.Attribute | ast.Name)
@@ -539,14 +638,93 @@ class Facts:
             ):
                 key = node.id if isinstance(node, ast.Name) else "." + node.attr
                 self.loads[key] += 1
+                if isinstance(node, ast.Attribute):
+                    self.readers[node.attr].add(node.__dict__.get("receiver", ""))
                 self.escaped[key] += id(node) not in called
+                if isinstance(node, ast.Attribute) and id(node) not in called:
+                    self.escapees[node.attr].add(node.__dict__.get("receiver", ""))
         return self
+
+    def follow_aliases(self, called: set[int]) -> set[int]:
+        """`name = f` or `name = torch.compile(f)`, for a name that is only called: its calls are f's.
+
+        Returns the nodes of f there, which then are no other reads of it.
+        """
+        found, maybe = (
+            set[int](),
+            {n: aliased(v[0]) for n, v in self.bound.items() if len(v) == 1 and n not in self.defs},
+        )
+        maybe = {name: aims for name, aims in maybe.items() if aims and self.calls.get(name)}
+        names = [n for n in self.nodes if n.__class__ in (ast.Name, ast.arg)] if maybe else []
+        others = {n.arg if isinstance(n, ast.arg) else n.id for n in names if isinstance(n, ast.arg)  # type: ignore
+                  or (isinstance(n.ctx, ast.Load) and id(n) not in called)}  # type: ignore[attr-defined]  # fmt: skip
+        for name, aims in maybe.items():
+            aims = aims if name not in others else []
+            keys = {"." + a.attr if isinstance(a, ast.Attribute) else a.id for a in aims}
+            if len(keys) == 1:
+                self.calls[keys.pop()] += self.calls[name]
+                found |= {id(a) for a in aims}
+        return found
+
+    def taken_apart(self) -> set[int]:
+        """Numbers of names to which the parts of what some call gives are bound, where it may be any object."""
+        if "apart" not in self.cache:
+            found = self.cache["apart"] = set[int]()
+            for node in self.nodes:
+                if node.__class__ is ast.Assign and isinstance(node.value, ast.Call):  # type: ignore[attr-defined]
+                    sizes = {len(t.elts) for t in node.targets if isinstance(t, ast.Tuple | ast.List)}  # type: ignore
+                    found |= sizes if sizes and not self.gives_tuple(node.value) else set()  # type: ignore[attr-defined]
+        return self.cache["apart"]
+
+    def gives_tuple(self, node: ast.Call) -> bool:
+        """Whether a call is of another module, or of a function that says it gives a plain tuple."""
+        name, method = dotted(node.func), node.func.attr if isinstance(node.func, ast.Attribute) else ""
+        called = (
+            [m for _, m in self.methods.get(method, ())] if method else [self.defs[n] for n in [name] if n in self.defs]
+        )
+        receiver = node.func.__dict__.get("receiver", "")
+        if (
+            method
+            and not called
+            and (kind := self.attribute_kind(receiver, method) if receiver in self.classes else "")
+        ):
+            called = [m for c, m in (*self.methods["forward"], *self.methods["__call__"]) if c in self.family(kind)]
+        if not called:
+            return not self.stored[method] if method else hasattr(builtins, name) or name in self.pure_imports
+        return all(isinstance(f, Function) and f.returns and ast.unparse(f.returns)[:6] == "tuple[" for f in called)
 
     def note_call(self, node: ast.Call) -> None:
         key = node.func.id if isinstance(node.func, ast.Name) else ""
         key = "." + node.func.attr if isinstance(node.func, ast.Attribute) else key
         self.calls[key].append(node)
-        self.texts |= {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
+        if key.strip(".") in NAMERS:
+            self.texts |= {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
+
+    def names_in(self, function: Function) -> set[str]:
+        """Names in a function's body."""
+        key = ("names", id(function))
+        if key not in self.cache:
+            self.cache[key] = {n.id for part in function.body for n in walk(part) if isinstance(n, ast.Name)}
+        return self.cache[key]
+
+    def related(self, named: list[tuple[str, Function]]) -> list[list[Function]]:
+        """Methods of one name in groups of which a call may mean any: all, if it is not known of what one is called."""
+        calls = self.calls["." + named[0][1].name]
+        known = {c.func.__dict__.get("receiver", "") for c in calls if isinstance(c.func, ast.Attribute)}
+        if not known <= set(self.classes):
+            return [[method for _, method in named]]
+        groups = list[tuple[set[str], list[Function]]]()
+        for owner, method in named:
+            near = {c for c in self.classes if owner in self.family(c)}
+            for other in [g for g in groups if g[0] & near]:
+                groups.remove(other)
+                near, method_group = near | other[0], other[1]
+                groups.append((near, method_group))
+            if groups and groups[-1][0] & near:
+                groups[-1][1].append(method)
+            else:
+                groups.append((near, [method]))
+        return [methods for _, methods in groups]
 
     # -- classes --
 
@@ -559,17 +737,30 @@ class Facts:
         return [name, *(a for base in bases if base in self.classes for a in self.find_ancestors(base))]
 
     def family(self, name: str) -> frozenset[str]:
-        """All classes related to a class by inheritance, in either direction, and their relatives."""
-        ups = set(self.ancestors(name))
-        return frozenset(ups | {c for c in self.classes if ups & set(self.ancestors(c))})
+        """Classes whose code an object can have that is of a class or of one derived from it."""
+        if name not in self.families:
+            heirs = [c for c in self.classes if name in self.ups[c]]
+            self.families[name] = frozenset(a for c in heirs for a in self.ups[c])
+        return self.families[name]
 
     def made(self, name: str) -> bool:
         """Whether an object of a program class, or of one derived from it, can exist."""
         kinds = [c for c in self.classes if name in self.ancestors(c)]
         return any(self.calls[c] or self.escaped[c] for c in kinds)
 
+    def read(self, name: str, kind: str) -> bool:
+        """Whether an attribute may be read of an object that has this class's code."""
+        known = self.readers.get(name, set())
+        return name in self.texts or any(one not in self.classes or kind in self.family(one) for one in known)
+
     def foreign_bases(self, name: str) -> bool:
         """Whether a class derives from one of another module, which may use its attributes and methods."""
+        key = ("foreign", name)
+        if key not in self.cache:
+            self.cache[key] = self.find_foreign(name)
+        return self.cache[key]
+
+    def find_foreign(self, name: str) -> bool:
         plain = {"NamedTuple", "object", *(n for n, v in vars(builtins).items() if isinstance(v, type))}
         bases = {dotted(base) for kind in self.ancestors(name) for base in self.classes[kind].bases}
         return bool(bases - plain - set(self.classes))
@@ -600,9 +791,28 @@ class Facts:
         if function.name == "forward" and "staticmethod" in marks:  # autograd functions are called by their `apply`
             calls = [c for c in self.calls[".apply"] if dotted(c.func) == f"{owner}.apply"]  # type: ignore[attr-defined]
             return [(call, 1) for call in calls] if len(calls) == self.loads[owner] else None
-        if self.outside(function.name) or self.escaped["." + function.name] or not kind:
+        if not kind or function.name in self.base_names(owner) or function.name.startswith("__"):
             return None
-        return [(call, 0 if "staticmethod" in marks else 1) for call in self.calls["." + function.name]]
+        if any(self.may_be(one, owner, function.name) is not False for one in self.escapees[function.name]):
+            return None
+        found = list[tuple[ast.Call, int]]()
+        for call in self.calls["." + function.name]:
+            receiver = call.func.__dict__.get("receiver", "") if isinstance(call.func, ast.Attribute) else ""
+            its = self.may_be(receiver, owner, function.name)
+            if its is None:
+                return None
+            found += [(call, 0 if "staticmethod" in marks else 1)] if its else []
+        return found
+
+    def may_be(self, receiver: str, owner: str, name: str) -> bool | None:
+        """Whether an attribute of an object of a class is that of another class; None if nothing is known of either."""
+        if receiver in self.classes:
+            return owner in self.family(receiver)
+        return None if self.outside(name) else True
+
+    def base_names(self, owner: str) -> frozenset[str]:
+        """What other modules know of a class of the program that derives from theirs."""
+        return self.bases if self.foreign_bases(owner) else frozenset()
 
     def constructions(self, owner: str) -> list[tuple[ast.Call, int]] | None:
         """All calls of a class, as its constructor sees them."""
@@ -675,18 +885,39 @@ class Facts:
             self.cache[name, kinds] = self.agreed(values) if values else None
         return self.cache[name, kinds]
 
+    def attribute_kind(self, owner: str, name: str) -> str:
+        """The program's class that an attribute of a class has, or nothing, as annotations say."""
+        kinds = self.family(owner)
+        found = {dotted(one.annotation) for kind in kinds for one in self.classes[kind].body
+                 if isinstance(one, ast.AnnAssign) and dotted(one.target) == name}  # fmt: skip
+        for target, value in self.stored[name]:
+            if self.owner.get(id(target)) in kinds or dotted(target.value) != "self":
+                found.add(self.arguments.get(id(value), "") if isinstance(value, ast.Name) else made_kind(value))
+        kind = found.pop() if len(found) == 1 else ""
+        return kind if kind in self.classes else ""
+
+    def stays_empty(self, kind: str, name: str) -> bool:
+        """Whether a field of a NamedTuple holds an empty dict in every object; nobody changes what such fields hold."""
+        key = ("empty", kind, name)
+        if key not in self.cache:
+            tuples = name in self.fields[kind] and "NamedTuple" in map(dotted, self.classes[kind].bases)
+            own = self.family(kind)
+            values = [v for v in self.field_values(kind, name, own) if not is_copy(v, name, own)] if tuples else []
+            self.cache[key] = bool(values) and all(map(is_empty_dict, values))
+        return self.cache[key]
+
     def values(self, name: str, kinds: frozenset[str] | None = None) -> list[ast.expr | None]:
         """All values that an attribute is given anywhere, None for an unknown one; only of some classes if named."""
         found: list[ast.expr | None] = [None] * (name in self.texts)
         for target, value in self.stored[name]:
-            if isinstance(value, ast.Attribute) and value.attr == name:
-                continue  # a copy of one such attribute to another
+            if isinstance(value, ast.Attribute) and is_copy(value, name, kinds):
+                continue
             own = isinstance(target.value, ast.Name) and target.value.id == "self"
             if not own or kinds is None or self.owner.get(id(target)) in kinds:
                 found.append(value)
         found += [value for kind, value in self.given.get(name, ()) if kinds is None or kind in kinds]
         for kind in self.classes if kinds is None else kinds & set(self.classes):
-            found += self.field_values(kind, name) if name in self.fields[kind] else []
+            found += self.field_values(kind, name, kinds) if name in self.fields[kind] else []
         return found
 
     def field_args(self, kind: str) -> ast.arguments:
@@ -695,26 +926,75 @@ class Facts:
         defaults = [value for value in fields.values() if value is not None]
         return ast.arguments([], [ast.arg(name) for name in fields], None, [], [], None, defaults)
 
-    def field_values(self, kind: str, name: str) -> list[ast.expr | None]:
+    def of_another(self, call: ast.Call, kind: str) -> bool:
+        """Whether a call of `_replace` is of an object of another class than this."""
+        receiver = call.func.__dict__.get("receiver", "") if dotted(call.func)[-9:] == "._replace" else ""
+        return receiver in self.classes and kind not in self.family(receiver)
+
+    def field_values(self, kind: str, name: str, kinds: frozenset[str] | None) -> list[ast.expr | None]:
         if self.escaped[kind] or kind in self.shadowed or any(kind in self.ancestors(c)[1:] for c in self.classes):
             return [None]
         args = self.field_args(kind)
         found = [self.passed(call, args, 0).get(name) for call in self.calls[kind]]
-        found = [value for value in found if not (isinstance(value, ast.Attribute) and value.attr == name)]
+        found = [v for v in found if not (isinstance(v, ast.Attribute) and is_copy(v, name, kinds))]
         for call in [*self.calls["._replace"], *self.calls["replace"], *self.calls[".replace"]]:
+            if self.of_another(call, kind):
+                continue
             given = {k.arg: k.value for k in call.keywords}
             value = given.get(name)
-            copied = isinstance(value, ast.Attribute) and value.attr == name
+            copied = is_copy(value, name, kinds)
             found += [value] if name in given and not copied else [None] * (None in given)
         return found
+
+
+def made_kind(node: ast.AST | None) -> str:
+    """The name of what a call makes."""
+    return dotted(node.func) if isinstance(node, ast.Call) else ""
+
+
+def aliased(node: ast.AST | None) -> list[ast.Attribute | ast.Name]:
+    """The functions of which a value is one, or one compiled; nothing if it may be anything else."""
+    if isinstance(node, ast.IfExp):
+        parts = [aliased(node.body), aliased(node.orelse)]
+        return parts[0] + parts[1] if all(parts) else []
+    if isinstance(node, ast.Call) and dotted(node.func) == "torch.compile" and node.args:
+        return aliased(node.args[0])
+    return [node] if isinstance(node, ast.Attribute | ast.Name) else []
+
+
+def is_empty_dict(node: ast.AST | None) -> bool:
+    return isinstance(node, ast.Dict) and not node.keys
+
+
+def is_empty(node: ast.AST | None) -> bool:
+    return is_empty_dict(node) or (isinstance(node, ast.List) and not node.elts)
+
+
+def is_load(node: ast.Name) -> bool:
+    return isinstance(node.ctx, ast.Load)
+
+
+def is_copy(node: ast.AST | None, name: str, kinds: frozenset[str] | None) -> bool:
+    """Whether a value is made of nothing but that attribute of other objects, of some classes or (None) of any."""
+    parts = node.values if isinstance(node, ast.Dict) and node.keys and not any(node.keys) else [node]
+    alike = [p for p in parts if isinstance(p, ast.Attribute) and p.attr == name]
+    return len(alike) == len(parts) and (kinds is None or all(p.__dict__.get("receiver") in kinds for p in alike))
+
+
+def marks_of(node: Definition) -> list[str]:
+    """Names of a definition's decorators."""
+    return [dotted(d.func if isinstance(d, ast.Call) else d) for d in node.decorator_list]
+
+
+TYPED = {ast.ExceptHandler, ast.Call, ast.ClassDef, ast.AnnAssign, ast.arg, ast.FunctionDef, ast.AsyncFunctionDef}
 
 
 def type_places(node: ast.AST) -> list[ast.expr]:
     """Where a node names classes without using them: annotations, handlers, bases, the second part of isinstance."""
     if isinstance(node, ast.ExceptHandler):
         return [node.type] if node.type else []
-    if isinstance(node, ast.Call) and dotted(node.func) == "isinstance":
-        return node.args[1:]
+    if isinstance(node, ast.Call) and dotted(node.func) in ("isinstance", "cast", "suppress"):
+        return {"isinstance": node.args[1:], "cast": node.args[:1]}.get(dotted(node.func), node.args)
     return node.bases if isinstance(node, ast.ClassDef) else hints(node)
 
 
@@ -763,7 +1043,10 @@ class Purity:
         if name in facts.defs:
             return name not in facts.shadowed and self.definition(facts.defs[name])
         if isinstance(node.func, ast.Name):
-            return name in PURE_BUILTINS or name in facts.pure_imports
+            return name in PURE_BUILTINS or name in facts.pure_imports or name in PURE_CALLS
+        if isinstance(node.func, ast.Subscript):  # dict[str, int]()
+            kind = dotted(node.func.value)
+            return kind in PURE_BUILTINS or kind in facts.pure_imports
         module = facts.modules.get(head, "")
         if name in PURE_CALLS or (module.split(".")[0] in PURE_MODULES and rest):
             return True
@@ -786,7 +1069,8 @@ class Purity:
             return is_tuple_class(node) or not self.facts.foreign_bases(node.name) and self.construction(node)
         assert isinstance(node, Function)
         own = {a.arg for a in parameters(node.args)}
-        return not node.decorator_list and all(self.statement(one, own) for one in node.body)
+        plain = set(marks_of(node)) <= {"property", "staticmethod", "torch.no_grad"}
+        return plain and all(self.statement(one, own) for one in node.body)
 
     def construction(self, node: ast.ClassDef) -> bool:
         """Whether making an object does nothing but to set its attributes."""
@@ -831,15 +1115,20 @@ class Scope:
     constants: dict[str, ast.expr]
     configs: set[str]  # parameters that are configurations
     hides: bool = False  # a comprehension's or class's: its names are not known outside, and nothing of them is
+    followed: frozenset[str] = frozenset()  # names that only plain assignments of this scope's own code bind
+    captured: frozenset[str] = frozenset()  # names that functions inside see, and may fill
+    kinds: dict[str, str] = dataclasses.field(default_factory=dict)  # annotated names -> the program's classes
+    flow: dict[str, ast.expr | None] = dataclasses.field(default_factory=dict)  # followed -> literal; None: not None
 
 
-class Fold(ast.NodeTransformer):
+class Fold(Rewriter):
     """One round of evaluation: what is known becomes a literal, what cannot be reached goes."""
 
     def __init__(self, program: Program, facts: Facts) -> None:
         self.program, self.facts, self.purity = program, facts, Purity(facts)
         self.scopes = [Scope(bindings(facts.tree), {}, set())]
         self.changes, self.asking, self.results = 0, set[str](), dict[int, ast.expr | None]()
+        self.owners = list[str]()  # classes around
 
     # -- names --
 
@@ -889,8 +1178,22 @@ class Fold(ast.NodeTransformer):
 
     def returned(self, node: ast.Call) -> str:
         """The annotated return type of a program function."""
-        made = self.facts.defs.get(dotted(node.func))
-        return ast.unparse(made.returns) if isinstance(made, Function) and made.returns else ""
+        made = self.called(node)
+        kinds = {ast.unparse(f.returns) if f.returns else "" for f in made}
+        return kinds.pop() if len(kinds) == 1 else ""
+
+    def called(self, node: ast.Call) -> list[Function]:
+        """The program's functions of which a call means one, where that is known."""
+        facts, name = self.facts, dotted(node.func)
+        if name in facts.defs and name not in facts.shadowed:
+            made = facts.defs[name]
+            return [made] if isinstance(made, Function) else []
+        if not isinstance(node.func, ast.Attribute) or not (own := self.kind_of(node.func.value)):
+            return []
+        found = [m for c, m in facts.methods.get(node.func.attr, ()) if c in facts.family(own)]
+        if not found and (kind := facts.attribute_kind(own, node.func.attr)) and facts.foreign_bases(kind):
+            found = [m for c, m in facts.methods["forward"] if c in facts.family(kind)]
+        return found if not facts.stored[node.func.attr] or not facts.methods.get(node.func.attr) else []
 
     # -- values --
 
@@ -900,9 +1203,9 @@ class Fold(ast.NodeTransformer):
             return literal(node)
         closed = Closed(self)
         closed.check(node, frozenset())
-        plain = Spelled(self).visit(copy.deepcopy(node))
+        plain = Spelled(self).visit(cloned(node)) if closed.spelled else node
         with warnings.catch_warnings(action="ignore"):  # an expression that makes no sense is left to run time
-            code = compile(ast.fix_missing_locations(ast.Expression(plain)), "<build>", "eval")
+            code = compile(ast.fix_missing_locations(ast.Expression(cast(ast.expr, plain))), "<build>", "eval")
         try:
             return eval(code, {"__builtins__": {}, **closed.names, "__config__": self.program.frozen})
         except Unknown:
@@ -923,21 +1226,138 @@ class Fold(ast.NodeTransformer):
             return self.program.module_value(name)
         if name in scope.constants:
             return literal(scope.constants[name])
+        if scope is self.scopes[-1] and scope.flow.get(name) is not None:
+            return literal(scope.flow[name])
         values = scope.bound[name]
         if len(values) != 1:
             raise Unknown
         return literal(values[0])
 
+    # -- what is known along a block --
+
+    def flows(self, flow: dict[str, ast.expr | None]) -> None:
+        self.scopes[-1].flow = flow
+
+    def note(self, node: ast.stmt) -> None:
+        """What an assignment makes known of local names."""
+        scope = self.scopes[-1]
+        for target, value in stores(node) if scope.followed else ():
+            if isinstance(target, ast.Name) and target.id in scope.followed:
+                value = self.part_of(value) or value
+                known = is_literal(value) or (is_empty(value) and target.id not in scope.captured)
+                others = {name: v for name, v in scope.flow.items() if name != target.id}
+                self.flows(others | ({target.id: value if known else None} if known or self.something(value) else {}))
+
+    def forget(self, *nodes: ast.AST) -> None:
+        """Names that some code binds are not known beside it, when it may run often, in part or not at all."""
+        scope = self.scopes[-1]
+        if scope.flow:
+            bound = {
+                n.id for node in nodes for n in walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+            }
+            self.flows({name: value for name, value in scope.flow.items() if name not in bound})
+
+    def told(self, test: ast.expr, truth: bool) -> dict[str, ast.expr | None]:
+        """What is known where a condition has come out as true or false."""
+        scope = self.scopes[-1]
+        known, none = dict(scope.flow), ast.Constant(None)
+        if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) is truth:
+            for part in test.values:
+                known |= {name: value for name, value in self.told(part, truth).items() if name not in known}
+        elif isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+            return self.told(test.operand, not truth)
+        elif isinstance(test, ast.Name) and test.id in scope.followed and truth and test.id not in known:
+            known[test.id] = None
+        elif isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.left, ast.Name):
+            kind, right = test.ops[0], test.comparators[0]
+            about_none = (
+                isinstance(right, ast.Constant) and right.value is None and isinstance(kind, ast.Is | ast.IsNot)
+            )
+            if test.left.id in scope.followed and about_none:
+                known[test.left.id] = none if isinstance(kind, ast.Is) is truth else None
+        return known
+
+    def joined(self, one: dict[str, ast.expr | None], two: dict[str, ast.expr | None]) -> dict[str, ast.expr | None]:
+        """What two ways to the same place agree on."""
+        alike = dict[str, ast.expr | None]()
+        for name in one.keys() & two.keys():
+            a, b = one[name], two[name]
+            if is_empty(a) or is_empty(b):
+                alike |= {name: a} if type(a) is type(b) else {}
+            elif a is not None and b is not None:
+                alike |= {name: a} if same(literal(a), literal(b)) else {}
+            elif all(x is None or literal(x) is not None for x in (a, b)):
+                alike[name] = None
+        return {name: alike[name] for name in sorted(alike)}
+
+    def branches(self, test: ast.expr, *bodies: list[ast.stmt]) -> list[list[ast.stmt]]:
+        """Two blocks of which one runs."""
+        starts, made, ends = [self.told(test, True), self.told(test, False)], list[list[ast.stmt]](), list[Any]()
+        for start, body in zip(starts, bodies):
+            self.flows(start)
+            made.append(self.block(body) if body else [])
+            if not (made[-1] and isinstance(made[-1][-1], ast.Return | ast.Raise | ast.Continue | ast.Break)):
+                ends.append(self.scopes[-1].flow)
+        self.flows(self.joined(*ends) if len(ends) == 2 else ends[0] if ends else {})
+        return made
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
+        node.test = self.visit(node.test)
+        before = self.scopes[-1].flow
+        yes, no = self.told(node.test, True), self.told(node.test, False)
+        self.flows(yes)
+        node.body = self.visit(node.body)
+        self.flows(no)
+        node.orelse = self.visit(node.orelse)
+        self.flows(before)
+        return node
+
     def attribute_symbol(self, node: ast.Attribute) -> ast.expr | None:
         """The static value of an attribute that everybody sets to the same."""
         name = node.attr
-        own = isinstance(node.value, ast.Name) and node.value.id == "self" and self.facts.owner.get(id(node), "")
-        kinds = self.facts.family(own) if own and own in self.facts.classes else None
-        if kinds is None and self.facts.outside(name):
-            return None
         if self.is_config(node.value) or dotted(node).split(".")[0] in self.facts.modules:
             return None
+        own = self.kind_of(node.value)
+        kinds = self.facts.family(own) if own else None
+        if kinds is None and self.facts.outside(name):
+            return None
+        if own and self.facts.stays_empty(own, name):
+            return ast.Dict([], [])
+        methods = [m for c, m in self.facts.methods.get(name, ()) if kinds is None or c in kinds]
+        if methods:
+            results = [self.constant_result(m) if marks_of(m) == ["property"] else None for m in methods]
+            return self.facts.agreed(results) if all(results) and not self.facts.stored[name] else None
         return self.facts.attribute(name, kinds)
+
+    def kind_of(self, node: ast.AST | None, depth: int = 0) -> str:
+        """The program's class of an expression, or nothing: by its construction, or as its annotation says."""
+        facts, found = self.facts, ""
+        if depth > 5 or node is None:
+            return ""
+        if isinstance(node, ast.Name):
+            if node.id == "self" and (found := self.owners[-1] if self.owners else ""):
+                return found
+            scope = self.find(node.id)
+            values = scope.bound[node.id] if scope and not scope.hides and scope is not self.scopes[0] else []
+            if scope and node.id in scope.kinds:
+                return scope.kinds[node.id]
+            if len(values) != 1:
+                return ""
+            value = values[0]
+            found = dotted(value.annotation) if isinstance(value, ast.arg) and value.annotation else ""
+            return (
+                found
+                if found in facts.classes
+                else ""
+                if isinstance(value, ast.arg)
+                else self.kind_of(value, depth + 1)
+            )
+        if isinstance(node, ast.Attribute) and (own := self.kind_of(node.value, depth + 1)):
+            return facts.attribute_kind(own, node.attr)
+        if isinstance(node, ast.Call):
+            name = dotted(node.func)
+            found = name if name in facts.classes and name not in facts.shadowed else self.returned(node)
+        return found if found in facts.classes else ""
 
     # -- expressions --
 
@@ -964,7 +1384,7 @@ class Fold(ast.NodeTransformer):
         if not isinstance(node, ast.Call) and size > 60 and size > len(ast.unparse(node)):
             return self.simplified(node)
         if isinstance(node, ast.List | ast.Dict | ast.Set | ast.Tuple):
-            return node
+            return self.simplified(node)
         return self.changed(new)
 
     def simplified(self, node: ast.expr) -> ast.expr:
@@ -977,6 +1397,8 @@ class Fold(ast.NodeTransformer):
         try:
             return bool(self.value(node))
         except Unknown:
+            if is_empty(node) or (isinstance(node, ast.Name) and node.id in self.empties()):
+                return False
             if not isinstance(node, ast.BoolOp):
                 return True if isinstance(node, ast.Tuple | ast.List) and node.elts else None
         deciding, truths = isinstance(node.op, ast.Or), [self.truth(part) for part in node.values]
@@ -989,16 +1411,40 @@ class Fold(ast.NodeTransformer):
         if scope and not scope.hides and node.id in scope.constants and len(scope.bound[node.id]) == 1:
             value = scope.constants[node.id]
             if self.facts.symbol(value) and (is_literal(value) or self.visible(value)):
-                return copy.deepcopy(value)
+                return cloned(value)
+        if scope and not scope.hides and scope is not self.scopes[0] and len(scope.bound[node.id]) == 1:
+            part = self.part_of(scope.bound[node.id][0])
+            return part if isinstance(part, ast.Constant) else None
         return None
+
+    def part_of(self, node: ast.AST | None) -> ast.expr | None:
+        """A literal that always is this part of what a function of the program returns."""
+        if not (isinstance(node, ast.Subscript) and isinstance(node.value, ast.Call) and is_literal(node.slice)):
+            return None
+        made, place = self.called(node.value), literal(node.slice)
+        returns = [n.value for f in made for n in inside(f) if isinstance(n, ast.Return)]
+        if not returns or not all(isinstance(r, ast.Tuple) and 0 <= place < len(r.elts) for r in returns):
+            return None
+        parts = [r.elts[place] for r in returns if isinstance(r, ast.Tuple)]
+        if any(isinstance(n, ast.Starred) for r in returns if isinstance(r, ast.Tuple) for n in r.elts):
+            return None
+        ends = all(isinstance(f.body[-1], ast.Return) for f in made)
+        agreed = parts[0] if all(map(is_empty_dict, parts)) else self.facts.agreed(parts)
+        return cloned(agreed) if ends and isinstance(agreed, ast.Constant | ast.Dict) else None
 
     def visible(self, value: ast.expr) -> bool:
         """Whether a module's name means the same here."""
         return self.find(dotted(value).split(".")[0]) is self.scopes[0]
 
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        node.value = self.visit(node.value)
+        node.receiver = self.kind_of(node.value)  # type: ignore[attr-defined]
+        return node
+
     def simplify_Attribute(self, node: ast.Attribute) -> ast.expr | None:
         value = self.attribute_symbol(node)
-        return copy.deepcopy(value) if value is not None and (is_literal(value) or self.visible(value)) else None
+        known = value is not None and (is_literal(value) or is_empty_dict(value) or self.visible(value))
+        return cloned(value) if known else None
 
     def simplify_BoolOp(self, node: ast.BoolOp) -> ast.expr | None:
         is_or, parts = isinstance(node.op, ast.Or), list[ast.expr]()
@@ -1067,7 +1513,8 @@ class Fold(ast.NodeTransformer):
             return True
         if isinstance(node, ast.Call):
             name = dotted(node.func)
-            return name in self.facts.classes or name in ("nn.Parameter", "torch.tensor", "torch.stack", "torch.empty")
+            known = name in self.facts.classes or name in ("nn.Parameter", "torch.tensor", "torch.stack", "torch.empty")
+            return known or self.returned(node).split("[")[0] in SOMETHING
         if isinstance(node, ast.Name):
             return self.something_named(node.id, depth)
         if isinstance(node, ast.IfExp):
@@ -1084,6 +1531,8 @@ class Fold(ast.NodeTransformer):
         scope = self.find(name)
         if scope is None or scope.hides or scope is self.scopes[0]:
             return False
+        if scope is self.scopes[-1] and name in scope.flow and scope.flow[name] is None:
+            return True
         values = scope.bound[name]
         parts = [v for v in values if not isinstance(v, ast.arg)]
         if len(parts) < len(values):
@@ -1102,7 +1551,7 @@ class Fold(ast.NodeTransformer):
             fit = isinstance(entry, ast.Name | ast.Attribute) or (
                 isinstance(entry, ast.Lambda) and self.closed_lambda(entry)
             )
-            return copy.deepcopy(entry) if entry is not None and fit else None
+            return cloned(entry) if entry is not None and fit else None
         if isinstance(node.value, ast.Dict) and all(is_literal(k) for k in node.value.keys):
             found = [v for k, v in zip(node.value.keys, node.value.values) if same(literal(k), literal(key))]
             return found[-1] if found and all(map(self.purity.expression, node.value.values)) else None
@@ -1115,11 +1564,13 @@ class Fold(ast.NodeTransformer):
         return all(self.find(name) in (None, self.scopes[0]) for name in free)
 
     def simplify_Call(self, node: ast.Call) -> ast.expr | None:
+        if dotted(node.func) == "cast" and len(node.args) == 2:
+            return node.args[1]
         if isinstance(node.func, ast.Lambda):
             return self.applied(node.func, node)
         if isinstance(node.func, ast.Subscript) and isinstance(node.func.value, ast.Name) and not node.args:
             empty_ones = {"dict": ast.Dict([], []), "list": ast.List([], ast.Load())}  # dict[str, int]() is {}
-            return copy.deepcopy(empty_ones.get(node.func.value.id))
+            return cloned(empty_ones.get(node.func.value.id))
         if is_replace(node) and self.is_config(node.args[0]):
             kept = [k for k in node.keywords if k.arg in self.program.open]
             if len(kept) < len(node.keywords):
@@ -1135,8 +1586,8 @@ class Fold(ast.NodeTransformer):
             one = node.args[0]
             if (
                 isinstance(one, ast.GeneratorExp)
-                and self.truth_of_loop(one.generators[0].iter)
-                and self.purity.expression(one)
+                and (self.truth_of_loop(one.generators[0].iter) or self.none_pass(one.generators[0]))
+                and self.purity.expression(one.generators[0].iter)
             ):
                 node.args[0] = ast.Tuple([], ast.Load())
                 return node
@@ -1152,7 +1603,9 @@ class Fold(ast.NodeTransformer):
         own = isinstance(node.func, ast.Name) or (
             isinstance(node.func, ast.Attribute) and self.purity.expression(node.func.value)
         )
-        return ast.Constant(literal(result)) if result is not None and pure and own else None
+        if result is None or not (pure and own):
+            return None
+        return ast.Dict([], []) if is_empty_dict(result) else ast.Constant(literal(result))
 
     def applied(self, function: ast.Lambda, call: ast.Call) -> ast.expr | None:
         """A lambda's body with its arguments put in, where each is simple or used at most once and in order."""
@@ -1167,19 +1620,25 @@ class Fold(ast.NodeTransformer):
         ):
             return None
         given = dict(zip(names, call.args))
-        return Replace(given).visit(copy.deepcopy(function.body))
+        return Replace(given).visit(cloned(function.body))
 
     def result(self, node: ast.Call) -> ast.expr | None:
         """The literal that a call returns whatever is passed and whoever is called; it must do nothing else."""
         if isinstance(node.func, ast.Name):
             made = self.facts.defs.get(node.func.id)
             called = [made] if isinstance(made, Function) and node.func.id not in self.facts.shadowed else []
-        elif isinstance(node.func, ast.Attribute) and not self.facts.outside(node.func.attr):
-            called = [m for _, m in self.facts.methods[node.func.attr]]
-            called = [] if self.facts.stored[node.func.attr] else called
+        elif isinstance(node.func, ast.Attribute):
+            own = self.kind_of(node.func.value)
+            kinds = self.facts.family(own) if own else None
+            called = [m for c, m in self.facts.methods.get(node.func.attr, ()) if kinds is None or c in kinds]
+            called = (
+                [] if self.facts.stored[node.func.attr] or (not own and self.facts.outside(node.func.attr)) else called
+            )
         else:
             called = []
         results = [self.constant_result(one) for one in called] if called else []
+        if results and all(map(is_empty_dict, results)):
+            return results[0]
         return self.facts.agreed(results) if results and all(results) else None
 
     def constant_result(self, function: Function) -> ast.expr | None:
@@ -1194,6 +1653,8 @@ class Fold(ast.NodeTransformer):
         found = [n.value or ast.Constant(None) for n in own if isinstance(n, ast.Return)]
         if not (function.body and isinstance(function.body[-1], ast.Return)):
             found.append(ast.Constant(None))
+        if all(map(is_empty_dict, found)):
+            return found[0]
         agreed = self.facts.agreed(found)
         return agreed if is_literal(agreed) and isinstance(agreed, ast.Constant) else None
 
@@ -1252,6 +1713,10 @@ class Fold(ast.NodeTransformer):
 
     def simplify_Dict(self, node: ast.Dict) -> ast.expr | None:
         """{**{...}} put in."""
+        empties = self.empties()
+        for place, (key, value) in enumerate(zip(node.keys, node.values)):
+            if key is None and isinstance(value, ast.Name) and value.id in empties:
+                node.values[place] = ast.Dict([], [])
         flat = [k is None and isinstance(v, ast.Dict) for k, v in zip(node.keys, node.values)]
         if not any(flat):
             return None
@@ -1268,6 +1733,9 @@ class Fold(ast.NodeTransformer):
         self.scopes.append(self.scope_of(node))
         node.body = self.block(node.body)
         self.scopes.pop()
+        last = node.body[-1]
+        if isinstance(last, ast.Return) and (last.value is None or dotted(last.value) == "None"):
+            node.body = node.body[:-1] or [ast.Pass()]
         return node
 
     visit_AsyncFunctionDef = visit_FunctionDef
@@ -1283,12 +1751,35 @@ class Fold(ast.NodeTransformer):
         for name in self.facts.nonlocals & set(bound):
             bound[name] += [None, None]
         known = self.facts.constants(node) if isinstance(node, Function) else {}
+        followed = self.followed(node, bound) if isinstance(node, Function) else frozenset()
+        flow = {name: value for name, value in known.items() if name in followed and is_literal(value)}
         known = {name: value for name, value in known.items() if len(bound[name]) == 1}
         configs = {a.arg for a in parameters(node.args) if is_config_arg(a)}
         owner = self.facts.owner.get(id(node))
         if owner == CONFIG_CLASS and not isinstance(node, ast.Lambda) and node.args.args:
             configs.add(node.args.args[0].arg)
-        return Scope(bound, known, configs)
+        noted = [n for n in inside(node) if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+        kinds = {dotted(n.target): dotted(n.annotation) for n in noted if dotted(n.annotation) in self.facts.classes}
+        inner = [n for n in walk(node) if isinstance(n, Function | ast.Lambda) and n is not node]
+        captured = frozenset(n.id for one in inner for n in walk(one) if isinstance(n, ast.Name))
+        flow = {name: value for name, value in flow.items() if name not in known}
+        return Scope(bound, known, configs, False, followed, captured, kinds, dict(flow))
+
+    def followed(self, node: Function, bound: dict[str, list[ast.AST | None]]) -> frozenset[str]:
+        """Local names that nothing but plain assignments, and calls, bind."""
+        loose = set(self.facts.nonlocals) | {arg.arg for arg in starred(node.args)}
+        for one in inside(node):
+            if one.__class__ in BINDERS and one.__class__ not in (ast.Assign, ast.AnnAssign, ast.AugAssign):
+                loose |= {target.id for target, _ in stores(one) if isinstance(target, ast.Name)}
+                loose |= set(self.named(one))
+        return frozenset(bound) - loose
+
+    @staticmethod
+    def named(node: Any) -> list[str]:
+        """Names that a definition, an import or a handler binds."""
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            return [(alias.asname or alias.name).split(".")[0] for alias in node.names]
+        return [node.name] if isinstance(node, Definition | ast.ExceptHandler) and node.name else []
 
     def visit_Lambda(self, node: ast.Lambda) -> ast.expr:
         self.defaults(node.args)
@@ -1300,6 +1791,7 @@ class Fold(ast.NodeTransformer):
     def visit_ClassDef(self, node: ast.ClassDef) -> Any:
         node.decorator_list = [self.visit(d) for d in node.decorator_list]
         node.bases = [self.visit(b) for b in node.bases]
+        self.owners.append(node.name if self.facts.defs.get(node.name) is node else "")
         own = bindings(node)
         body = list[ast.stmt]()
         for one in node.body:
@@ -1309,6 +1801,7 @@ class Fold(ast.NodeTransformer):
             self.scopes.append(Scope(own, {}, set(), True))
             body += self.statement(one)
             self.scopes.pop()
+        self.owners.pop()
         node.body = body or [ast.Pass()]
         return node
 
@@ -1324,18 +1817,40 @@ class Fold(ast.NodeTransformer):
                 setattr(node, part, self.visit(getattr(node, part)))
         self.scopes.pop()
         iter_ = node.generators[0].iter
-        if self.truth_of_loop(iter_) and self.purity.expression(iter_):
+        if self.purity.expression(iter_) and (self.truth_of_loop(iter_) or self.none_pass(node.generators[0])):
             if isinstance(node, ast.DictComp):
                 return self.changed(ast.Dict([], []))
             return self.changed(ast.List([], ast.Load())) if isinstance(node, ast.ListComp) else node
         return node
 
+    def visit_Starred(self, node: ast.Starred) -> ast.Starred:
+        node.value = one = self.visit(node.value)
+        if isinstance(one, ast.GeneratorExp) and self.gives_nothing(one.generators[0]):
+            node.value = self.changed(ast.Tuple([], ast.Load()))
+        return node
+
+    def gives_nothing(self, generator: ast.comprehension) -> bool:
+        """Whether a comprehension certainly is empty, and finding that out does nothing else."""
+        return self.purity.expression(generator.iter) and (
+            self.truth_of_loop(generator.iter) or self.none_pass(generator)
+        )
+
+    def none_pass(self, generator: ast.comprehension) -> bool:
+        """Whether no element of what a comprehension goes through passes its conditions."""
+        if any(self.truth(test) is False for test in generator.ifs):
+            return True
+        return bool(generator.ifs) and self.truth_of_loop(ast.ListComp(ast.Constant(0), [generator]))
+
     visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = comprehension
 
     # -- statements --
 
+    chosen: set[int] | None = None  # statements of the module to look at; all if None
+
     def visit_Module(self, node: ast.Module) -> ast.Module:
-        node.body = [new for one in node.body for new in self.statement(one)]
+        chosen = self.chosen
+        node.body = [new for one in node.body
+                     for new in (self.statement(one) if chosen is None or id(one) in chosen else [one])]  # fmt: skip
         return node
 
     def block(self, body: Sequence[ast.stmt]) -> list[ast.stmt]:
@@ -1345,11 +1860,49 @@ class Fold(ast.NodeTransformer):
             found += self.statement(one)
             if found and isinstance(found[-1], ast.Return | ast.Raise | ast.Continue | ast.Break):
                 break
+        if len(found) > 1 and self.at_once(found[-2], found[-1]):
+            found[-2:] = [ast.Return(found[-2].value)]  # type: ignore[attr-defined]
         return found or [ast.Pass()]
 
+    def at_once(self, node: ast.stmt, after: ast.stmt) -> bool:
+        """Whether two statements are `name = value` and `return name`, of a name that nobody else sees."""
+        if not (isinstance(node, ast.Assign) and isinstance(after, ast.Return) and isinstance(after.value, ast.Name)):
+            return False
+        return [dotted(target) for target in node.targets] == [after.value.id] and after.value.id in self.scopes[
+            -1
+        ].followed
+
     def statement(self, node: ast.stmt) -> list[ast.stmt]:
+        self.drop_empties(node)
         new = self.visit(node)
-        return new if isinstance(new, list) else [] if new is None else [new]
+        found = new if isinstance(new, list) else [] if new is None else [new]
+        if empties := self.empties():
+            names = (n for one in found for n in walk(one) if isinstance(n, ast.Name) and is_load(n))
+            read = {n.id for n in names} & empties
+            self.flows({name: value for name, value in self.scopes[-1].flow.items() if name not in read})
+        return found
+
+    def empties(self) -> set[str]:
+        """Local names that hold an empty dict or list of their own, just made."""
+        return {name for name, value in self.scopes[-1].flow.items() if is_empty(value)}
+
+    def drop_empties(self, node: ast.stmt) -> None:
+        """Forget empty ones that a statement may fill: it names them more than once, or where it may run often."""
+        if not (empties := self.empties()):
+            return
+        looked = node.test if isinstance(node, ast.If) else node
+        counts = Counter(n.id for n in walk(looked) if isinstance(n, ast.Name) and n.id in empties)
+        often = isinstance(node, ast.For | ast.While | ast.Try | ast.With | Definition)
+        flow = self.scopes[-1].flow
+        self.flows({name: value for name, value in flow.items() if counts[name] < 1 + (not often)})
+
+    def visit_Return(self, node: ast.Return) -> ast.Return:
+        flow, empties = self.scopes[-1].flow, self.empties()
+        put = lambda one: cloned(flow[one.id]) if isinstance(one, ast.Name) and one.id in empties else one  # noqa: E731
+        node.value = put(node.value)
+        if isinstance(node.value, ast.Tuple):
+            node.value.elts = [put(one) for one in node.value.elts]
+        return self.generic_visit(node)
 
     def visit_Expr(self, node: ast.Expr) -> Any:
         node.value = self.visit(node.value)
@@ -1372,7 +1925,7 @@ class Fold(ast.NodeTransformer):
             first = ast.BoolOp(node.test.op, parts) if len(parts) > 1 else parts[0]
             chosen = node.body if isinstance(node.test.op, ast.Or) else node.orelse
             return self.changed([ast.Expr(first), *self.spliced(chosen)])
-        node.body, node.orelse = self.block(node.body), self.block(node.orelse) if node.orelse else []
+        node.body, node.orelse = self.branches(node.test, node.body, node.orelse)
         if self.complains(node.body) and self.purity.expression(node.test):
             return self.changed(node.orelse or None)
         if self.complains(node.orelse) and self.purity.expression(node.test):
@@ -1410,10 +1963,19 @@ class Fold(ast.NodeTransformer):
         node.iter = self.visit(node.iter)
         if self.truth_of_loop(node.iter):
             return self.changed(self.spliced(node.orelse) or None)
-        node.body, node.orelse = self.block(node.body), self.block(node.orelse) if node.orelse else []
+        self.apart(node)
         idle = all(isinstance(n, ast.Pass) for n in node.body) and not node.orelse
         named = all(isinstance(target, ast.Name) for target, _ in stores(node))
         return self.changed(None) if idle and named and self.purity.expression(node.iter) else node
+
+    def apart(self, node: ast.For | ast.While) -> None:
+        """A loop's parts, each of which may run often or not at all."""
+        self.forget(node)
+        before = self.scopes[-1].flow
+        node.body = self.block(node.body)
+        self.flows(dict(before))
+        node.orelse = self.block(node.orelse) if node.orelse else []
+        self.flows(before)
 
     def truth_of_loop(self, node: ast.expr) -> bool:
         """Whether there is nothing to loop over."""
@@ -1423,33 +1985,45 @@ class Fold(ast.NodeTransformer):
             return isinstance(node, ast.List | ast.Tuple) and not node.elts
 
     def visit_While(self, node: ast.While) -> Any:
+        self.forget(node)
         node.test = self.condition(self.visit(node.test))
         if self.truth(node.test) is False:
             return self.changed(self.spliced(node.orelse) or None)
-        node.body, node.orelse = self.block(node.body), self.block(node.orelse) if node.orelse else []
+        self.apart(node)
         return node
 
     def visit_With(self, node: ast.With) -> Any:
         node.items = [self.visit(item) for item in node.items]
-        idle = [
-            i for i in node.items if dotted(getattr(i.context_expr, "func", i)) == "nullcontext" and not i.optional_vars
-        ]
+        idle = [i for i in node.items if not i.optional_vars and self.does_nothing(i.context_expr)]
         node.body = self.block(node.body)
+        self.forget(node)
         if idle:
             node.items = [i for i in node.items if i not in idle]
             return self.changed(node if node.items else node.body)
         return node
 
+    def does_nothing(self, node: ast.expr) -> bool:
+        """Whether a context is none, or suppresses nothing but exceptions that are never made."""
+        name, args = (dotted(node.func), node.args) if isinstance(node, ast.Call) else ("", [])
+        own = [dotted(arg) in self.facts.classes and not self.facts.made(dotted(arg)) for arg in args]
+        return name == "nullcontext" or (name == "suppress" and all(own))
+
     def visit_Try(self, node: ast.Try) -> Any:
+        self.forget(node)
+        before = self.scopes[-1].flow
         node.body = self.block(node.body)
+        self.flows(dict(before))
         handlers = [h for h in node.handlers if self.may_catch(h)]
         for handler in handlers:
             handler.body = self.block(handler.body)
+            self.flows(dict(before))
         handlers = [h for h in handlers if not self.complains(h.body)]
         self.changes += len(node.handlers) - len(handlers)
         node.handlers = handlers
         node.orelse = self.block(node.orelse) if node.orelse else []
+        self.flows(dict(before))
         node.finalbody = [n for n in self.block(node.finalbody) if not isinstance(n, ast.Pass)]
+        self.flows(before)
         if not node.handlers and not node.finalbody:
             return self.changed([*node.body, *node.orelse])
         if not node.handlers and node.orelse:
@@ -1463,6 +2037,7 @@ class Fold(ast.NodeTransformer):
 
     def visit_Assign(self, node: ast.Assign) -> Any:
         self.generic_visit(node)
+        self.note(node)
         value, target = node.value, node.targets[0]
         alike = (
             isinstance(value, ast.Name)
@@ -1474,10 +2049,20 @@ class Fold(ast.NodeTransformer):
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
         node.value = node.value and self.visit(node.value)
+        self.note(node)
         return node
+
+    def plain(self, node: ast.Assign) -> ast.Assign:
+        self.note(node)
+        return self.changed(node)
 
     def visit_AugAssign(self, node: ast.AugAssign) -> Any:
         node.value = self.visit(node.value)
+        if isinstance(node.target, ast.Name):
+            with suppress(Unknown):
+                known = lifted(self.value(ast.BinOp(ast.Name(node.target.id, ast.Load()), node.op, node.value)))
+                return self.plain(ast.Assign([node.target], known))
+        self.note(node)
         node.target = self.generic_visit(node.target)  # type: ignore[assignment]
         nothing = isinstance(node.value, ast.Dict) and not node.value.keys and isinstance(node.op, ast.BitOr)
         nothing |= isinstance(node.value, ast.List) and not node.value.elts and isinstance(node.op, ast.Add)
@@ -1493,25 +2078,26 @@ def is_config_arg(arg: ast.arg) -> bool:
     return isinstance(arg.annotation, ast.Name) and arg.annotation.id == CONFIG_CLASS
 
 
-class Replace(ast.NodeTransformer):
+class Replace(Rewriter):
     """Put expressions in for names."""
 
     def __init__(self, given: dict[str, ast.expr]) -> None:
         self.given = given
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        return copy.deepcopy(self.given[node.id]) if node.id in self.given and isinstance(node.ctx, ast.Load) else node
+        return cloned(self.given[node.id]) if node.id in self.given and isinstance(node.ctx, ast.Load) else node
 
 
 class Closed:
     """Checks that an expression can be evaluated at build time, and collects what its names mean."""
 
     def __init__(self, fold: Fold) -> None:
-        self.fold, self.names = fold, dict[str, Any]()
+        self.fold, self.names, self.spelled = fold, dict[str, Any](), False
 
     def check(self, node: ast.AST, local: frozenset[str]) -> None:
         """Raises Unknown for what cannot be known."""
         if isinstance(node, ast.Name | ast.Attribute) and self.fold.is_config(node):
+            self.spelled = True
             return
         if isinstance(node, ast.Name):
             if node.id not in local:
@@ -1546,6 +2132,7 @@ class Closed:
             self.names[head] = importlib.import_module(module)
             return
         if self.fold.is_config(node.value):
+            self.spelled = True
             return
         if node.attr not in PURE_METHODS:
             raise Unknown
@@ -1554,6 +2141,7 @@ class Closed:
     def call(self, node: ast.Call, local: frozenset[str]) -> None:
         name = dotted(node.func)
         if name == "dataclasses.asdict" and len(node.args) == 1 and self.fold.is_config(node.args[0]):
+            self.spelled = True
             return
         if name in self.fold.facts.defs and name not in local and self.fold.find(name) is self.fold.scopes[0]:
             self.names[name] = self.fold.program.pure_function(name)
@@ -1567,7 +2155,7 @@ class Closed:
             self.check(part, local)
 
 
-class Spelled(ast.NodeTransformer):
+class Spelled(Rewriter):
     """Expressions that are the configuration, as one name."""
 
     def __init__(self, fold: Fold) -> None:
@@ -1588,7 +2176,7 @@ class Spelled(ast.NodeTransformer):
 # ==== sweeping: what nobody reads ====
 
 
-class Sweep(ast.NodeTransformer):
+class Sweep(Rewriter):
     """One round of removal: local names, attributes, parameters and fields that are never read."""
 
     def __init__(self, facts: Facts) -> None:
@@ -1600,13 +2188,16 @@ class Sweep(ast.NodeTransformer):
         if isinstance(target, ast.Name):
             own, reads = self.local[-1] if self.local else (set(), Counter())
             return target.id in own and not reads[target.id]
-        if (
-            not isinstance(target, ast.Attribute)
-            or self.facts.loads["." + target.attr]
-            or target.attr in self.facts.texts
-        ):
+        if not isinstance(target, ast.Attribute) or target.attr in self.facts.texts:
             return False
         kind = self.facts.owner.get(id(target), "")
+        if dotted(target.value) == "self" and kind in self.facts.classes:
+            if self.facts.read(target.attr, kind):
+                return False
+        elif self.facts.loads["." + target.attr]:
+            return False
+        if dotted(target.value).split(".")[0] in self.facts.modules:  # another module may read it
+            return False
         own_self = isinstance(target.value, ast.Name) and target.value.id == "self" and kind in self.facts.classes
         if own_self and not self.facts.foreign_bases(kind):
             return True
@@ -1719,14 +2310,15 @@ def shrink(facts: Facts) -> int:
     purity, dropped = Purity(facts), 0
     functions = [f for f in facts.defs.values() if isinstance(f, Function)]
     groups = [[f] for f in functions] + [[f] for _, f in facts.methods["__init__"]]
-    groups += [[m for _, m in pairs_] for name, pairs_ in facts.methods.items() if not name.startswith("__")]
+    for name, named in facts.methods.items():
+        groups += facts.related(named) if named and not name.startswith("__") else []
     for group in groups:
         sites = [facts.sites(f) for f in group]
         if not group or any(s is None for s in sites):
             continue
         calls = {id(call): (call, skip) for found in sites for call, skip in found or ()}
         for arg in list(parameters(group[0].args)):
-            if all(drops(f, arg.arg, group[0]) for f in group) and unpassed(
+            if all(drops(facts, f, arg.arg, group[0]) for f in group) and unpassed(
                 calls.values(), group[0].args, arg.arg, purity
             ):
                 for call, skip in calls.values():
@@ -1739,7 +2331,7 @@ def shrink(facts: Facts) -> int:
     return dropped
 
 
-def drops(function: Function, name: str, model: Function) -> bool:
+def drops(facts: Facts, function: Function, name: str, model: Function) -> bool:
     """Whether a function has a parameter where another one has it, and does not use it."""
     place, own = ([a.arg for a in parameters(f.args)] for f in (model, function))
     if is_opaque(function) or name not in own or own.index(name) != place.index(name):
@@ -1747,8 +2339,7 @@ def drops(function: Function, name: str, model: Function) -> bool:
     marks = {dotted(d) for d in function.decorator_list}
     first = own.index(name) == 0 and name in ("self", "ctx", "cls")
     forward = function.name in ("forward", "backward", "setup_context") and "staticmethod" in marks
-    read = any(isinstance(n, ast.Name) and n.id == name for part in function.body for n in walk(part))
-    return not (first or forward or read)
+    return not (first or forward or name in facts.names_in(function))
 
 
 def unpassed(calls: Any, args: ast.arguments, name: str, purity: Purity) -> bool:
@@ -1797,12 +2388,15 @@ def shrink_fields(facts: Facts, purity: Purity, name: str, kind: ast.ClassDef) -
         or any(id(n) not in based for n in selfless)
     ):
         return 0
-    dropped, changes = 0, [*facts.calls["._replace"], *facts.calls["replace"], *facts.calls[".replace"]]
+    if "NamedTuple" in map(dotted, kind.bases) and len(fields) in facts.taken_apart():
+        return 0
+    every = [*facts.calls["._replace"], *facts.calls["replace"], *facts.calls[".replace"]]
+    dropped, changes = 0, [call for call in every if not facts.of_another(call, name)]
     for field in list(fields):
         args = facts.field_args(name)
         calls = [(call, 0) for call in facts.calls[name]]
         given = [k.value for call in changes for k in call.keywords if k.arg == field]
-        read = facts.loads["." + field] or field in facts.texts or facts.stored[field]
+        read = facts.read(field, name) or facts.stored[field]
         if read or any(k.arg is None for c in changes for k in c.keywords) or not all(map(purity.expression, given)):
             continue
         if not unpassed(calls, args, field, purity) or len(class_fields(kind)) == 1:
@@ -1824,7 +2418,8 @@ class Reach:
     """What a run can come to, from the statements that a module runs by itself."""
 
     def __init__(self, facts: Facts) -> None:
-        self.facts, self.names, self.attributes = facts, set[str](), set[str]()
+        self.facts, self.names, self.attributes = facts, set[str](), set[tuple[str, str]]()
+        self.families = dict[str, frozenset[str]]()  # class -> classes whose objects may have its methods
         self.kept, self.pending = set[int](), list[ast.AST]()
         guarded = [node for node in facts.tree.body if isinstance(node, ast.If) and self.waits(node)]
         self.guards = {id(inner): node.test for node in guarded for inner in definitions([node])}
@@ -1872,7 +2467,7 @@ class Reach:
                 self.read(part)
             for method in (m for m in node.body if isinstance(m, Function)):
                 special = method.name.startswith("__") or self.facts.foreign(node.name, method.name)
-                if special or method.name in self.attributes:
+                if special or self.reaches(method.name, node.name):
                     self.keep(method)
             return
         self.read(node)
@@ -1887,7 +2482,7 @@ class Reach:
                     self.name(one.id)
                 continue
             if isinstance(one, ast.Attribute):
-                self.attribute(one.attr)
+                self.attribute(one.attr, one.__dict__.get("receiver", ""))
             parts, inner = children(one), bound
             if isinstance(one, Function | ast.Lambda):
                 own = set(bindings(one)) | {a.arg for a in [*parameters(one.args), *starred(one.args)]}
@@ -1912,12 +2507,24 @@ class Reach:
             for unit in self.units.get(name, ()):
                 self.keep(unit)
 
-    def attribute(self, name: str) -> None:
-        if name not in self.attributes:
-            self.attributes.add(name)
-            for owner, method in self.facts.methods.get(name, ()):
-                if id(self.facts.classes[owner]) in self.kept:
-                    self.keep(method)
+    def attribute(self, name: str, receiver: str) -> None:
+        """An attribute is read, of an object of a class of the program where that is known."""
+        receiver = receiver if receiver in self.facts.classes else ""
+        if (name, receiver) in self.attributes:
+            return
+        self.attributes.add((name, receiver))
+        for owner, method in self.facts.methods.get(name, ()):
+            if id(self.facts.classes[owner]) in self.kept and self.reaches(name, owner):
+                self.keep(method)
+
+    def reaches(self, name: str, owner: str) -> bool:
+        """Whether a method may be what somebody reads."""
+        return any((name, kind) in self.attributes for kind in ("", *self.relatives(owner)))
+
+    def relatives(self, owner: str) -> frozenset[str]:
+        if owner not in self.families:
+            self.families[owner] = frozenset(k for k in self.facts.classes if owner in self.facts.family(k))
+        return self.families[owner]
 
     def prune(self) -> None:
         """Delete what is not reached."""
@@ -1955,7 +2562,7 @@ class Program:
         self.source, self.h = source, h
         self.kept = frozenset(name.lower() for name in kept)
         self.absent = {"cuda", "mps", "cpu"} - set(devices)
-        self.tree = copy.deepcopy(source.tree)
+        self.tree = ast.parse(source.text)
         self.original = {n.name: n for n in definitions(source.tree.body) if isinstance(n, Definition)}
         self.assigned = {
             target.id: value
@@ -2152,25 +2759,54 @@ class Program:
 
     # -- rounds --
 
-    def run(self, limit: int = 60) -> ast.Module:
-        """Rounds until nothing changes; the tree."""
-        before = ""
-        for _ in range(limit):
+    def run(self, limit: int = 99) -> ast.Module:
+        """Rounds until nothing changes; the tree.
+
+        After the first two a round folds only what changed in the one before and what uses the same names; when that
+        comes to an end, a whole round shows whether it is the end.
+        """
+        before, dirty = dict[int, str](), None
+        for number in range(limit):
             Reach(Facts(self.tree, self.external)).prune()
             facts = Facts(self.tree, self.external).scan()
             self.survey(facts)
-            Fold(self, facts).visit(self.tree)
+            fold = Fold(self, facts)
+            fold.chosen = dirty
+            fold.visit(self.tree)
             facts = Facts(self.tree, self.external).scan()
             Sweep(facts).visit(self.tree)
             shrink(facts)
-            after = ast.dump(self.tree)
-            if after == before:
-                break
+            after = {id(node): ast.dump(node) for node in self.tree.body}
+            changed = [node for node in self.tree.body if before.get(id(node)) != after[id(node)]]
+            if after.keys() == before.keys() and not changed:
+                if dirty is None:
+                    break
+                dirty = None
+            else:
+                dirty = self.touched(facts, changed, before, after) if number else None
             before = after
         return finished(self.tree)
 
+    def touched(self, facts: Facts, changed: list[ast.stmt], before: dict[int, str], after: dict[int, str]) -> set[int]:
+        """Statements of the module that use a name which some change was about."""
+        gone = {name for key in before.keys() - after.keys() for name in NAMED.findall(before[key])}
+        names = gone.union(*(differing(before.get(id(node), ""), after[id(node)]) for node in changed))
+        own = set(facts.defs) | set(facts.methods) | set(facts.stored) | {n for f in facts.fields.values() for n in f}
+        names &= own | set(self.assigned)
+        uses = {id(node): set(NAMED.findall(after[id(node)])) for node in self.tree.body}
+        return {id(node) for node in changed} | {key for key, used in uses.items() if used & names}
 
-class Marked(ast.NodeTransformer):
+
+NAMED = re.compile(r"(?:id|attr|name|arg)='(\w+)'")
+
+
+def differing(old: str, new: str) -> set[str]:
+    """Names that two versions of a definition, as ast.dump shows them, have in another number."""
+    one, two = (Counter(NAMED.findall(text)) for text in (old, new))
+    return {name for name in one | two if one[name] != two[name]}
+
+
+class Marked(Rewriter):
     """Conditions on the markers alone, decided before anything else: most of a script then is out of reach."""
 
     def __init__(self, marks: dict[str, bool]) -> None:
@@ -2208,7 +2844,7 @@ def is_plain(value: Any) -> bool:
     return value is None or type(value) in (bool, int, float, str, bytes, range)
 
 
-class Finish(ast.NodeTransformer):
+class Finish(Rewriter):
     """Annotations and documentation go, but where a decorator or a class needs them."""
 
     def visit_FunctionDef(self, node: Any) -> Any:
@@ -2281,7 +2917,12 @@ def minified(text: str) -> str:
         raise BuildError(
             "minifying needs python-minifier: pip install -r requirements-dev.txt, or --no-minify"
         ) from None
-    return python_minifier.minify(text, rename_globals=True, remove_literal_statements=True, hoist_literals=False)
+    kept = python_minifier.RemoveAnnotationsOptions(  # an operator reads those that are left
+        remove_return_annotations=False, remove_argument_annotations=False
+    )
+    return python_minifier.minify(
+        text, rename_globals=True, remove_literal_statements=True, hoist_literals=False, remove_annotations=kept
+    )
 
 
 def packed(text: str) -> bytes:
@@ -2602,6 +3243,18 @@ def section_sizes(source: Source, text: str) -> list[str]:
     return rows
 
 
+def largest(text: str, count: int = 30) -> list[str]:
+    """Definitions and methods of a program that take the most bytes, and the share of each."""
+    sizes = dict[str, int]()
+    for node in ast.parse(text).body:
+        name = node.name if isinstance(node, Definition) else ast.unparse(node)[:40].split("\n")[0]
+        sizes[name] = len(ast.unparse(node)) + 1
+        methods = [n for n in node.body if isinstance(n, Function)] if isinstance(node, ast.ClassDef) else []
+        sizes |= {f"{name}.{method.name}": len(ast.unparse(method)) + 1 for method in methods}
+    order = sorted(sizes, key=lambda name: (-sizes[name], name))[:count]
+    return [f"{name:<44}{sizes[name]:>8}{sizes[name] / len(text):>7.1%}" for name in order]
+
+
 def explained(source: Source, text: str, h: Any) -> list[str]:
     """Definitions that were dropped, each with what used it and was dropped as well, or kept without it."""
     kept = {n.name for n in definitions(ast.parse(text).body) if isinstance(n, Definition)}
@@ -2796,7 +3449,8 @@ def build(options: Any) -> list[str]:
         f"{source.path.name}: {len(source.text)} bytes; {len(whole.text.splitlines())} lines and "
         f"{len(whole.text)} bytes extracted, {len(whole.short)} minified, {len(whole.script)} wrapped ({whole.wrapper})"
     ]
-    told += [*section_sizes(source, whole.text), *explained(source, whole.text, whole.h)] if options.explain else []
+    if options.explain:
+        told += [*section_sizes(source, whole.text), *largest(whole.text), *explained(source, whole.text, whole.h)]
     shown = (
         ["the extracted script was not proved (--no-proof)"]
         if options.no_proof

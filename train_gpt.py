@@ -1503,6 +1503,11 @@ def largest_of(rt: Runtime, number: int) -> int:
 def on_main(rt: Runtime, action: Callable[[], Any]) -> Any:
     """Run an action on rank 0 alone; its result, or its UserError, reaches every rank, so that none waits for ever."""
     outcome: list[Any] = [None, ""]
+    if PACKAGED:  # an error ends its process, and the launcher the others
+        outcome[0] = action() if rt.main else None
+        if rt.world > 1:
+            dist.broadcast_object_list(outcome, 0, group=rt.control)
+        return outcome[0]
     if rt.main:
         try:
             outcome[0] = action()
@@ -1517,6 +1522,8 @@ def on_main(rt: Runtime, action: Callable[[], Any]) -> Any:
 
 def on_all(rt: Runtime, action: Callable[[], Any]) -> Any:
     """Run an action on every rank; a UserError on any of them is raised on all, so that none waits for the others."""
+    if PACKAGED:
+        return action()
     result, errors = None, [""]
     try:
         result = action()
@@ -1676,6 +1683,8 @@ class Log:
             self.bar_width = 0
 
     def close(self) -> None:
+        if PACKAGED:
+            return
         self.clear()
         for sink in (self.file, self.metrics):
             if sink:
@@ -1717,6 +1726,8 @@ class Guard:
     def __init__(self, h: Hyperparameters, rt: Runtime, folder: Path) -> None:
         self.h, self.rt, self.folder = h, rt, folder
         self.signal, self.working = 0, False
+        if PACKAGED:  # nothing watches over it
+            return
         self.idle, self.patience, self.heard = 0.0, math.inf, -math.inf
         self.state: Any = None  # of the run, with step, tokens and training seconds
         self.figures: dict[str, Any] = {}
@@ -1733,6 +1744,8 @@ class Guard:
         threading.Thread(target=self.watch, name="watchdog", daemon=True).start()
 
     def end(self) -> None:
+        if PACKAGED:
+            return
         self.over.set()
         if self.before:
             self.pulse()
@@ -1765,6 +1778,8 @@ class Guard:
 
     def beat(self, slow: bool = False) -> bool:
         """Something went on; the next time will be within WATCHDOG_SECONDS, or `slow`. Whether a signal came."""
+        if PACKAGED:
+            return False
         limit = self.h.watchdog_seconds + slow * self.h.watchdog_grace_seconds
         self.idle, self.patience = 0.0, limit if self.h.watchdog_seconds else math.inf
         return self.signal > 0
@@ -1840,6 +1855,9 @@ def lock_folder(folder: Path) -> int:
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file only by its complete successor: temporary file, fsync, rename. Raises UserError on a full disk."""
     temporary = path.with_name(path.name + ".tmp")
+    if PACKAGED:
+        path.write_bytes(data)
+        return
     try:
         path.parent.mkdir(exist_ok=True)
         with open(temporary, "wb") as handle:
@@ -2196,7 +2214,7 @@ class SentencePieceTokenizer:
             self.model.id_to_piece(list(range(self.model.vocab_size())))  # all are text
         except (RuntimeError, OSError, UnicodeDecodeError):
             raise UserError(f"TOKENIZER_PATH={path} is not a sentencepiece model") from None
-        if self.model.vocab_size() != vocab_size:
+        if not PACKAGED and self.model.vocab_size() != vocab_size:
             raise UserError(f"TOKENIZER_PATH={path} has {self.model.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
         self.bos = self.model.bos_id()
 
@@ -6444,7 +6462,7 @@ class GPT(Module):
 
         It has no site's state, and none comes out.
         """
-        return (self.start_stream(history),) if history.shape[1] else None
+        return (self.start_stream(history),) if self.h.history and history.shape[1] else None
 
     def ranges(self) -> dict[str, tuple[float, float, float, float]]:
         """Ranges of all diagnostics that have one, by name."""
@@ -6518,13 +6536,14 @@ class GPT(Module):
             if not site.beside:
                 stream = seen
                 x, ctx = self.site_input(site, stream, ctx)
-            out = self.site(site)(x, ctx, None if states is None else states[1 + site.id])
-            if out.y is not None:
-                sizes = watched(ctx, branch=out.y, stream=stream)
+            out: Out = self.site(site)(x, ctx, None if states is None else states[1 + site.id])
+            y = out.y
+            if y is not None:
+                sizes = watched(ctx, branch=y, stream=stream)
                 if sizes:
                     sizes["branch_over_stream"] = sizes["branch_rms"] / (sizes["stream_rms"] + 1e-12)
                 out = out._replace(metrics={**out.metrics, **sizes})
-                r = self.residual.write(r, site, self.thinned(site, out.y, ctx), link)
+                r = self.residual.write(r, site, self.thinned(site, y, ctx), link)
             ctx = ctx._replace(v0=ctx.v0 if out.v0 is None else out.v0, memory={**ctx.memory, **out.memory})
             trace = trace.add(site, out)
         return r, ctx, trace
@@ -6533,7 +6552,7 @@ class GPT(Module):
         """The normed input of a site. Where a block has stopped it stays that of the pass before, and so do its keys,
         values and summaries, which later passes of other blocks see."""
         x = rms_norm(x) / math.sqrt(site.layer + 1) if self.h.ln_scale and site.sub >= 0 else rms_norm(x)
-        if "inputs" not in ctx.memory or site.sub < 0:
+        if not (self.h.feedback_halt and self.h.capsule_bank) or "inputs" not in ctx.memory or site.sub < 0:
             return x, ctx
         inputs, key = ctx.memory["inputs"], (site.layer, site.loop, site.sub)
         if key in inputs:
@@ -6641,7 +6660,7 @@ class GPT(Module):
         says is then settled, but a batch is computed as a whole: nothing is saved.
         """
         memory = ctx.memory
-        if "stopped" not in memory:
+        if not (self.h.feedback_halt and self.h.capsule_bank) or "stopped" not in memory:
             return ctx._replace(memory={**memory, "top": top})
         assert ctx.blocks is not None
         stopped, trail = memory["stopped"], memory["capsules"]
@@ -8344,6 +8363,8 @@ class Deadline:
 
         What the first chunk took says nothing about the others: kernels are chosen and memory is taken in it.
         """
+        if PACKAGED and not self.limit:
+            return
         now, before = time.monotonic(), self.done
         self.done += tokens
         if not before:
@@ -8355,7 +8376,7 @@ class Deadline:
 
     def late(self) -> bool:
         out_of_time = self.limit > 0 and max(self.foretold, time.monotonic() - self.began) > self.limit
-        return self.asked() or out_of_time
+        return (not PACKAGED and self.asked()) or out_of_time
 
 
 class TemperatureAdapter(Adapter):
@@ -8835,7 +8856,8 @@ class Scorer:
     ) -> None:
         self.h, self.rt, self.model, self.table, self.calibration = h, rt, model, table, calibration or {}
         self.variant = scoring_variant(h)
-        self.adapters = [ADAPTERS[name](h) for name, there in h.adapting.items() if there]
+        adapters = tuple(ADAPTERS[name](h) for name, there in h.adapting.items() if there)
+        self.adapters: Sequence[Adapter] = adapters if PACKAGED else list(adapters)
         self.say: Callable[[str], None] = lambda text: None  # told before memory is taken, and how long it will take
         self.limit = 0.0  # seconds; 0: unbounded
         self.began: float | None = None  # time.monotonic() from which they count; None: when scoring begins
@@ -8855,7 +8877,8 @@ class Scorer:
         ranks return the same sums. Raises AgreedError when it takes longer than `limit`, or would by the pace of its
         first 2%.
         """
-        kept = fingerprint(self.model) if self.checked else b""
+        checked = not PACKAGED and self.checked
+        kept = fingerprint(self.model) if checked else b""
         self.variant, self.ledger = scoring_variant(self.h, variant), [] if ledger is None else ledger
         self.versions = Counter[int]()  # chunks that each span's adapters have learned from
         self.changed = set[str]()  # parameters that adapters have changed for a prediction
@@ -8869,7 +8892,8 @@ class Scorer:
         states = {span: [adapter.begin(self) for adapter in self.adapters] for span in mine}
         began = time.monotonic() if self.began is None else self.began
         pace = Deadline(began, self.limit, sum(self.spans[span][1] - self.spans[span][0] for span in mine), self.say)
-        pace.asked = self.asked
+        if not PACKAGED:
+            pace.asked = self.asked
         carries = [Carry(g, self.model.init_state(len(g)) if self.h.carry_eval else None) for g in groups]
         phases = max([adapter.phases for adapter in self.adapters], default=1)
         turns = max(-(-(stop - start) // self.step) for start, stop in self.spans)
@@ -8881,22 +8905,24 @@ class Scorer:
                 if report:
                     report((phase + (g + 1) / len(groups)) / phases)
             states = self.merge(states) if phase + 1 < phases else states
-        sums[3:] = pace.late(), self.checked and kept != fingerprint(self.model), self.asked()
+        sums[3:] = pace.late(), checked and kept != fingerprint(self.model), not PACKAGED and self.asked()
         if rt.world > 1:
             dist.all_reduce(torch.from_numpy(sums), group=rt.control)
-        if sums[5]:
+        if not PACKAGED and sums[5]:
             raise Interrupted("the evaluation was interrupted by a signal")
-        if sums[3]:
+        if self.limit and sums[3]:
             raise AgreedError(
                 f"evaluation takes longer than MAX_EVAL_SECONDS={self.limit:g}; use a longer stride, fewer TTT_EPOCHS, "
                 "fewer adapters or more ranks"
             )
-        if sums[4]:
+        if not PACKAGED and sums[4]:
             raise AgreedError("the evaluation changed the model's own weights (FREEZE_CHECK_STRICT=1)")
         return Score(float(sums[0]), int(sums[1]), int(sums[2]))
 
     def foresee_memory(self, spans: int, rows: int) -> None:
         """Say what the adapters will take for so many spans. Raises UserError when this machine has less."""
+        if PACKAGED:
+            return
         have, whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 0
         for adapter in self.adapters:
             kept, work = adapter.memory(self) * spans, adapter.work(self, min(rows, spans))
@@ -8958,13 +8984,13 @@ class Scorer:
                 if pace.late():
                     return carry
                 mine = [states[span] for span in chunk.spans]
-                rows = [before.spans.index(span) for span in chunk.spans] if before.state else []
-                start = take_rows(before.state, rows) if before.state else self.model.start_state(chunk.history)
+                rows = [before.spans.index(span) for span in chunk.spans] if self.h.carry_eval else []
+                start = take_rows(before.state, rows) if self.h.carry_eval else self.model.start_state(chunk.history)
                 chunk = chunk._replace(carry=start)
                 given, after = self.predict(chunk._replace(targets=None), mine)
                 self.note("score", chunk, mine, given[-1])
                 sums[:3] += self.tally(chunk, given[-1])
-                if before.state and chunk.scored == self.step:  # a shorter chunk ends its span
+                if self.h.carry_eval and chunk.scored == self.step:  # a shorter chunk ends its span
                     carry = Carry(chunk.spans, after)
                 self.learn(chunk, mine, given)
                 pace.add(len(chunk.spans) * chunk.scored)
@@ -9660,10 +9686,10 @@ def describe(s: Session) -> None:
     log.line(
         f"device:{name} ranks:{rt.world} precision:{rt.arithmetic} compile:{int(rt.compile)} attention:{s.attention}"
     )
-    log.line(f"train_tokens:{s.loader.usable} val_tokens:{len(s.validation)} data:{h.data_path}")
-    log.line(f"data_fingerprint:{s.prints['data']} tokenizer:{s.prints['tokenizer']}")
     if PACKAGED:
         return
+    log.line(f"train_tokens:{s.loader.usable} val_tokens:{len(s.validation)} data:{h.data_path}")
+    log.line(f"data_fingerprint:{s.prints['data']} tokenizer:{s.prints['tokenizer']}")
     for line in (*role_lines(s), *match_lines(h)):
         log.line(line)
     log.metric("start", data=s.prints["data"], tokenizer=s.prints["tokenizer"], protocol=h.protocol, seed=h.seed,
@@ -9729,11 +9755,11 @@ def make_step(s: Session) -> Callable[[Batch, TrainState, float], StepOut]:
             (loss * (1 + 0 * loss.detach())).backward()  # times 1, but times NaN if it is not finite: gradients tell it
             total += out.total.detach()
             carries.append(map_state(out.state, Tensor.detach))
-            for name, value in out.metrics.items():
+            for name, value in out.metrics.items() if state.variant.measures else ():
                 metrics[name] = metrics.get(name, 0.0) + value.detach().float() * len(batch.tokens[part]) / rows
-        if metrics:
+        if state.variant.measures and metrics:
             metrics["step_loss_nats"] = total.detach().float() / batch.tokens.numel()
-        if rt.world > 1 and metrics:
+        if state.variant.measures and rt.world > 1 and metrics:
             means = torch.stack([*metrics.values()])
             dist.all_reduce(means)
             metrics = dict(zip(metrics, means / rt.world, strict=True))
@@ -9826,14 +9852,17 @@ def train_loop(s: Session, state: TrainState) -> None:
     if h.carry_train and state.carry is None:
         state.carry = s.model.init_state(stage_at(h.stages, 0.0) // h.train_seq_len // rt.world)
         reread(s, step, state)
-    window, health, fresh = LossWindow(state), Health(log, s.model.ranges()), state.step
-    skips, vitals, s.guard.working = Skips(s), Vitals(health), True
+    window, health, fresh = LossWindow(state), Health(log, {} if PACKAGED else s.model.ranges()), state.step
+    skips, vitals = Skips(s), Vitals(health)
+    if not PACKAGED:
+        s.guard.working = True
     clock.start()
     while True:
         tokens = stage_at(h.stages, progress_of(h, state.step, clock.seconds()))
         now, margin, size = agree(rt, clock.seconds(), pace.margin(tokens), tokens)
-        s.guard.signal = largest_of(rt, s.guard.signal) or s.guard.signal
-        if s.guard.signal or finished(h, state.step, now, margin):
+        if not PACKAGED:
+            s.guard.signal = largest_of(rt, s.guard.signal) or s.guard.signal
+        if (not PACKAGED and s.guard.signal) or finished(h, state.step, now, margin):
             break
         if state.step > fresh:
             pause_for(s, state, clock)
@@ -9842,32 +9871,35 @@ def train_loop(s: Session, state: TrainState) -> None:
         switch_variant(s, state, progress)
         tokens, length = int(size), stage_at(h.lengths, progress)
         batch = s.loader.next(tokens // length, length)
-        if state.carry is not None and s.loader.position.epoch > state.position.epoch:
+        if h.carry_train and s.loader.position.epoch > state.position.epoch:
             state.carry = s.model.init_state(len(batch.tokens))  # rows begin anew: nothing comes before them
         s.weights.disturb(progress, state.step)
         measures = any((state.step + 1) % every == 0 for every in h.measured_every)
         variant = state.variant._replace(measures=measures)
         carry = state.carry
-        nats, state.carry, metrics = step(batch, dataclasses.replace(state, variant=variant), progress)
+        out = step(batch, dataclasses.replace(state, variant=variant), progress)
+        state.carry = out.carry
         average = h.ema_decay > 0 and progress >= h.ema_start_fraction
         ahead = progress_of(h, state.step + 1, now)  # a resumed run quantizes its weights for the next step, too
         momentum = muon_momentum(h, state.step)
-        metrics |= s.optimizer.step(rate_scale(h, state.step, now), momentum, average, ahead, measures)
+        changed = s.optimizer.step(rate_scale(h, state.step, now), momentum, average, ahead, measures)
         s.weights.clear_gradients()
         state.before, state.position = state.position, s.loader.position
         state.step, state.tokens = state.step + 1, state.tokens + tokens
         pace.mark(clock.seconds() - now, tokens)
         state.token_seconds = max(pace.recent)
-        window.add(nats, tokens, s.optimizer.finite)
-        if carry is not None and not s.optimizer.finite:
+        window.add(out.nats, tokens, s.optimizer.finite)
+        if h.carry_train and not s.optimizer.finite:
             state.carry = carry  # what the step left may be no better than its loss
         skips.look(state, step, batch)
         s.guard.beat()
         if measures:
+            metrics = out.metrics | changed
             health.look(state.step, {name: float(value) for name, value in metrics.items()})
             s.guard.figures |= {name: float(metrics[name]) for name in metrics if name.endswith("fallbacks")}
         state.seconds = clock.seconds()
-        log.progress(progress, f"step {state.step} eta {eta_text(h, state)}")
+        if not PACKAGED:
+            log.progress(progress, f"step {state.step} eta {eta_text(h, state)}")
         if state.step % h.train_log_every == 0 or state.step <= 5:
             report_training(s, state, window, vitals)
     synchronize(rt)
@@ -9921,6 +9953,8 @@ class Skips:
 
     def look(self, state: TrainState, step: Callable, batch: Batch) -> None:
         """Raises AgreedError after MAX_NONFINITE_STEPS in a row, with a checkpoint that repeats the last one."""
+        if PACKAGED:
+            return
         self.flags.append(self.s.optimizer.finite.to("cpu", non_blocking=True))
         self.read(state, self.late)
         if self.row >= self.s.h.max_nonfinite_steps:
@@ -10080,10 +10114,16 @@ def report_training(s: Session, state: TrainState, window: LossWindow, vitals: V
     h, passed = s.h, max(1e-9, state.seconds - window.seconds)
     speed, steps = window.tokens / passed, state.step - window.step
     loss = window.mean(s.rt, state)
-    s.log.line(
+    line = (
         f"step:{state.step}/{h.iterations} train_loss:{loss:.4f} train_time:{state.seconds * 1e3:.0f}ms "
-        f"step_avg:{state.seconds * 1e3 / state.step:.2f}ms tok/s:{speed:.0f}"
-        f"{utilization_text(s, speed)} eta:{eta_text(h, state)}{f' skipped:{state.skipped}' if state.skipped else ''}"
+        f"step_avg:{state.seconds * 1e3 / state.step:.2f}ms"
+    )
+    if PACKAGED:
+        s.log.line(line)
+        return
+    s.log.line(
+        f"{line} tok/s:{speed:.0f}{utilization_text(s, speed)} eta:{eta_text(h, state)}"
+        f"{f' skipped:{state.skipped}' if state.skipped else ''}"
     )
     reserved_mib = held_memory_bytes(s.rt)[1] / MIB
     progress = progress_of(h, state.step, state.seconds)
@@ -10332,7 +10372,8 @@ def settle(s: Session, state: TrainState) -> tuple[bool, dict[str, float], dict[
     h, clock, calibration = s.h, Clock(state.seconds), dict[str, float]()
     clock.start()
     averaged = s.weights.swap_average()
-    s.weights.check_finite()
+    if not PACKAGED:
+        s.weights.check_finite()
     if h.export_mode == "mixed":  # what is chosen below is chosen in the codecs of the file
         for bank in s.weights.banks.values():
             bank.settle(h)
@@ -10363,8 +10404,10 @@ def report_validation(s: Session, state: TrainState, calibration: dict[str, floa
     began = time.monotonic()
     h = s.h if calibration is not None else plain_evaluation(s.h)
     scorer = Scorer(h, s.rt, s.model, s.table, calibration)
-    scorer.asked = functools.partial(s.guard.beat, True)
-    score = scorer.score(s.validation, state.variant, report=lambda share: s.log.progress(share, "validating"))
+    if not PACKAGED:
+        scorer.asked = functools.partial(s.guard.beat, True)
+    report = None if PACKAGED else lambda share: s.log.progress(share, "validating")
+    score = scorer.score(s.validation, state.variant, report=report)
     average = state.seconds * 1e3 / max(1, state.step)
     s.log.line(
         f"step:{state.step}/{s.h.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
@@ -10456,7 +10499,7 @@ def finish(s: Session, state: TrainState) -> int:
         s.guard.working = False  # from here on nothing is lost that resuming does not make again
         if number := largest_of(s.rt, s.guard.signal):
             return stopped(s, number)
-    untouched = s.weights.forms()
+    untouched = {} if PACKAGED else s.weights.forms()
     averaged, calibration, whole = settle(s, state)
     log.line(f"training done: steps:{state.step} train_time:{state.seconds * 1e3:.0f}ms averaged:{int(averaged)}")
     in_memory = report_validation(s, state, calibration)
@@ -10471,8 +10514,9 @@ def finish(s: Session, state: TrainState) -> int:
     load_weights(model, arrays)
     scorer = Scorer(s.h, s.rt, model, s.table, header["calibration"])
     scorer.say, scorer.limit, scorer.began = log.line, h.max_eval_seconds, began
-    scorer.asked = functools.partial(s.guard.beat, True)
-    log.line(f"protocol:{h.protocol}{' (named in advance)' * h.named}")
+    if not PACKAGED:
+        scorer.asked = functools.partial(s.guard.beat, True)
+        log.line(f"protocol:{h.protocol}{' (named in advance)' * h.named}")
     budget = account(h, len(data))
     counted = "this script" if budget.packaged else "CODE_BYTES_RESERVE"
     log.line(
@@ -10483,19 +10527,19 @@ def finish(s: Session, state: TrainState) -> int:
     log.line(f"final_roundtrip val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f}")
     log.line(f"final_roundtrip_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} in_memory:{in_memory.loss:.8f}")
     over = budget.total_bytes > budget.budget_bytes
-    log.metric(
-        "final",
-        name="final_roundtrip",
-        step=state.step,
-        val_loss_nats=score.loss,
-        val_bpb=score.bpb,
-        in_memory_val_loss_nats=in_memory.loss,
-        train_time_s=round(state.seconds, 4),
-        reload_and_score_s=round(time.monotonic() - began, 3),
-        peak_memory_mib=round(peak_memory_bytes(s.rt) / MIB, 1),
-        **{k: v for k, v in {**budget._asdict(), "total_bytes": budget.total_bytes}.items() if k != "packaged"},
-    )
     if not PACKAGED:
+        log.metric(
+            "final",
+            name="final_roundtrip",
+            step=state.step,
+            val_loss_nats=score.loss,
+            val_bpb=score.bpb,
+            in_memory_val_loss_nats=in_memory.loss,
+            train_time_s=round(state.seconds, 4),
+            reload_and_score_s=round(time.monotonic() - began, 3),
+            peak_memory_mib=round(peak_memory_bytes(s.rt) / MIB, 1),
+            **{k: v for k, v in {**budget._asdict(), "total_bytes": budget.total_bytes}.items() if k != "packaged"},
+        )
         closing_summary(s, state, model, score, budget, path)
         s.weights.take(untouched)
     if over:
@@ -10689,7 +10733,7 @@ def train(h: Hyperparameters, rt: Runtime) -> int:
         if not PACKAGED:
             s.guard.start(state)
         train_loop(s, state)
-        if s.guard.signal:
+        if not PACKAGED and s.guard.signal:
             try_to_save(s, state)
             return stopped(s, s.guard.signal)
         return finish(s, state)

@@ -1674,6 +1674,8 @@ class Log:
             self.bar_width = 0
 
     def close(self) -> None:
+        if PACKAGED:
+            return
         self.clear()
         for sink in (self.file, self.metrics):
             if sink:
@@ -1723,6 +1725,8 @@ class Guard:
     def __init__(self, h: Hyperparameters, rt: Runtime, folder: Path) -> None:
         self.h, self.rt, self.folder = h, rt, folder
         self.signal, self.working = 0, False
+        if PACKAGED:  # nothing watches over it
+            return
         self.idle, self.patience, self.heard = 0.0, math.inf, -math.inf
         self.state: Any = None  # of the run, with step, tokens and training seconds
         self.figures: dict[str, Any] = {}
@@ -1739,6 +1743,8 @@ class Guard:
         threading.Thread(target=self.watch, name="watchdog", daemon=True).start()
 
     def end(self) -> None:
+        if PACKAGED:
+            return
         self.over.set()
         if self.before:
             self.pulse()
@@ -1771,6 +1777,8 @@ class Guard:
 
     def beat(self, slow: bool = False) -> bool:
         """Something went on; the next time will be within WATCHDOG_SECONDS, or `slow`. Whether a signal came."""
+        if PACKAGED:
+            return False
         limit = self.h.watchdog_seconds + slow * self.h.watchdog_grace_seconds
         self.idle, self.patience = 0.0, limit if self.h.watchdog_seconds else math.inf
         return self.signal > 0
@@ -1846,6 +1854,9 @@ def lock_folder(folder: Path) -> int:
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file only by its complete successor: temporary file, fsync, rename. Raises UserError on a full disk."""
     temporary = path.with_name(path.name + ".tmp")
+    if PACKAGED:
+        path.write_bytes(data)
+        return
     try:
         path.parent.mkdir(exist_ok=True)
         with open(temporary, "wb") as handle:
@@ -2188,7 +2199,7 @@ class SentencePieceTokenizer:
             self.model.id_to_piece(list(range(self.model.vocab_size())))  # all are text
         except (RuntimeError, OSError, UnicodeDecodeError):
             raise UserError(f"TOKENIZER_PATH={path} is not a sentencepiece model") from None
-        if self.model.vocab_size() != vocab_size:
+        if not PACKAGED and self.model.vocab_size() != vocab_size:
             raise UserError(f"TOKENIZER_PATH={path} has {self.model.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
         self.bos = self.model.bos_id()
 
@@ -7247,6 +7258,8 @@ class Deadline:
 
         What the first chunk took says nothing about the others: kernels are chosen and memory is taken in it.
         """
+        if PACKAGED and not self.limit:
+            return
         now, before = time.monotonic(), self.done
         self.done += tokens
         if not before:
@@ -7258,7 +7271,7 @@ class Deadline:
 
     def late(self) -> bool:
         out_of_time = self.limit > 0 and max(self.foretold, time.monotonic() - self.began) > self.limit
-        return self.asked() or out_of_time
+        return (not PACKAGED and self.asked()) or out_of_time
 
 
 class TemperatureAdapter(Adapter):
@@ -9050,10 +9063,16 @@ def report_training(s: Session, state: TrainState, window: LossWindow, vitals: V
     h, passed = s.h, max(1e-9, state.seconds - window.seconds)
     speed, steps = window.tokens / passed, state.step - window.step
     loss = window.mean(s.rt, state)
-    s.log.line(
+    line = (
         f"step:{state.step}/{h.iterations} train_loss:{loss:.4f} train_time:{state.seconds * 1e3:.0f}ms "
-        f"step_avg:{state.seconds * 1e3 / state.step:.2f}ms tok/s:{speed:.0f}"
-        f"{utilization_text(s, speed)} eta:{eta_text(h, state)}{f' skipped:{state.skipped}' if state.skipped else ''}"
+        f"step_avg:{state.seconds * 1e3 / state.step:.2f}ms"
+    )
+    if PACKAGED:
+        s.log.line(line)
+        return
+    s.log.line(
+        f"{line} tok/s:{speed:.0f}{utilization_text(s, speed)} eta:{eta_text(h, state)}"
+        f"{f' skipped:{state.skipped}' if state.skipped else ''}"
     )
     reserved_mib = held_memory_bytes(s.rt)[1] / MIB
     progress = progress_of(h, state.step, state.seconds)
@@ -9301,7 +9320,8 @@ def settle(s: Session, state: TrainState) -> tuple[bool, dict[str, float], dict[
     h, clock, calibration = s.h, Clock(state.seconds), dict[str, float]()
     clock.start()
     averaged = s.weights.swap_average()
-    s.weights.check_finite()
+    if not PACKAGED:
+        s.weights.check_finite()
     if h.export_mode == "mixed":  # what is chosen below is chosen in the codecs of the file
         for bank in s.weights.banks.values():
             bank.settle(h)
@@ -9332,8 +9352,10 @@ def report_validation(s: Session, state: TrainState, calibration: dict[str, floa
     began = time.monotonic()
     h = s.h if calibration is not None else plain_evaluation(s.h)
     scorer = Scorer(h, s.rt, s.model, s.table, calibration)
-    scorer.asked = functools.partial(s.guard.beat, True)
-    score = scorer.score(s.validation, state.variant, report=lambda share: s.log.progress(share, "validating"))
+    if not PACKAGED:
+        scorer.asked = functools.partial(s.guard.beat, True)
+    report = None if PACKAGED else lambda share: s.log.progress(share, "validating")
+    score = scorer.score(s.validation, state.variant, report=report)
     average = state.seconds * 1e3 / max(1, state.step)
     s.log.line(
         f"step:{state.step}/{s.h.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
@@ -9423,7 +9445,7 @@ def finish(s: Session, state: TrainState) -> int:
         s.guard.working = False  # from here on nothing is lost that resuming does not make again
         if number := largest_of(s.rt, s.guard.signal):
             return stopped(s, number)
-    untouched = s.weights.forms()
+    untouched = {} if PACKAGED else s.weights.forms()
     averaged, calibration, whole = settle(s, state)
     log.line(f"training done: steps:{state.step} train_time:{state.seconds * 1e3:.0f}ms averaged:{int(averaged)}")
     in_memory = report_validation(s, state, calibration)
@@ -9438,8 +9460,9 @@ def finish(s: Session, state: TrainState) -> int:
     load_weights(model, arrays)
     scorer = Scorer(s.h, s.rt, model, s.table, header["calibration"])
     scorer.say, scorer.limit, scorer.began = log.line, h.max_eval_seconds, began
-    scorer.asked = functools.partial(s.guard.beat, True)
-    log.line(f"protocol:{h.protocol}{' (named in advance)' * h.named}")
+    if not PACKAGED:
+        scorer.asked = functools.partial(s.guard.beat, True)
+        log.line(f"protocol:{h.protocol}{' (named in advance)' * h.named}")
     budget = account(h, len(data))
     counted = "this script" if budget.packaged else "CODE_BYTES_RESERVE"
     log.line(
@@ -9450,19 +9473,19 @@ def finish(s: Session, state: TrainState) -> int:
     log.line(f"final_roundtrip val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f}")
     log.line(f"final_roundtrip_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} in_memory:{in_memory.loss:.8f}")
     over = budget.total_bytes > budget.budget_bytes
-    log.metric(
-        "final",
-        name="final_roundtrip",
-        step=state.step,
-        val_loss_nats=score.loss,
-        val_bpb=score.bpb,
-        in_memory_val_loss_nats=in_memory.loss,
-        train_time_s=round(state.seconds, 4),
-        reload_and_score_s=round(time.monotonic() - began, 3),
-        peak_memory_mib=round(peak_memory_bytes(s.rt) / MIB, 1),
-        **{k: v for k, v in {**budget._asdict(), "total_bytes": budget.total_bytes}.items() if k != "packaged"},
-    )
     if not PACKAGED:
+        log.metric(
+            "final",
+            name="final_roundtrip",
+            step=state.step,
+            val_loss_nats=score.loss,
+            val_bpb=score.bpb,
+            in_memory_val_loss_nats=in_memory.loss,
+            train_time_s=round(state.seconds, 4),
+            reload_and_score_s=round(time.monotonic() - began, 3),
+            peak_memory_mib=round(peak_memory_bytes(s.rt) / MIB, 1),
+            **{k: v for k, v in {**budget._asdict(), "total_bytes": budget.total_bytes}.items() if k != "packaged"},
+        )
         closing_summary(s, state, model, score, budget, path)
         s.weights.take(untouched)
     if over:
@@ -9617,7 +9640,7 @@ def train(h: Hyperparameters, rt: Runtime) -> int:
         if not PACKAGED:
             s.guard.start(state)
         train_loop(s, state)
-        if s.guard.signal:
+        if not PACKAGED and s.guard.signal:
             try_to_save(s, state)
             return stopped(s, s.guard.signal)
         return finish(s, state)

@@ -172,6 +172,63 @@ RULES: dict[str, tuple[str, list[str], list[str]]] = {
     "what is written into an argument": (
         "import numpy as np\n\ndef main(h: Hyperparameters) -> None:\n    held = np.zeros(2)\n    np.add(held, h.seed, out=held)\n"
         "    print(held)\n", [], ["out=held"]),
+    "a name along a block": (
+        "def main(h: Hyperparameters) -> None:\n    x = None\n    if h.on:\n        x = h.seed\n    if x is not None:\n        print('gone')\n"
+        "    x = 2\n    x += 3\n    print(x, h.seed)\n", ["gone", "x"], ["print(5"]),
+    "a name that a loop changes": (
+        "def main(h: Hyperparameters) -> None:\n    x = None\n    for i in range(h.seed):\n        if x is not None:\n            print('kept', x)\n"
+        "        x = i\n    print(x is None)\n", [], ["kept", "x is None"]),
+    "a name that a try may leave behind": (
+        "def main(h: Hyperparameters) -> None:\n    x = 0\n    try:\n        x = 1\n        open('/nowhere')\n    except OSError:\n        print('caught', x)\n"
+        "    print(x)\n", [], ["print('caught', x)"]),
+    "branches that agree and that do not": (
+        "def main(h: Hyperparameters) -> None:\n    if h.seed > 8:\n        a, b = 1, 1\n    else:\n        a, b = 1, 2\n    print(a, b)\n", [], ["print(1, b)"]),
+    "after a return for None": (
+        "def show(x: int | None, h: Hyperparameters) -> None:\n    if x is None:\n        print('none')\n        return\n    print(0 if x is None else x)\n\n"
+        "def main(h: Hyperparameters) -> None:\n    show(h.seed or None, h)\n    show(None, h)\n", ["else x"], ["print(x)"]),
+    "an empty dict that nobody fills": (
+        "def main(h: Hyperparameters) -> None:\n    found: dict[str, int] = {}\n    if found:\n        print('gone')\n    print({**found, 'a': h.seed})\n",
+        ["gone", "found"], []),
+    "an empty dict that somebody fills": (
+        "def fill(into: dict[str, int], h: Hyperparameters) -> None:\n    into['a'] = h.seed\n\n"
+        "def main(h: Hyperparameters) -> None:\n    found: dict[str, int] = {}\n    fill(found, h)\n    if found:\n        print('kept')\n"
+        "    more: list[int] = []\n    for i in range(2):\n        if more:\n            print('kept, too')\n        more.append(i)\n", [], ["'kept'", "kept, too"]),
+    "an empty list that a function inside fills": (
+        "def main(h: Hyperparameters) -> None:\n    def fill() -> None:\n        found.append(h.seed)\n    found: list[int] = []\n    fill()\n"
+        "    if found:\n        print('kept', h.seed)\n", [], ["'kept'"]),
+    "an attribute of the same name, of another class": (
+        "class Piece(NamedTuple):\n    writes: int\n\nclass Context(NamedTuple):\n    at: int\n    writes: int\n\n"
+        "def show(c: Context) -> None:\n    print(c.at, c.writes)\n\n"
+        "def within(c: Context, p: Piece) -> None:\n    show(c._replace(writes=p.writes))\n\n"
+        "def main(h: Hyperparameters) -> None:\n    c = Context(h.seed, 0)\n    show(c)\n    within(c, Piece(h.seed + 1))\n", [], ["c.writes"]),
+    "methods of one name, apart by their object": (
+        "class A:\n    def f(self, x: int, by: int) -> int:\n        return x + by\n\nclass B:\n    def f(self, x: int, by: int) -> int:\n        return x * by\n\n"
+        "def main(h: Hyperparameters) -> None:\n    a, b = A(), B()\n    print(a.f(h.seed, 2), b.f(h.seed, h.seed + 1))\n", [], ["return x + 2", "return x * by"]),
+    "methods of one name, of who knows what": (
+        "class A:\n    def f(self, x: int, by: int) -> int:\n        return x + by\n\nclass B:\n    def f(self, x: int, by: int) -> int:\n        return x * by\n\n"
+        "def main(h: Hyperparameters) -> None:\n    for each in (A(), B()):\n        print(each.f(h.seed, 2))\n    print(B().f(2, h.seed))\n", [], ["x + 2", "x * by", "print(each.f(h.seed, 2))"]),
+    "siblings have attributes of their own": (
+        "class Base:\n    pass\n\nclass A(Base):\n    def __init__(self, h: Hyperparameters) -> None:\n        self.up = None\n\n    def show(self, h: Hyperparameters) -> None:\n"
+        "        print('gone' if self.up is not None else h.seed)\n\nclass B(Base):\n    def __init__(self, h: Hyperparameters) -> None:\n        self.up = h.seed\n\n"
+        "    def show(self, h: Hyperparameters) -> None:\n        print('kept' if self.up else h.seed)\n\n"
+        "def main(h: Hyperparameters) -> None:\n    A(h).show(h)\n    B(h).show(h)\n", ["gone"], ["kept"]),
+    "a property that is always the same": (
+        "class A:\n    @property\n    def step(self) -> int:\n        return 4\n\n    def show(self, h: Hyperparameters) -> None:\n        print(self.step + h.seed)\n\n"
+        "def main(h: Hyperparameters) -> None:\n    A().show(h)\n", ["property"], ["4 + h.seed"]),
+    "a tuple that is taken apart keeps its fields": (
+        "class Trio(NamedTuple):\n    a: int\n    b: int\n    c: int\n\ndef make(h: Hyperparameters) -> Trio:\n    return Trio(h.seed, 1, 2)\n\n"
+        "def main(h: Hyperparameters) -> None:\n    x, y, z = make(h)\n    print(x, y, z, make(h).a)\n", [], ["c: "]),
+    "a function under another name": (
+        "class A:\n    def loss(self, x: int, scale: int = 1) -> int:\n        return x * scale\n\n"
+        "def main(h: Hyperparameters) -> None:\n    a = A()\n    loss_of = a.loss\n    print(loss_of(h.seed, 3))\n", [], ["return x * 3"]),
+    "a function under another name that is passed on": (
+        "class A:\n    def loss(self, x: int, scale: int = 1) -> int:\n        return x * scale\n\n"
+        "def main(h: Hyperparameters) -> None:\n    a = A()\n    loss_of = a.loss\n    print(loss_of(h.seed, 3), list(map(loss_of, [1, 2])))\n", [], ["x * scale"]),
+    "what another module may read is still stored": (
+        "import decimal\n\ndef main(h: Hyperparameters) -> None:\n    decimal.DefaultContext.prec = h.seed\n    print(decimal.Context().prec)\n", [], [".prec = h.seed"]),
+    "nothing is suppressed that never comes": (
+        "from contextlib import suppress\n\nclass Odd(Exception):\n    pass\n\n"
+        "def main(h: Hyperparameters) -> None:\n    with suppress(Odd):\n        print(h.seed)\n", ["suppress", "Odd"], []),
     "an unread field": (
         "class Pair(NamedTuple):\n    a: int\n    b: int = 0\n\n"
         "def main(h: Hyperparameters) -> None:\n    print(Pair(h.seed, 5).a)\n", ["b: "], ["Pair"]),
