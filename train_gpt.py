@@ -2403,10 +2403,6 @@ class Codec:
         scales = self.scale_shape(shape)
         return math.prod(shape) * self.bits / 8 + (2 * math.prod(scales) if scales else 0)
 
-    def fake_quantize(self, w: Tensor, tuning: Tuning) -> Tensor:
-        """The value the forward pass uses for latent w; its straight-through gradient is the identity."""
-        return self.decode(self.quantize(w, tuning))
-
 
 class ExactCodec(Codec):
     """Float32 as it is (a float64 run's weights are rounded to it)."""
@@ -10740,11 +10736,8 @@ def train(h: Hyperparameters, rt: Runtime) -> int:
     except RuntimeError as error:
         if s is None or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        found = str(error).splitlines()[0]
-        s.guard.say(
-            f"error: rank {rt.rank}: another rank ended or cannot be reached; its own output may say why ({found}); "
-            f"to resume: {s.guard.resuming}"
-        )
+        found = f"another rank ended or cannot be reached, its own output may say why ({str(error).splitlines()[0]})"
+        s.guard.say(f"error: rank {rt.rank}: {found}; to resume: {s.guard.resuming}")
         return 1
     finally:
         if s is not None:

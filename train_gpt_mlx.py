@@ -2388,10 +2388,6 @@ class Codec:
         scales = self.scale_shape(shape)
         return math.prod(shape) * self.bits / 8 + (2 * math.prod(scales) if scales else 0)
 
-    def fake_quantize(self, w: Tensor, tuning: Tuning) -> Tensor:
-        """The value the forward pass uses for latent w; its straight-through gradient is the identity."""
-        return self.decode(self.quantize(w, tuning))
-
 
 class ExactCodec(Codec):
     """Float32 as it is."""

@@ -50,6 +50,11 @@ def scramble(model: Any) -> Any:
     return model
 
 
+def fake_quantize(codec: Any, w: Any, tuning: Any) -> Any:
+    """The value the forward pass uses for latent w; its straight-through gradient is the identity."""
+    return codec.decode(codec.quantize(w, tuning))
+
+
 def small_stages(preset: str) -> dict[str, str]:
     """Stages, segments, layers and tables of a preset that has some, for windows of 16, steps of 64, two layers."""
     values = train_gpt.PRESETS[preset]

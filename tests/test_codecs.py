@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import fake_quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -75,11 +76,11 @@ def through_a_file(codec: t.Codec, coded: t.Codes, packing: str) -> np.ndarray:
 
 
 def check_one_codec_law(codec: t.Codec, w: Tensor, tuning: t.Tuning) -> Tensor:
-    """fake_quantize, decode(quantize) and what a reader of the file gets are the same bits; returns them."""
+    """decode(quantize) and what a reader of the file gets are the same bits; returns them."""
     coded = codec.quantize(w, tuning)
     value = codec.decode(coded)
     assert value.dtype == torch.float32 and value.shape == coded.codes.shape == w.shape
-    assert bits(codec.fake_quantize(w, tuning)) == bits(value)
+    assert bits(fake_quantize(codec, w, tuning)) == bits(value), "twice the same"
     assert coded.codes.numpy().dtype == t.STREAM_TYPES[codec.stream]
     shape = codec.scale_shape(w.shape)
     assert (coded.scales is None) == (shape is None)
@@ -167,8 +168,8 @@ def test_search_finds_the_least_squared_error_of_each_row() -> None:
     w = torch.randn(1, 20, 60, generator=torch.Generator().manual_seed(9)) ** 3
     plain, search = (t.CODECS["int4"](t.Hyperparameters(int_group=0, clip_search=on)) for on in (False, True))
     shrinks = t.IntCodec.SHRINKS
-    errors = torch.stack([(plain.fake_quantize(w, tuning_of(w, 0.5, c)) - w).square().sum(-1)[0] for c in shrinks])
-    got = (search.fake_quantize(w, t.default_tuning(w)) - w).square().sum(-1)[0]
+    errors = torch.stack([(fake_quantize(plain, w, tuning_of(w, 0.5, c)) - w).square().sum(-1)[0] for c in shrinks])
+    got = (fake_quantize(search, w, t.default_tuning(w)) - w).square().sum(-1)[0]
     assert torch.allclose(got, errors.amin(0), rtol=1e-4) and (errors.argmin(0) > 0).sum() > 10
     assert got.sum() < 0.97 * errors[0].sum()
 
@@ -182,7 +183,7 @@ def test_binary_keeps_signs_and_means() -> None:
 
 def test_fp4_takes_the_nearest_of_its_sizes() -> None:
     w = torch.tensor([[[6.0, -5.1, 4.9, 0.2, 0.26, -0.75, 1.3, -2.6, 0.0, -0.0, 1.1, 3.4]]])
-    value = codec_of("fp4", 12).fake_quantize(w, t.default_tuning(w))
+    value = fake_quantize(codec_of("fp4", 12), w, t.default_tuning(w))
     assert value.tolist() == [[[6.0, -6.0, 4.0, 0.0, 0.5, -0.5, 1.5, -3.0, 0.0, 0.0, 1.0, 3.0]]]
     assert t.pack_nibbles(np.array([1, 15, 7], np.uint8)) == bytes([0xF1, 7])
 
@@ -203,19 +204,21 @@ def test_a_turned_codec_quantizes_in_the_basis_of_each_group(name: str) -> None:
     """Against the matrix, and only where groups of a power of two fill the columns."""
     w = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     tuning, matrix = t.default_tuning(w), t.hadamard(8).double()
-    want = codec_of(name, 8).fake_quantize((w.unflatten(-1, (3, 8)) @ matrix).flatten(-2), tuning).double()
-    got = codec_of(name, 8, turn=True).fake_quantize(w, tuning).double()
+    want = fake_quantize(codec_of(name, 8), (w.unflatten(-1, (3, 8)) @ matrix).flatten(-2), tuning).double()
+    got = fake_quantize(codec_of(name, 8, turn=True), w, tuning).double()
     torch.testing.assert_close((got.unflatten(-1, (3, 8)) @ matrix).flatten(-2), want, rtol=1e-5, atol=1e-6)
     for group in (6, 16):
-        assert bits(codec_of(name, group, turn=True).fake_quantize(w, tuning)) == bits(
-            codec_of(name, group).fake_quantize(w, tuning)
+        assert bits(fake_quantize(codec_of(name, group, turn=True), w, tuning)) == bits(
+            fake_quantize(codec_of(name, group), w, tuning)
         )
 
 
 def test_turning_spreads_an_outlier_over_its_group() -> None:
     w = torch.zeros(1, 1, 64)
     w[0, 0, 5] = 1.0
-    plain, turned = (codec_of("ternary", 64, turn=turn).fake_quantize(w, t.default_tuning(w)) for turn in (False, True))
+    plain, turned = (
+        fake_quantize(codec_of("ternary", 64, turn=turn), w, t.default_tuning(w)) for turn in (False, True)
+    )
     assert (plain - w).norm() > 0.9 and (turned - w).norm() < 0.02
 
 
@@ -224,10 +227,10 @@ def test_tuning_of_one_weight_leaves_the_others_alone(name: str) -> None:
     w = torch.randn(3, 4, 10, generator=torch.Generator().manual_seed(0))
     codec, tuning = codec_of(name), t.default_tuning(w)
     tuning.threshold[1], tuning.multiplier[1] = 1.2, 1.25
-    plain, tuned = codec.fake_quantize(w, t.default_tuning(w)), codec.fake_quantize(w, tuning)
+    plain, tuned = fake_quantize(codec, w, t.default_tuning(w)), fake_quantize(codec, w, tuning)
     assert bits(plain[0]) == bits(tuned[0]) and bits(plain[2]) == bits(tuned[2])
     assert bits(tuned[1]) == bits(
-        codec.fake_quantize(w[1:2], t.Tuning(tuning.threshold[1:2], tuning.multiplier[1:2]))[0]
+        fake_quantize(codec, w[1:2], t.Tuning(tuning.threshold[1:2], tuning.multiplier[1:2]))[0]
     )
     if codec.scale_shape(w.shape) is not None:
         assert bits(plain[1]) != bits(tuned[1])
@@ -256,7 +259,7 @@ ERRORS |= {"binary": 1.0, "fp4": 0.17}
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_decoded_weights_are_near_the_latent_ones(name: str, dtype: torch.dtype) -> None:
     w = torch.randn(1, 6, 50, generator=torch.Generator().manual_seed(1)).to(dtype)
-    value = codec_of(name, 50).fake_quantize(w, t.default_tuning(w)).to(dtype)
+    value = fake_quantize(codec_of(name, 50), w, t.default_tuning(w)).to(dtype)
     relative = {"bf16": 2**-8, "fp16": 2**-11 + 1e-6, "exact": 0.0}
     if name in relative:
         assert ((value - w).abs() <= relative[name] * w.abs() + 1e-7 * (name == "fp16")).all()
@@ -267,9 +270,9 @@ def test_decoded_weights_are_near_the_latent_ones(name: str, dtype: torch.dtype)
 
 def test_exact_codec_keeps_float32_and_rounds_float64() -> None:
     w = torch.tensor([[1.0 + 2**-23, -0.0, 1e-40, math.pi]])
-    assert bits(codec_of("exact").fake_quantize(w, t.default_tuning(w))) == bits(w)
+    assert bits(fake_quantize(codec_of("exact"), w, t.default_tuning(w))) == bits(w)
     wide = torch.tensor([[math.pi, 1 / 3]], dtype=torch.float64)
-    assert bits(codec_of("exact").fake_quantize(wide, t.default_tuning(wide))) == bits(wide.float())
+    assert bits(fake_quantize(codec_of("exact"), wide, t.default_tuning(wide))) == bits(wide.float())
 
 
 # ---- ternary by its definition ----
@@ -381,8 +384,8 @@ def test_decoded_weights_stay_what_they_are(name: str, scale: str, seed: int, co
     """Holds for every codec but the absmean ternary one, whose scale must never be derived from decoded weights."""
     w = torch.randn(2, 3, columns, generator=torch.Generator().manual_seed(seed)) * 10.0**size
     codec = codec_of(name, 7, scale)
-    once = codec.fake_quantize(w, t.default_tuning(w))
-    assert bits(codec.fake_quantize(once, t.default_tuning(w))) == bits(once)
+    once = fake_quantize(codec, w, t.default_tuning(w))
+    assert bits(fake_quantize(codec, once, t.default_tuning(w))) == bits(once)
 
 
 def test_absmean_ternary_keeps_codes_and_shrinks_scales_when_quantized_again() -> None:
@@ -400,7 +403,7 @@ def test_absmean_ternary_keeps_codes_and_shrinks_scales_when_quantized_again() -
 
 def test_halves_saturate() -> None:
     w = torch.tensor([[1e9, -1e9, math.inf, -math.inf, 65520.0, 1e-9]])
-    assert codec_of("fp16").fake_quantize(w, t.default_tuning(w))[0, :5].tolist() == [
+    assert fake_quantize(codec_of("fp16"), w, t.default_tuning(w))[0, :5].tolist() == [
         65504,
         -65504,
         65504,
@@ -409,7 +412,7 @@ def test_halves_saturate() -> None:
     ]
     top = torch.finfo(torch.bfloat16).max
     w = torch.tensor([[3.4e38, -3.4e38, math.inf, -math.inf]])
-    assert codec_of("bf16").fake_quantize(w, t.default_tuning(w)).tolist() == [[top, -top, top, -top]]
+    assert fake_quantize(codec_of("bf16"), w, t.default_tuning(w)).tolist() == [[top, -top, top, -top]]
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -421,7 +424,7 @@ def test_a_number_that_is_none_shows_and_stays_in_its_group(name: str, bad: floa
     w[0, 0, 1] = bad
     codec = codec_of(name)
     value = check_one_codec_law(codec, w, t.default_tuning(w))
-    clean = codec.fake_quantize(torch.where(w.isfinite(), w, 0.0), t.default_tuning(w))
+    clean = fake_quantize(codec, torch.where(w.isfinite(), w, 0.0), t.default_tuning(w))
     if math.isnan(bad) or name not in ("bf16", "fp16"):
         assert not value[0, 0, 1].isfinite()
     shared = {"fp8": 8}.get(name, 4 if name in GROUPED else 1)

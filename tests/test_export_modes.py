@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import fake_quantize
 from torch import Tensor
 
 import train_gpt as t
@@ -122,7 +123,7 @@ def test_gptq_beats_rounding_where_inputs_are_correlated(name: str, group: int) 
     w, hessian = drawn(3, 20, 150).float(), inputs_hessian(150)
     codec = int_codec(name, int_group=group)
     coded = t.gptq(codec, w, hessian)
-    nearest = codec.fake_quantize(w, t.default_tuning(w))
+    nearest = fake_quantize(codec, w, t.default_tuning(w))
     assert coded.codes.dtype == torch.int8 and coded.scales is not None
     assert tuple(coded.scales.shape) == (3, *codec.scale_shape((20, 150)))  # type: ignore[misc]
     assert torch.equal(coded.scales, coded.scales.bfloat16().float())
@@ -145,7 +146,7 @@ def test_gptq_is_the_naive_algorithm() -> None:
 
 def test_gptq_in_the_turned_basis_beats_rounding_there() -> None:
     w, hessian, codec = drawn(2, 16, 64).float(), inputs_hessian(64, 2), int_codec(int_group=16, turbo_quant_train=True)
-    values = codec.decode(t.gptq(codec, w, hessian)), codec.fake_quantize(w, t.default_tuning(w))
+    values = codec.decode(t.gptq(codec, w, hessian)), fake_quantize(codec, w, t.default_tuning(w))
     losses = [t.hessian_error(v.double() - w, hessian) for v in values]
     assert (losses[0] < 0.5 * losses[1]).all()
 
@@ -166,7 +167,7 @@ def test_singular_hessians_are_solved(group: int) -> None:
     assert all(torch.linalg.matrix_rank(h) < 48 for h in hessian)
     coded = t.gptq(codec, w, hessian)
     assert coded.scales is not None and coded.scales.isfinite().all()
-    nearest = codec.fake_quantize(w, t.default_tuning(w))
+    nearest = fake_quantize(codec, w, t.default_tuning(w))
     losses = [t.hessian_error(v.double() - w, hessian) for v in (codec.decode(coded), nearest)]
     assert (losses[0][:2] < 0.7 * losses[1][:2]).all() and losses[0][2] < 1.05 * losses[1][2]
 
@@ -184,7 +185,7 @@ def test_hessian_that_is_not_finite_is_an_error_of_gptq(value: float) -> None:
 
 def test_correction_lessens_the_error_and_torch_and_numpy_agree() -> None:
     w, hessian, codec = drawn(1, 30, 40).float(), inputs_hessian(40, 1), int_codec(int_group=0)
-    rest = w - codec.fake_quantize(w, t.default_tuning(w))
+    rest = w - fake_quantize(codec, w, t.default_tuning(w))
     low = t.low_rank(codec, rest[0].double(), hessian[0], 4)
     assert low is not None
     added = low.added_to(torch.zeros(30, 40))
@@ -329,7 +330,7 @@ def test_weight_whose_inputs_are_not_finite_is_rounded(tiny_env: dict[str, str],
     assert all(hessian.isfinite().all() for hessian in found.values())
     t.quantize_trained(s, lambda: 0.0)
     down, at = s.weights.where["blocks.1.mlp.down.weight"]
-    rounded = down.codec.fake_quantize(down.latent[at : at + 1], t.default_tuning(down.latent[:1]))[0]
+    rounded = fake_quantize(down.codec, down.latent[at : at + 1], t.default_tuning(down.latent[:1]))[0]
     assert torch.equal(s.model.get_parameter("blocks.1.mlp.down.weight").detach(), rounded)
 
 

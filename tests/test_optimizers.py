@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import fake_quantize
 from scipy.optimize import linprog
 from torch import Tensor
 
@@ -471,7 +472,7 @@ def test_large_bank_is_quantized_in_parts_that_keep_their_places() -> None:
     weights.materialize(1.0)
     assert [at for at, _ in bank.coded()] == [0, 2]
     for i, (coded, parameter) in enumerate(zip(t.coded_tensors(weights), parameters, strict=True)):
-        alone = codec.fake_quantize(bank.latent[i], t.Tuning(torch.tensor(0.5), torch.tensor(2.0**i)))
+        alone = fake_quantize(codec, bank.latent[i], t.Tuning(torch.tensor(0.5), torch.tensor(2.0**i)))
         assert coded.name == names[i] and torch.equal(parameter, alone)
         assert (codec.decode_numpy(coded.codes, coded.scales) == alone.numpy()).all()
 
