@@ -9508,6 +9508,7 @@ def load_checkpoint(h: Hyperparameters, rt: Runtime, path: Path, model: GPT, wei
         kinds = {key: (bank["latent"].shape, bank["latent"].dtype) for key, bank in banks.items()}
         if type(state.step) is not int or type(state.tokens) is not int:
             raise TypeError("counts are no integers")
+        torch.Generator().set_state(rng)  # refuses what is none
     except (OSError, pickle.UnpicklingError, zipfile.BadZipFile, *MALFORMED) as error:
         raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}); choose an older one") from None
     if form != 1:
