@@ -3205,8 +3205,8 @@ def prove(source: Source, environ: dict[str, str], whole: Extracted, options: An
         share, missing = covered(folder / "readable")
     apart = suspects(made.text, whole.text)
     told = [
-        f"proof: {len(full.losses)} losses, log and artifact ({len(full.artifact)} bytes) of the full and the "
-        "extracted script agree to the last bit on a small job"
+        f"proof: {len(full.losses) or 'the log of'} losses, scores and artifact ({len(full.artifact)} bytes) of the "
+        "full and the extracted script agree to the last bit on a small job"
     ]
     told.append(f"coverage: {share:.1f}% of the extracted script's lines; not run: {', '.join(missing) or 'none'}")
     told.append(
@@ -3309,8 +3309,9 @@ def refusals(folder: Path, whole: Extracted) -> tuple[list[str], dict[str, Any]]
     return why, found
 
 
-def readme(name: str, whole: Extracted, rows: list[dict[str, Any]], told: list[str]) -> str:
+def readme(name: str, whole: Extracted, rows: list[dict[str, Any]], told: list[str], target: str) -> str:
     """README.md of a record."""
+    script, _, start = TARGETS[target]
     defaults = {f.name: f.default for f in dataclasses.fields(whole.h)}
     own = {
         n.upper(): v
@@ -3344,7 +3345,7 @@ def readme(name: str, whole: Extracted, rows: list[dict[str, Any]], told: list[s
     ]
     lines += [f"| {n} | {v} |" for n, v in own.items()]
     lines += ["", "## To reproduce", "", "```", "pip install -r requirements.txt",
-              "torchrun --standalone --nproc_per_node=8 train_gpt.py  # with DATA_PATH, TOKENIZER_PATH and SEED",
+              f"{start} {script}  # with DATA_PATH, TOKENIZER_PATH and SEED",
               "```", "", "## How the script was made", "", *[f"- {line}" for line in told], ""]  # fmt: skip
     return "\n".join(lines)
 
@@ -3372,7 +3373,7 @@ def write_record(out: Path, runs: list[Path], whole: Extracted, told: list[str],
         "blurb": options.blurb, "date": options.date, **mean, "seeds": [row["seed"] for row in rows],
         **{k: best[k] for k in ("bytes_total", "bytes_code", "bytes_model")}}  # fmt: skip
     (out / "submission.json").write_text(json.dumps(submission, indent=2) + "\n")
-    (out / "README.md").write_text(readme(submission["name"], whole, rows, told))
+    (out / "README.md").write_text(readme(submission["name"], whole, rows, told, options.target))
 
 
 def seed_of(run: Path, whole: Extracted) -> int:
@@ -3393,7 +3394,7 @@ def launch(source: Source, out: Path, whole: Extracted, seeds: list[str]) -> lis
     data = {"DATA_PATH": whole.h.data_path, "TOKENIZER_PATH": whole.h.tokenizer_path}
     for seed in seeds:
         own = {**os.environ, "SEED": seed, "RUN_ID": f"seed_{seed}"}
-        if subprocess.run([sys.executable, "train_gpt.py"], cwd=out, env=own).returncode:
+        if subprocess.run([sys.executable, source.path.name], cwd=out, env=own).returncode:
             raise BuildError(f"the run with SEED={seed} failed; see {out}/{whole.h.out_dir}/seed_{seed}")
     for run in runs:
         command = [sys.executable, str(source.path), "audit", str(run / "model.pgz")]
@@ -3404,6 +3405,13 @@ def launch(source: Source, out: Path, whole: Extracted, seeds: list[str]) -> lis
 # ==== the command ====
 
 
+# Script, requirements, and what starts it, by target.
+TARGETS = {
+    "torch": ("train_gpt.py", "requirements.txt", "torchrun --standalone --nproc_per_node=8"),
+    "mlx": ("train_gpt_mlx.py", "requirements-mac.txt", "python"),
+}
+
+
 def options_of(argv: list[str]) -> Any:
     parser = argparse.ArgumentParser(prog="build_submission.py", description="cut a script down to one configuration")
     add = parser.add_argument
@@ -3411,7 +3419,12 @@ def options_of(argv: list[str]) -> Any:
     add("--dce", action="store_true", help="extract (without it, the script is only minified and wrapped)")
     add("--from", dest="run", default="", metavar="RUN_DIR", help="configuration and results of a finished run")
     add("--out", required=True, metavar="FOLDER", help="the record folder to make")
-    add("--source", default="", help="another script with the same conventions")
+    add(
+        "--target",
+        default="torch",
+        choices=TARGETS,
+        help="the script to cut down: CUDA's and CPUs', or Apple Silicon's",
+    )
     add("--devices", default="cuda,cpu", help="kinds of device that the script must run on")
     add(
         "--keep-env", default=[], type=lambda text: text.upper().split(","), metavar="NAMES", help="also stay variables"
@@ -3420,8 +3433,12 @@ def options_of(argv: list[str]) -> Any:
     add("--no-minify", action="store_true", help="leave the script readable")
     add("--explain", action="store_true", help="tell what was dropped, and bytes by section")
     add("--no-proof", action="store_true", help="do not run the small job; the record says so")
-    add("--proof-data", default="data/datasets/dev_sp1024", help="token shards of the small job")
-    add("--proof-tokenizer", default="data/tokenizers/fineweb_1024_bpe.model")
+    add(
+        "--proof-data",
+        default="data/datasets/builtin_sp1024",
+        help="token shards of the small job (python data/builtin.py)",
+    )
+    add("--proof-tokenizer", default="data/tokenizers/builtin_1024_bpe.model")
     add("--proof-vocab", type=int, default=1024)
     add("--seeds", default="", help="run the extracted script with these seeds, e.g. 1337,42,7")
     add(
@@ -3438,7 +3455,8 @@ def options_of(argv: list[str]) -> Any:
 def build(options: Any) -> list[str]:
     """Make a record folder; the lines to tell. Raises BuildError."""
     root = Path(__file__).resolve().parent
-    source = Source(Path(options.source) if options.source else root / "train_gpt.py")
+    script, requirements, _ = TARGETS[options.target]
+    source = Source(root / script)
     environ = dict(word.split("=", 1) for word in options.assignments if "=" in word)
     if len(environ) < len(options.assignments):
         raise BuildError(f"{[w for w in options.assignments if '=' not in w][0]} is not VARIABLE=value")
@@ -3458,9 +3476,9 @@ def build(options: Any) -> list[str]:
     )
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "train_gpt.py").write_bytes(whole.script)
-    (out / "train_gpt_readable.py").write_text(whole.text)
-    (out / "requirements.txt").write_bytes((root / "requirements.txt").read_bytes())
+    (out / script).write_bytes(whole.script)
+    (out / f"{Path(script).stem}_readable.py").write_text(whole.text)
+    (out / "requirements.txt").write_bytes((root / requirements).read_bytes())
     runs = (
         launch(source, out, whole, options.seeds.split(","))
         if options.seeds

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -307,27 +308,39 @@ def test_kernels_find_their_source(tmp_path: Path) -> None:
 
 # ---- the proof, on the real script ----
 
-PROVED = ["--proof-data", str(ROOT / "data/datasets/dev_sp1024")]
-PROVED += ["--proof-tokenizer", str(ROOT / "data/tokenizers/fineweb_1024_bpe.model")]
-
 
 @pytest.mark.slow  # a real extraction (20 s on a free core) and three jobs: nothing smaller shows that they agree
-def test_extracted_script_does_what_the_whole_one_does_and_a_fault_is_found(tmp_path: Path) -> None:
+def test_extracted_script_does_what_the_whole_one_does_and_a_fault_is_found(tmp_path: Path, byte_data: Path) -> None:
     source = b.Source(ROOT / "train_gpt.py")
-    options = b.options_of(["--dce", "--out", str(tmp_path / "record"), *PROVED])
-    small = b.job_environment(source, source.load({"PRESET": "tiny"}), options)
+    options = b.options_of(["--dce", "--out", str(tmp_path / "record"), "--proof-data", str(byte_data)])
+    small = b.job_environment(source, source.load({"PRESET": "tiny", "VOCAB_SIZE": "256"}), options)
     made = b.extract(source, small, options)
     keeps = {name: small[name] for name in b.ALWAYS_KEPT if name in small}
     full = b.run_job(tmp_path / "full", source.path.read_bytes(), small)
     assert len(full.losses) >= 8 and len(full.artifact) > 1000
     assert b.first_difference(full, b.run_job(tmp_path / "shipped", made.script, keeps)) == ""
-    right = "momentum = muon_momentum(h, state.step)"
+    right = "momentum = muon_momentum(state.step)"
     wrong = made.text.replace(right, "momentum = 0.5")
     assert wrong != made.text
     difference = b.first_difference(full, b.run_job(tmp_path / "wrong", wrong.encode(), keeps))
     assert difference.startswith("loss ")
     assert b.suspects(made.text, wrong) == ["train_loop"]
     record_of(source, made, tmp_path / "record", options)
+
+
+@pytest.mark.slow  # two extractions and three jobs of the MLX twin
+@pytest.mark.skipif(find_spec("mlx") is None, reason="mlx is not installed")
+def test_whole_build_of_the_twin(tmp_path: Path, byte_data: Path) -> None:
+    out = tmp_path / "record"
+    words = ["--dce", "--target", "mlx", "--out", str(out), "--proof-data", str(byte_data), "PRESET=tiny"]
+    told = b.build(b.options_of([*words, "VOCAB_SIZE=256", f"DATA_PATH={byte_data}"]))
+    assert any(line.startswith("proof: the log of losses, scores and artifact") for line in told)
+    assert {path.name for path in out.iterdir()} == {
+        "train_gpt_mlx.py",
+        "train_gpt_mlx_readable.py",
+        "requirements.txt",
+    }
+    assert "torch" not in (out / "requirements.txt").read_text().replace("without torch", "")
 
 
 def record_of(source: b.Source, made: b.Extracted, out: Path, options: Any) -> None:
