@@ -1725,7 +1725,7 @@ class Guard:
 
     def __init__(self, h: Hyperparameters, rt: Runtime, folder: Path) -> None:
         self.h, self.rt, self.folder = h, rt, folder
-        self.signal, self.working = 0, False
+        self.signal, self.working, self.failure = 0, False, 1  # failure: exit code if the other ranks are lost
         if PACKAGED:  # nothing watches over it
             return
         self.idle, self.patience, self.heard = 0.0, math.inf, -math.inf
@@ -1798,7 +1798,7 @@ class Guard:
 
     def hang(self) -> None:
         """Write all stacks and end the process; the wait lets the other ranks, which hang as well, write theirs."""
-        path = self.folder / f"hang_rank{self.rt.rank}.txt"
+        self.failure, path = self.HANG, self.folder / f"hang_rank{self.rt.rank}.txt"
         self.say(
             f"error: rank {self.rt.rank}: nothing went on for {self.idle:.0f} s (WATCHDOG_SECONDS="
             f"{self.h.watchdog_seconds:g}), stacks are in {path}; to resume: {self.resuming}"
@@ -10739,7 +10739,7 @@ def train(h: Hyperparameters, rt: Runtime) -> int:
             raise
         found = f"another rank ended or cannot be reached, its own output may say why ({str(error).splitlines()[0]})"
         s.guard.say(f"error: rank {rt.rank}: {found}; to resume: {s.guard.resuming}")
-        return 1
+        return s.guard.failure
     finally:
         if s is not None:
             s.guard.end()

@@ -677,38 +677,17 @@ def test_two_deterministic_runs_are_the_same_bits(job: dict[str, str], capsys: A
     assert one == two
 
 
-TENSORBOARD = {
-    "compat/proto/event_pb2.py": "Event = dict",
-    "compat/proto/summary_pb2.py": "class Summary(dict):\n    Value = dict",
-    "summary/writer/event_file_writer.py": """
-import json
-class EventFileWriter:
-    def __init__(self, folder): self.folder, self.events = folder, []
-    def add_event(self, event): self.events.append(event)
-    def flush(self): json.dump([self.folder, self.events], open(self.folder + ".json", "w"))
-""",
-}
+def test_metrics_also_go_to_tensorboard(tiny_env: dict[str, str], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-
-def test_metrics_also_go_to_tensorboard(
-    monkeypatch: pytest.MonkeyPatch, tiny_env: dict[str, str], tmp_path: Path
-) -> None:
-    """Against a stand-in for the package, which writes down how it was called."""
-    for name, text in TENSORBOARD.items():
-        path = tmp_path / "tensorboard" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    (tmp_path / "tensorboard" / "__init__.py").write_text("")
-    (tmp_path / "run").mkdir()
-    monkeypatch.syspath_prepend(tmp_path)
     log = m.Log(tmp_path, True)
-    log.sinks = m.open_sinks(m.load_config({**tiny_env, "TENSORBOARD": "1"}), tmp_path / "run")
+    log.sinks = m.open_sinks(m.load_config({**tiny_env, "TENSORBOARD": "1"}), tmp_path)
     log.metric("train", step=3, train_loss_nats=2.5, name="text")
     log.close()
-    folder, (event,) = json.loads((tmp_path / "run" / "tensorboard.json").read_text())
-    values = {value["tag"]: value["simple_value"] for value in event["summary"]["value"]}
-    assert folder == str(tmp_path / "run" / "tensorboard") and event["step"] == 3 and event["wall_time"] > 1e9
-    assert values == {"train/step": 3, "train/train_loss_nats": 2.5}
+    told = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(told.Tags()["scalars"]) == {"train/step", "train/train_loss_nats"}
+    (event,) = told.Scalars("train/train_loss_nats")
+    assert event.step == 3 and event.value == 2.5 and event.wall_time > 1e9
 
 
 ROOMY = {"MODEL_DIM": "64", "NUM_HEADS": "4", "TRAIN_SEQ_LEN": "64", "TRAIN_BATCH_TOKENS": "1024",
@@ -724,7 +703,7 @@ def test_memory_of_many_rows_is_foreseen_from_four(case: str, byte_data: Path) -
     mx.eval(batch.tokens, batch.targets)
     passes, carry = m.Passes(h, s.rt, s.model), s.model.start_state(batch.history)
     one, four, all_ = (passes.row_bytes(batch, carry, moment, m.final_variant(h), rows) for rows in (1, 4, 16))
-    assert all_ * 0.98 < four < all_ * 1.25 and all_ * 0.98 < one < all_ * 2.5
+    assert all_ * 0.95 < four < all_ * 1.25 and all_ * 0.95 < one < all_ * 2.5
 
 
 @pytest.mark.parametrize("case", ["tiny", "hybrid", "untied, recomputed"])
