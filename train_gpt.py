@@ -926,7 +926,7 @@ LOCAL_FLOAT: dict[str, Any] = {
     "residual": "plain", "bigram_hash_buckets": 65536, "bigram_hash_orders": "2,3",
     "induction_orders": "1,2,3", "matrix_lr": 0.025, "tied_embed_lr": 0.025, "muon_backend_steps": 3,
     "iterations": 500000,  # an hour has 36,000 steps: the clock ends the run
-    "train_seq_len": 256, "train_batch_tokens": 2048, "micro_batch_tokens": 2048, "val_batch_size": 16384,
+    "train_seq_len": 256, "train_batch_tokens": 2048, "micro_batch_tokens": 2048, "val_batch_size": 4096,
     "val_loss_every": 500, "train_log_every": 25, "save_every": 500, "max_wallclock_seconds": 300.0,
     "muon_momentum_warmup_steps": 100,
 }
