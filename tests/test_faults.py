@@ -443,6 +443,16 @@ def test_flipped_bit_in_a_checkpoint_is_one_line(share: float, run_job: Run, tin
     assert done.code == 2 and "is not a readable checkpoint" in error_line(done.err)
 
 
+def test_forged_random_state_in_a_checkpoint_is_one_line(run_job: Run, tiny_env: dict[str, str]) -> None:
+    env = {**tiny_env, **BASE, "ITERATIONS": "3"}
+    assert run_job(env).code == 0
+    path = folder_of(env) / "checkpoints" / "step_0000003.pt"
+    tree = torch.load(path, weights_only=True)
+    torch.save({**tree, "rng": torch.zeros_like(tree["rng"])}, path)
+    done = run_job({**env, "RESUME": "auto"})
+    assert done.code == 2 and "is not a readable checkpoint" in error_line(done.err)
+
+
 def test_checkpoint_that_unfolds_to_more_than_its_size_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "bomb.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as container:
