@@ -702,8 +702,11 @@ def test_memory_of_many_rows_is_foreseen_from_four(case: str, byte_data: Path) -
     batch, moment = s.loader.next(16, 64), m.Moment(mx.array(0.5), mx.array(3), mx.arange(16, dtype=mx.int64))
     mx.eval(batch.tokens, batch.targets)
     passes, carry = m.Passes(h, s.rt, s.model), s.model.start_state(batch.history)
+    # Over its limit MLX waits for each operation before it starts the next: the peak then depends on no thread's turn.
+    limit = mx.set_memory_limit(0)
     one, four, all_ = (passes.row_bytes(batch, carry, moment, m.final_variant(h), rows) for rows in (1, 4, 16))
-    assert all_ * 0.95 < four < all_ * 1.25 and all_ * 0.95 < one < all_ * 2.5
+    mx.set_memory_limit(limit)
+    assert all_ * 0.95 < four < all_ * 1.25 and all_ * 0.5 < one < all_ * 2.5
 
 
 @pytest.mark.parametrize("case", ["tiny", "hybrid", "untied, recomputed"])
