@@ -107,15 +107,19 @@ def test_tables_that_hardly_any_ngram_has_met_can_be_read_back() -> None:
 
 
 def test_header_rebuilds_the_network_alone() -> None:
-    """Every field that changes a parameter's name or shape, or the function they compute, is in the file.
+    """Every field that changes a parameter's name or shape, or the function they compute, is in the file or a default.
 
-    Those at their defaults too: a reader of another version, or another program, does not know ours.
+    So these defaults stay, or a new version in the header tells files by the old ones: the sum is of all of them.
     """
     groups = ("model", "nsa", "rmt", "skc", "topology", "weights")
     fields = {s.name for s in t.FIELDS.values() if s.metadata["group"] in groups}
-    kept = set(opened(tiny_file())[0]["config"])
-    assert fields - kept == {"attn_impl", "nsa_impl", "nsa_strict", "grad_checkpoint"}
-    assert kept - fields == {"vocab_size", "train_seq_len"}
+    assert fields - set(t.structure_fields()) == {"attn_impl", "nsa_impl", "nsa_strict", "grad_checkpoint"}
+    assert set(t.structure_fields()) - fields == {"vocab_size", "train_seq_len"}
+    h = t.load_config(TINY)
+    kept, values = opened(tiny_file())[0]["config"], dataclasses.asdict(h)
+    assert kept == {n: values[n] for n in t.structure_fields() if values[n] != t.FIELDS[n.upper()].default}
+    defaults = {n: t.FIELDS[n.upper()].default for n in sorted(t.structure_fields())}
+    assert zlib.crc32(json.dumps(defaults).encode()) == 4086957913
 
 
 def test_same_weights_give_the_same_bytes() -> None:
@@ -357,7 +361,7 @@ def test_shortest_way_to_store_a_stream_is_chosen(chunk: int, monkeypatch: pytes
     )
     for kind, values in (("bytes", rng.integers(0, 256, 20000, np.uint8)), ("trits", even), ("trits", sparse)):
         sizes = {}
-        for packing in (name for name in t.packings_of(kind) if name in t.PACKINGS):
+        for packing in t.STREAM_PACKINGS[kind]:
             packed = t.PACKINGS[packing][0](values)
             pieces = [packed[at : at + chunk] for at in range(0, len(packed), chunk)]
             for tool in t.COMPRESSORS:
@@ -368,13 +372,13 @@ def test_shortest_way_to_store_a_stream_is_chosen(chunk: int, monkeypatch: pytes
         assert len(stored) == sizes[packing, tool] == min(sizes.values()), sizes
         winners.append((packing, tool))
     assert winners == [("planes", "none"), ("context", "none"), ("context", "none")]
-    monkeypatch.setattr(t, "packings_of", lambda kind: ("base3", "bitmask"))
+    monkeypatch.setattr(t, "CONTEXT_STREAMS", {})
     assert [t.compress_best("trits", values, [])[0] for values in (even, sparse)] == ["base3", "bitmask"]
 
 
 def test_long_streams_are_stored_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(t, "CHUNK_BYTES", 512)
-    monkeypatch.setattr(t, "packings_of", lambda kind: ("base3", "bitmask") if kind == "trits" else ("planes",))
+    monkeypatch.setattr(t, "CONTEXT_STREAMS", {})
     rng = np.random.default_rng(0)
     for kind, values in {
         "trits": rng.choice(np.array([-1, 0, 1], np.int8), 20000, p=[0.02, 0.96, 0.02]),
