@@ -14,7 +14,7 @@ variables alone (`--help` lists them), and reads from top to bottom: each sectio
     python train_gpt.py --help                      every variable with type, default, unit and meaning
 
 Sections: 1 CONFIG, 2 RUNTIME, 3 DATA, 4 CODECS, 5 LAYERS, 6 MIXERS, 7 RESIDUAL, 8 MEMORY, 9 MODEL,
-10 OPTIMIZERS, 11 ARTIFACT, 12 EVALUATION, 13 CHECKPOINT, 14 TRAINING, 15 MAIN. At most 11,600 lines.
+10 OPTIMIZERS, 11 ARTIFACT, 12 EVALUATION, 13 CHECKPOINT, 14 TRAINING, 15 MAIN. At most 11,700 lines.
 """
 
 from __future__ import annotations
@@ -1689,7 +1689,9 @@ class Log:
     def append(self, sink: TextIO | None, text: str) -> None:
         """Write to a file at once; a full disk costs lines of it and not the run."""
         if PACKAGED:
-            print(text, end="", file=sink, flush=True)
+            assert sink is not None
+            sink.write(text)
+            sink.flush()
         elif sink and not sink.closed:
             try:
                 sink.write(text)
@@ -7018,8 +7020,8 @@ class Bank:
     latent (n, *shape): what the optimizer moves. The model's own parameters are decode(quantize(latent)).
     """
 
-    def __init__(self, role: Role, codec: Codec, names: list[str], parameters: list[nn.Parameter]) -> None:
-        self.role, self.codec, self.names, self.parameters = role, codec, names, parameters
+    def __init__(self, h: Hyperparameters, role: Role, names: list[str], parameters: list[nn.Parameter]) -> None:
+        self.h, self.role, self.codec, self.names, self.parameters = h, role, CODECS[role.codec](h), names, parameters
         self.latent = torch.stack([p.detach() for p in parameters])
         self.tuning = default_tuning(self.latent)
         self.state: dict[str, Tensor] = {}  # moments and average, made at the first step
@@ -7038,7 +7040,7 @@ class Bank:
         A table's gradient may be sparse: it then comes as it is, coalesced, a table being alone in its bank.
         """
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        if grads[0].is_sparse:
+        if self.h.ngram_orders and grads[0].is_sparse:
             return grads[0].coalesce(), torch.ones(1, dtype=torch.bool)
         has = torch.tensor([p.grad is not None for p in self.parameters], device=self.latent.device)
         stacked = torch.stack(grads)
@@ -7053,7 +7055,7 @@ class Bank:
         step = max(1, 2**21 // self.latent[0].numel())
         for at in range(0, len(self.names), step):
             part = slice(at, at + step)
-            if self.fixed is not None:
+            if self.h.export_mode == "competition_gptq" and self.fixed is not None:
                 yield at, self.fixed.map(operator.itemgetter(part))
                 continue
             yield at, self.codec.quantize(self.latent[part], Tuning(*(tuned[part] for tuned in self.tuning)))
@@ -7070,12 +7072,12 @@ class Bank:
         parts = ((at, self.codec.decode(coded)) for at, coded in self.coded()) if quantized else [(0, self.latent)]
         for at, values in parts:
             for name, parameter, value in zip(self.names[at:], self.parameters[at:], values, strict=False):
-                low = self.corrections.get(name) if quantized else None
+                low = self.corrections.get(name) if self.h.corrects and quantized else None
                 parameter.copy_(value if low is None else low.added_to(value))
 
     def settle(self, h: Hyperparameters, fixed: Codes | None = None) -> None:
         """Change to the codec of the file, with these codes if given."""
-        if self.role.export:
+        if h.export_mode != "ternary" and self.role.export:
             self.role = self.role._replace(codec=self.role.export, export="")
             self.codec = CODECS[self.role.codec](h)
         self.fixed = None if fixed is None else fixed.map(lambda x: x.to(self.latent.device))
@@ -7100,8 +7102,8 @@ class Weights:
             groups.setdefault(key, []).append(name)
         self.h = model.h
         self.banks = {
-            key: Bank(roles[n[0]], CODECS[roles[n[0]].codec](model.h), n, [parameters[name] for name in n])
-            for key, n in groups.items()
+            key: Bank(model.h, roles[names[0]], names, [parameters[name] for name in names])
+            for key, names in groups.items()
         }
         self.where = {name: (bank, i) for bank in self.banks.values() for i, name in enumerate(bank.names)}
 
@@ -7125,8 +7127,9 @@ class Weights:
         moved: rows of those banks, by key, of which no others have changed since the last time.
         """
         for key, bank in self.banks.items():
-            early = bank.role.codec == "ternary" and progress < self.h.ternary_start_fraction
-            if moved and key in moved and bank.role.codec != "ternary":
+            start = self.h.ternary_start_fraction
+            early = start > 0 and bank.role.codec == "ternary" and progress < start
+            if self.h.ngram_orders and moved and key in moved and bank.role.codec != "ternary":
                 bank.materialize_rows(moved[key])
             else:
                 bank.materialize(quantized=not early)
@@ -7151,7 +7154,7 @@ class Weights:
 
     def swap_average(self) -> bool:
         """Exchange latents and their running average, if there is one; a second call undoes the first."""
-        averaged = [bank for bank in self.banks.values() if "ema" in bank.state]
+        averaged = [bank for bank in self.banks.values() if self.h.ema_decay and "ema" in bank.state]
         for bank in averaged:
             bank.latent, bank.state["ema"] = bank.state["ema"], bank.latent
         return bool(averaged)
@@ -7319,13 +7322,14 @@ class Optimizer:
         if self.rt.world > 1:
             grads = self.reduced(grads)
         grads = self.only_finite(grads)
+        measures = measures and bool(self.h.measured_every)
         metrics = gradient_sizes(banks, grads) if measures else {}
         if self.h.grad_clip_norm:
             values = [grad.values() if grad.is_sparse else grad for grad, _ in grads]
             norm = torch.stack([value.norm() for value in values]).norm()
             for value in values:
                 value.mul_((self.h.grad_clip_norm / (norm + 1e-6)).clamp(max=1))
-        ternary = [bank for bank in banks if bank.role.codec == "ternary"]
+        ternary = [bank for bank in banks if measures and bank.role.codec == "ternary"]
         moved, before = {}, ternary_codes(banks) if measures else []
         for (key, bank), (grad, has) in zip(self.weights.banks.items(), grads, strict=True):
             group = self.groups[bank.role.group]
@@ -7336,14 +7340,14 @@ class Optimizer:
                 decay *= tapered(self.h.muon_wd_taper_start, progress)
             group = group._replace(rate=rate, decay=decay)
             RULES[group.rule](self, bank, grad, has, group._replace(momentum=momentum))
-            if grad.is_sparse:
+            if self.h.ngram_orders and grad.is_sparse:
                 moved[key] = grad.indices()[0]
             if bank.role.bound < math.inf:
                 bank.latent.clamp_(-bank.role.bound, bank.role.bound)
-            if average:
+            if self.h.ema_decay and average:
                 self.average(bank)
         self.weights.materialize(progress, moved)
-        if before:
+        if measures and before:
             sizes = torch.cat([c.scales.flatten() for b in ternary for _, c in b.coded() if c.scales is not None])
             metrics |= {"scale_mean": sizes.mean(), "scale_rms": sizes.square().mean().sqrt()}
             after = ternary_codes(banks)
@@ -7876,7 +7880,7 @@ def coded_tensors(weights: Weights) -> Iterator[Coded]:
             scales = None if coded.scales is None else coded.scales.cpu().numpy()
             for i, name in enumerate(bank.names[at : at + len(codes)]):
                 yield Coded(name, bank.role.codec, codes[i], None if scales is None else scales[i])
-        for name, low in bank.corrections.items():
+        for name, low in bank.corrections.items() if weights.h.corrects else ():
             for end, part in zip(FACTORS, low[1:], strict=True):
                 assert part.scales is not None
                 yield Coded(name + end, "int4", part.codes[0].cpu().numpy(), part.scales[0].cpu().numpy())
@@ -7929,10 +7933,11 @@ def write_artifact(
     index: list[list[Any]] = []
     shapes: dict[str, list[list[int]]] = {kind: [] for kind in STREAM_TYPES}
     for tensor in tensors:
-        kind, count, live = CODECS[tensor.codec](h).stream, math.prod(tensor.codes.shape[:-1]), slice(None)
+        kind, count = CODECS[tensor.codec](h).stream, math.prod(tensor.codes.shape[:-1])
+        live: np.ndarray | slice = slice(None)
         if h.ngram_orders:
-            live = live_rows(tensor.codes)
-            parts["rows"] += np.where(live, 1, -1).astype(STREAM_TYPES["rows"]).tobytes()
+            live = marks = live_rows(tensor.codes)
+            parts["rows"] += np.where(marks, 1, -1).astype(STREAM_TYPES["rows"]).tobytes()
         codes = tensor.codes.reshape(count, -1)[live]
         shapes[kind] += [list(codes.shape)] if len(codes) else []
         index.append([tensor.name, tensor.codec, *tensor.codes.shape])
@@ -8042,7 +8047,8 @@ def read_streams(header: dict[str, Any], payload: bytes, limit: int, h: Hyperpar
             raise ValueError(f"stream {kind} is of another version of this program; export the model again")
         dtype, marks = STREAM_TYPES[kind], streams.get("rows")
         shapes = stream_shapes(header, h, marks)[kind] if kind in CONTEXT_STREAMS else []
-        if not PACKAGED and packing not in STREAM_PACKINGS[kind] and (packing != "context" or kind not in CONTEXT_STREAMS):
+        known = STREAM_PACKINGS[kind] + (("context",) if kind in CONTEXT_STREAMS else ())
+        if not PACKAGED and packing not in known:
             raise ValueError(f"stream {kind} cannot be packed as {packing}")
         if not (0 <= count <= limit and 0 <= packed <= 8 + count * dtype.itemsize and stored >= 0):
             raise ValueError(f"stream {kind} has impossible sizes")
@@ -9060,8 +9066,9 @@ class Scorer:
         The network's own, then what each adapter made of it; the last one counts.
         """
         if not self.adapters:
+            state = chunk.carry if self.h.history or self.h.carry_eval else None
             with self.rt.precision():
-                logits, carry = self.model.logits(chunk.tokens, self.variant, chunk.carry, chunk.scored)
+                logits, carry = self.model.logits(chunk.tokens, self.variant, state, chunk.scored)
             return [Distribution(logits.log_softmax(-1))], carry
         columns = [[state[i] for state in states] for i in range(len(self.adapters))]
         pairs = merge_changes([a.lora(column, chunk) for a, column in zip(self.adapters, columns, strict=True)])

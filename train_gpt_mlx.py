@@ -1680,7 +1680,9 @@ class Log:
     def append(self, sink: TextIO | None, text: str) -> None:
         """Write to a file at once; a full disk costs lines of it and not the run."""
         if PACKAGED:
-            print(text, end="", file=sink, flush=True)
+            assert sink is not None
+            sink.write(text)
+            sink.flush()
         elif sink and not sink.closed:
             try:
                 sink.write(text)
@@ -5922,8 +5924,8 @@ class Bank:
     latent (n, *shape): what the optimizer moves. The model's own parameters are decode(quantize(latent)).
     """
 
-    def __init__(self, role: Role, codec: Codec, names: list[str], parameters: list[Tensor]) -> None:
-        self.role, self.codec, self.names = role, codec, names
+    def __init__(self, h: Hyperparameters, role: Role, names: list[str], parameters: list[Tensor]) -> None:
+        self.h, self.role, self.codec, self.names = h, role, CODECS[role.codec](h), names
         self.latent = mx.stack(parameters)
         self.tuning = default_tuning(self.latent)
         self.state: dict[str, Tensor] = {}  # moments and average, made at the first step
@@ -5952,7 +5954,7 @@ class Bank:
         step = max(1, 2**21 // self.latent[0].size)
         for at in range(0, len(self.names), step):
             part = slice(at, at + step)
-            if self.fixed is not None:
+            if self.h.export_mode == "competition_gptq" and self.fixed is not None:
                 yield at, self.fixed.map(operator.itemgetter(part))
                 continue
             yield at, self.codec.quantize(self.latent[part], Tuning(*(tuned[part] for tuned in self.tuning)))
@@ -5966,7 +5968,7 @@ class Bank:
 
     def settle(self, h: Hyperparameters, fixed: Codes | None = None) -> None:
         """Change to the codec of the file, with these codes if given."""
-        if self.role.export:
+        if h.export_mode != "ternary" and self.role.export:
             self.role = self.role._replace(codec=self.role.export, export="")
             self.codec = CODECS[self.role.codec](h)
         self.fixed = fixed
@@ -5996,8 +5998,8 @@ class Weights:
             groups.setdefault(key, []).append(name)
         self.h, self.model = model.h, model
         self.banks = {
-            key: Bank(roles[n[0]], CODECS[roles[n[0]].codec](model.h), n, [parameters[name] for name in n])
-            for key, n in groups.items()
+            key: Bank(model.h, roles[names[0]], names, [parameters[name] for name in names])
+            for key, names in groups.items()
         }
         self.where = {name: (bank, i) for bank in self.banks.values() for i, name in enumerate(bank.names)}
 
@@ -6044,7 +6046,7 @@ class Weights:
 
     def swap_average(self) -> bool:
         """Exchange latents and their running average, if there is one; a second call undoes the first."""
-        averaged = [bank for bank in self.banks.values() if "ema" in bank.state]
+        averaged = [bank for bank in self.banks.values() if self.h.ema_decay and "ema" in bank.state]
         for bank in averaged:
             bank.latent, bank.state["ema"] = bank.state["ema"], bank.latent
         return bool(averaged)
@@ -6237,7 +6239,7 @@ class Optimizer:
             RULES[group.rule](self, bank, grad, has, group)
             if bank.role.bound < math.inf:
                 bank.latent = mx.clip(bank.latent, -bank.role.bound, bank.role.bound)
-            if average:
+            if self.h.ema_decay and average:
                 self.average(bank)
         self.weights.materialize(progress)
         self.weights.evaluate()
@@ -6765,7 +6767,7 @@ def coded_tensors(weights: Weights) -> Iterator[Coded]:
             codes, scales = np.array(coded.codes), None if coded.scales is None else np.array(coded.scales)
             for i, name in enumerate(bank.names[at : at + len(codes)]):
                 yield Coded(name, bank.role.codec, codes[i], None if scales is None else scales[i])
-        for name, low in bank.corrections.items():
+        for name, low in bank.corrections.items() if weights.h.corrects else ():
             for end, part in zip(FACTORS, low[1:], strict=True):
                 assert part.scales is not None
                 yield Coded(name + end, "int4", np.array(part.codes[0]), np.array(part.scales[0]))
@@ -6818,10 +6820,11 @@ def write_artifact(
     index: list[list[Any]] = []
     shapes: dict[str, list[list[int]]] = {kind: [] for kind in STREAM_TYPES}
     for tensor in tensors:
-        kind, count, live = CODECS[tensor.codec](h).stream, math.prod(tensor.codes.shape[:-1]), slice(None)
+        kind, count = CODECS[tensor.codec](h).stream, math.prod(tensor.codes.shape[:-1])
+        live: np.ndarray | slice = slice(None)
         if h.ngram_orders:
-            live = live_rows(tensor.codes)
-            parts["rows"] += np.where(live, 1, -1).astype(STREAM_TYPES["rows"]).tobytes()
+            live = marks = live_rows(tensor.codes)
+            parts["rows"] += np.where(marks, 1, -1).astype(STREAM_TYPES["rows"]).tobytes()
         codes = tensor.codes.reshape(count, -1)[live]
         shapes[kind] += [list(codes.shape)] if len(codes) else []
         index.append([tensor.name, tensor.codec, *tensor.codes.shape])
@@ -6931,7 +6934,8 @@ def read_streams(header: dict[str, Any], payload: bytes, limit: int, h: Hyperpar
             raise ValueError(f"stream {kind} is of another version of this program; export the model again")
         dtype, marks = STREAM_TYPES[kind], streams.get("rows")
         shapes = stream_shapes(header, h, marks)[kind] if kind in CONTEXT_STREAMS else []
-        if not PACKAGED and packing not in STREAM_PACKINGS[kind] and (packing != "context" or kind not in CONTEXT_STREAMS):
+        known = STREAM_PACKINGS[kind] + (("context",) if kind in CONTEXT_STREAMS else ())
+        if not PACKAGED and packing not in known:
             raise ValueError(f"stream {kind} cannot be packed as {packing}")
         if not (0 <= count <= limit and 0 <= packed <= 8 + count * dtype.itemsize and stored >= 0):
             raise ValueError(f"stream {kind} has impossible sizes")
@@ -8620,7 +8624,7 @@ def describe(s: Session) -> None:
     """Log what is about to run: versions, device, roles, sizes, variables without effect."""
     h, log, rt = s.h, s.log, s.rt
     if PACKAGED:
-        log.line(f"torch {torch.__version__} ranks:{rt.world} precision:{rt.arithmetic} attention:{s.attention}")
+        log.line(f"mlx {mx.__version__} precision:{rt.arithmetic}")
         return
     log.line(f"python {sys.version.split()[0]} mlx {mx.__version__} numpy {np.__version__}")
     log.line(

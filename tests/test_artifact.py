@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 import train_gpt as t
 
 TINY = {"PRESET": "tiny", "VOCAB_SIZE": "256", "DEVICE": "cpu", "COMPILE": "0"}
+TABLES = {"BIGRAM_HASH_BUCKETS": "100", "BIGRAM_HASH_DIM": "16"}
 PRINTS = {"data": "d" * 64, "tokenizer": t.ByteTokenizer().fingerprint}
 ALLOCATION_LIMIT = 200 * 2**20  # bytes that reading a small file may hold at any time
 SECONDS_LIMIT = 5.0
@@ -307,7 +308,7 @@ def half_empty(environ: dict[str, str]) -> tuple[t.Hyperparameters, t.GPT, t.Art
 @pytest.mark.parametrize("environ", CONFIGS, ids=str)
 def test_rows_of_zeros_are_left_out_and_come_back(environ: dict[str, str]) -> None:
     """By our reader and another one; binary codes, which have no zero, are all there."""
-    _, model, artifact = half_empty({**environ, "MODEL_DIM": "64", "NUM_HEADS": "2"})
+    _, model, artifact = half_empty({**environ, **TABLES, "MODEL_DIM": "64", "NUM_HEADS": "2"})
     parameters = {name: bits(p.detach()) for name, p in model.named_parameters()}
     _, weights = t.decode_artifact(artifact.data)
     assert {name: bits(w) for name, w in weights.items()} == parameters
@@ -329,7 +330,8 @@ def test_negative_zeros_are_no_zeros() -> None:
 
 def test_rows_of_zeros_cost_what_their_marks_do() -> None:
     """Small integers in rows of 32, a tenth of the rows zeros, as in tables that n-grams have half filled."""
-    rng, h = np.random.default_rng(0), t.load_config({**TINY, "INT_GROUP": "0", "FP_STORAGE": "int7"})
+    h = t.load_config({**TINY, "INT_GROUP": "0", "FP_STORAGE": "int7", "BIGRAM_HASH_BUCKETS": "20000"})
+    rng = np.random.default_rng(0)
     live = rng.random(20_000) > 0.1
     codes = np.rint(rng.standard_normal((20_000, 32)) * 5).clip(-63, 63).astype(np.int8) * live[:, None]
     scales = np.ones((20_000, 1), np.float32)
@@ -811,8 +813,8 @@ def test_no_forged_bytes_crash_the_reader(data: st.DataObject) -> None:
 def fuzzed_files() -> list[tuple[bytes, dict[str, bytes]]]:
     """Small real files with their weights: both kinds of codes, one with rows of zeros left out."""
     shape = {"MODEL_DIM": "64", "NUM_HEADS": "2"}
-    makers = ((export, "ternary"), (half_empty, "int5"))
-    files = [make({**shape, "MATRIX_CODEC": codec})[2].data for make, codec in makers]
+    makers = ((export, {"MATRIX_CODEC": "ternary"}), (half_empty, {"MATRIX_CODEC": "int5", **TABLES}))
+    files = [make({**shape, **more})[2].data for make, more in makers]
     assert [opened(data)[0]["streams"][0][0] for data in files] == ["trits", "rows"]
     return [(data, {n: bits(w) for n, w in t.decode_artifact(data)[1].items()}) for data in files]
 

@@ -257,7 +257,7 @@ def test_everything_is_annotated() -> None:
 
 
 def test_file_and_lines_stay_within_bounds() -> None:
-    assert len(LINES) <= 11_600
+    assert len(LINES) <= 11_700
     long = [number for number, line in enumerate(LINES, 1) if len(line) > 120]
     assert not long, long
 
