@@ -6525,7 +6525,7 @@ def spans_of(grid_list: list[np.ndarray], form: tuple[int, int, int, int]) -> li
     def step(context: np.ndarray, values: np.ndarray) -> np.ndarray:
         index = context * (2 * form[0] + 1) + values + form[0]
         start = model.starts[index]
-        found.append(np.stack((start - (context << 16), model.starts[index + 1] - start)).astype(np.uint32))
+        found.append(np.stack((start - (context << 16), model.starts[index + 1] - start)).astype(np.uint16))
         return index
 
     for grid in grid_list:
@@ -6541,7 +6541,7 @@ def code_length(spans: list[np.ndarray]) -> float:
 def pack_context(values: np.ndarray, shapes: list[list[int]]) -> bytes:
     """Values (n,) int8 of tensors of these shapes: form (5 bytes), states (5 bytes each), 16-bit words."""
     sheets = [gather(values, grid) for grid in grids(shapes)]
-    top = int(np.abs(values.astype(np.int16)).max())
+    top = max(1, int(np.abs(values.astype(np.int16)).max()))  # of three symbols none takes all of a span's 16 bits
     mean = int(np.abs(values.astype(np.int16)).sum(dtype=np.int64)) * 2**12 // (values.size * max(top, 1))
     sample = [sheet[:: sheet.size // 2**19 + 1] for sheet in sheets]
     _, mix = min((code_length(spans_of(sample, (top, *mix, mean))), mix) for mix in MIXES)
