@@ -27,6 +27,7 @@ import importlib
 import io
 import itertools
 import json
+import keyword
 import lzma
 import math
 import os
@@ -2898,6 +2899,298 @@ def finished(tree: ast.Module) -> ast.Module:
     return ast.fix_missing_locations(tree)
 
 
+# ==== naming: short names, the same for the same thing wherever that can be ====
+
+RARE = 4  # imports that are used no more often keep their names
+FILES = (io.TextIOWrapper, io.BufferedReader, io.BytesIO, re.Pattern, re.Match, types.SimpleNamespace, type(hashlib.sha256()))
+PLAIN_VALUES = (ast.Constant, ast.Tuple, ast.List, ast.Dict, ast.Lambda, ast.Compare, ast.BinOp, ast.ListComp, ast.DictComp)
+
+
+class Place:
+    """A scope: names that it binds, and the scope around it."""
+
+    def __init__(self, node: Any, outer: Place | None, names: set[str]) -> None:
+        self.node, self.outer, self.names = node, outer, names
+        self.pinned = set[str]()
+
+    def home(self, name: str) -> Place | None:
+        """The scope that a name means which is read or bound here; None for a builtin."""
+        at: Place | None = self
+        while at and (name not in at.names or (isinstance(at.node, ast.ClassDef) and at is not self)):
+            at = at.outer
+        return at
+
+
+class Naming:
+    """Every use of a name in a program, by what it means; then a short name for each meaning.
+
+    A local name may be any that is not used there for something else. Attributes, fields, methods and parameters that
+    are passed by name have one namespace; those stay as they are that an object of another module may have, that a
+    text may mean, or that another module may be given.
+    """
+
+    def __init__(self, tree: ast.Module, external: Outside) -> None:
+        self.tree, self.facts = tree, Facts(tree, external).scan()
+        inner = [n for n in self.facts.nodes if isinstance(n, ast.ImportFrom)]
+        self.modules = self.facts.modules | {a.asname or a.name: f"{n.module}.{a.name}" for n in inner for a in n.names}
+        self.uses: dict[tuple[int, str], list[tuple[Any, str, Place]]] = defaultdict(list)  # -> node, its part, where
+        self.places: dict[int, Place] = {}
+        self.pinned, self.own_calls, self.keywords, self.loose = self.known_outside(), set[int](), set[str](), set[str]()
+        self.module = Place(tree, None, set(bindings(tree)))
+        self.members = self.own_members() - self.pinned
+        self.look_at(tree.body, self.module)
+        self.members = (self.members | self.keywords) - self.loose - self.pinned
+
+    # -- what may be renamed --
+
+    def known_outside(self) -> set[str]:
+        """Names of attributes and keywords that others than the program know."""
+        found = set(self.facts.external) | {n for kind in FILES for n in dir(kind)} | {"_"}
+        for node in self.facts.nodes:
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " not in node.value:
+                found |= set(re.findall(r"[A-Za-z_]\w*", node.value))
+            elif isinstance(node, ast.Attribute) and dotted(node).split(".")[0] in self.modules:
+                found |= {node.attr, *names_behind(dotted(node), self.modules)}
+            elif isinstance(node, Function) and is_opaque(node):
+                found |= {n.attr for n in walk(node) if isinstance(n, ast.Attribute)}
+            elif isinstance(node, ast.ClassDef) and not is_tuple_class(node) and self.facts.foreign_bases(node.name):
+                for target, value in (pair for n in walk(node) for pair in stores(n)):
+                    if isinstance(target, ast.Attribute) and not isinstance(value, PLAIN_VALUES):
+                        found.add(target.attr)  # a parameter's or module's: part of what it is called in the artifact
+        return found
+
+    def own_members(self) -> set[str]:
+        """Attributes, methods and fields that the program's classes make."""
+        found = set(self.facts.stored) | set(self.facts.methods) | set(self.facts.given)
+        found |= {name for fields in self.facts.fields.values() for name in fields}
+        reads = {n.attr for n in self.facts.nodes if isinstance(n, ast.Attribute)}
+        listing = {"asdict", "_asdict", "fields", "_fields", "__dict__"} & {*reads, *self.facts.loads}
+        return {n for n in found if not n.startswith("__")} if not listing else set()
+
+    def is_own(self, node: ast.expr, place: Place) -> bool:
+        """Whether what is called is certainly the program's, and takes no keywords that it does not name."""
+        if isinstance(node, ast.Name):
+            home = place.home(node.id)
+            made = self.facts.defs.get(node.id) if home is self.module else None
+            named = made.args.kwarg is None if isinstance(made, Function) else isinstance(made, ast.ClassDef)
+            return named and node.id not in self.facts.shadowed
+        if not isinstance(node, ast.Attribute):
+            return False
+        methods = [m for _, m in self.facts.methods.get(node.attr, ())]
+        known = node.attr in self.members and methods and node.attr not in self.facts.stored
+        return node.attr == "_replace" or bool(known and not any(m.args.kwarg for m in methods))
+
+    def is_foreign(self, node: ast.expr, place: Place) -> bool:
+        """Whether what is called certainly is none of the program's."""
+        head = dotted(node).split(".")[0]
+        if head in self.modules and place.home(head) is self.module:
+            return True
+        if isinstance(node, ast.Name):
+            return place.home(node.id) is None
+        facts = self.facts
+        own = isinstance(node, ast.Attribute) and (facts.methods.get(node.attr) or facts.stored.get(node.attr))
+        return isinstance(node, ast.Attribute) and not own and not facts.given.get(node.attr)
+
+    # -- reading a program --
+
+    def use(self, node: Any, part: str, name: str, place: Place) -> None:
+        home = place.home(name)
+        if home is not None:
+            self.uses[id(home), name].append((node, part, place))
+            self.places[id(home)] = home
+
+    def inner(self, node: Any, outer: Place) -> Place:
+        """The scope of a function or lambda, with its parameters looked at."""
+        args = [*parameters(node.args), *starred(node.args)]
+        free = {n for one in inside(node) if isinstance(one, ast.Global | ast.Nonlocal) for n in one.names}
+        place = Place(node, outer, (set(bindings(node)) | {a.arg for a in args} | walrus(node)) - free)
+        if isinstance(node, Function) and is_opaque(node):
+            place.pinned |= {n.id for n in walk(node) if isinstance(n, ast.Name)} | {a.arg for a in args}
+        for arg in args:
+            self.use(arg, "arg", arg.arg, place)
+            self.look_at(arg.annotation, outer)
+        self.look_at([*node.args.defaults, *node.args.kw_defaults], outer)
+        return place
+
+    def look_at(self, node: Any, place: Place) -> None:
+        if isinstance(node, list):
+            for one in node:
+                self.look_at(one, place)
+            return
+        rule = getattr(self, "look_" + type(node).__name__, None)
+        if rule:
+            rule(node, place)
+        elif node is not None:
+            for one in children(node):
+                self.look_at(one, place)
+
+    def look_Name(self, node: ast.Name, place: Place) -> None:
+        self.use(node, "id", node.id, place)
+
+    def look_FunctionDef(self, node: Any, place: Place) -> None:
+        self.look_at([*node.decorator_list, node.returns], place)
+        self.use(node, "name", node.name, place)
+        self.look_at(node.body, self.inner(node, place))
+
+    def look_Lambda(self, node: ast.Lambda, place: Place) -> None:
+        self.look_at(node.body, self.inner(node, place))
+
+    def look_ClassDef(self, node: ast.ClassDef, place: Place) -> None:
+        self.look_at([*node.decorator_list, *node.bases, *node.keywords], place)
+        self.use(node, "name", node.name, place)
+        declared = {dotted(one.target) for one in node.body if isinstance(one, ast.AnnAssign)}
+        self.look_at(node.body, Place(node, place, set(bindings(node)) | declared))
+
+    def look_comprehension(self, node: Any, place: Place) -> None:
+        names = {n.id for g in node.generators for n in walk(g.target) if isinstance(n, ast.Name)}
+        own = Place(node, place, names)
+        for number, one in enumerate(node.generators):
+            self.look_at(one.iter, own if number else place)
+            self.look_at([one.target, *one.ifs], own)
+        self.look_at([getattr(node, part, None) for part in ("key", "value", "elt")], own)
+
+    look_ListComp = look_SetComp = look_DictComp = look_GeneratorExp = look_comprehension
+
+    def look_NamedExpr(self, node: ast.NamedExpr, place: Place) -> None:
+        at = place
+        while isinstance(at.node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp) and at.outer:
+            at = at.outer
+        self.use(node.target, "id", node.target.id, at)
+        self.look_at(node.value, place)
+
+    def look_Call(self, node: ast.Call, place: Place) -> None:
+        given = {k.arg for k in node.keywords if k.arg}
+        if given and (self.is_own(node.func, place) or is_replace(node)):
+            self.keywords |= given
+            self.own_calls |= {id(k) for k in node.keywords}
+        elif given and not self.is_foreign(node.func, place):
+            self.loose |= given
+        for one in children(node):
+            self.look_at(one, place)
+
+    def look_Import(self, node: Any, place: Place) -> None:
+        for alias in node.names:
+            self.use(alias, "asname", (alias.asname or alias.name).split(".")[0], place)
+            if "." in alias.name and not alias.asname:
+                place.pinned.add(alias.name.split(".")[0])
+
+    look_ImportFrom = look_Import
+
+    def look_Global(self, node: Any, place: Place) -> None:
+        for at, name in enumerate(node.names):
+            self.use((node, at), "names", name, place)
+
+    look_Nonlocal = look_Global
+
+    def look_ExceptHandler(self, node: ast.ExceptHandler, place: Place) -> None:
+        if node.name:
+            self.use(node, "name", node.name, place)
+        self.look_at([node.type, *node.body], place)
+
+    # -- choosing --
+
+    def rename(self) -> ast.Module:
+        """Give every meaning its name: a function's names a, b, c ... as they come, the module's by how often they are
+        used, so that the same letters come in the same places."""
+        self.map, taken = self.member_names(), defaultdict[int, set[str]](set)  # taken: in a scope something is called so
+        rest, names = list[tuple[int, str]](), tuple(itertools.islice(short_names(), 2000))
+        for (home, name), uses in self.uses.items():
+            if (fixed := self.fixed(self.places[home], name, uses)) is None:
+                rest.append((home, name))
+            else:
+                self.give(home, name, fixed, taken)
+        late = {key: self.places[key[0]] is self.module for key in rest}
+        for key in sorted(rest, key=lambda key: (late[key], -len(self.uses[key]) * late[key], key[1] * late[key])):
+            used = set().union(*(taken[at] for at in self.live(key[0], self.uses[key])))
+            self.give(*key, next(name for name in names if name not in used), taken)
+        for node in self.facts.nodes:
+            if isinstance(node, ast.Attribute):
+                node.attr = self.map.get(node.attr, node.attr)
+            elif isinstance(node, ast.keyword) and node.arg and id(node) in self.own_calls:
+                node.arg = self.map.get(node.arg, node.arg)
+        return self.tree
+
+    def member_names(self) -> dict[str, str]:
+        """Members with their short names, those first that are used most."""
+        counts = Counter(n.attr for n in self.facts.nodes if isinstance(n, ast.Attribute))
+        counts += Counter(n.arg for n in self.facts.nodes if isinstance(n, ast.keyword) and n.arg)
+        spare = (name for name in short_names() if name not in self.pinned)
+        return dict(zip(sorted(self.members, key=lambda name: (-counts[name], name)), spare))
+
+    def fixed(self, home: Place, name: str, uses: list[Any]) -> str | None:
+        """The name that something must have, if it is not free."""
+        if isinstance(home.node, ast.ClassDef):
+            return self.map.get(name, name)
+        if name in home.pinned or name.startswith("__") or any(name in place.pinned for _, _, place in uses):
+            return name
+        if isinstance(home.node, Function | ast.Lambda) and any(part == "arg" for _, part, _ in uses):
+            return self.map.get(name, name) if name in self.keywords | self.loose else None
+        if not any(part == "asname" and node.asname for node, part, _ in uses) and len(uses) < RARE:
+            return name if any(part == "asname" for _, part, _ in uses) else None
+        return None
+
+    def live(self, home: int, uses: list[tuple[Any, str, Place]]) -> set[int]:
+        """Scopes in which a name means something: where it is used, and those around up to its own."""
+        found = {home}
+        for _, _, place in uses:
+            at: Place | None = place
+            while at is not None and id(at) != home:
+                found.add(id(at))
+                at = at.outer
+        return found
+
+    def give(self, home: int, name: str, new: str, taken: dict[int, set[str]]) -> None:
+        uses = self.uses[home, name]
+        for at in self.live(home, uses):
+            taken[at].add(new)
+        for node, part, _ in uses:
+            if part == "names":
+                node[0].names[node[1]] = new
+            elif part == "asname":
+                node.asname = new if new != node.name else None
+            else:
+                setattr(node, part, new)
+
+
+def named(text: str, external: Outside) -> ast.Module:
+    """A program with short names."""
+    return Naming(ast.parse(text), external).rename()
+
+
+def short_names() -> Iterator[str]:
+    """a, b, ... Z, then two letters."""
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    for size in itertools.count(1):
+        for name in map("".join, itertools.product(letters, repeat=size)):
+            if not keyword.iskeyword(name) and not hasattr(builtins, name):
+                yield name
+
+
+def walrus(node: ast.AST) -> set[str]:
+    """Names that expressions assign in a function, those in its comprehensions included."""
+    return {n.target.id for n in inside(node) if isinstance(n, ast.NamedExpr)}
+
+
+@functools.lru_cache(maxsize=None)
+def attributes_at(path: str) -> frozenset[str]:
+    """Attributes of a module or class of that path, and of the classes in it."""
+    head, *rest = path.split(".")
+    with suppress(Exception):
+        found = importlib.import_module(head)
+        for name in rest:
+            found = getattr(found, name)
+        inner = vars(found).values() if isinstance(found, types.ModuleType) else []
+        kinds = [found, *(kind for kind in inner if isinstance(kind, type))]
+        if isinstance(found, types.ModuleType | type):
+            return frozenset(name for kind in kinds for name in dir(kind))
+    return frozenset()
+
+
+def names_behind(name: str, modules: dict[str, str]) -> frozenset[str]:
+    head, _, rest = name.partition(".")
+    return attributes_at(f"{modules[head]}.{rest}")
+
+
 # ==== minifying and wrapping ====
 
 RAW_LZMA = [
@@ -2909,7 +3202,7 @@ OPEN = "lzma.decompress({data},3,None,[{{'id':33}}])"  # a decoder needs no more
 LISTED = "import linecache\nlinecache.cache['t']=len(s),None,s.splitlines(1),'t'\n"
 
 
-def minified(text: str) -> str:
+def minified(text: str, named: bool = False) -> str:
     """The same program in fewer characters. Raises BuildError where python-minifier is not installed."""
     try:
         import python_minifier
@@ -2921,7 +3214,7 @@ def minified(text: str) -> str:
         remove_return_annotations=False, remove_argument_annotations=False
     )
     return python_minifier.minify(
-        text, rename_globals=True, remove_literal_statements=True, hoist_literals=False, remove_annotations=kept
+        text, rename_globals=not named, rename_locals=not named, remove_literal_statements=True, hoist_literals=False, remove_annotations=kept
     )
 
 
@@ -3016,9 +3309,9 @@ def extract(source: Source, environ: dict[str, str], options: Any) -> Extracted:
     unknown = [name for name in kept if name.lower() not in dataclasses.asdict(h)]
     if unknown:
         raise BuildError(f"--keep-env {unknown[0]} is not a variable of {source.path.name}")
-    tree = Program(source, h, kept, options.devices.split(","), FOLDS=folds(h)).run()
-    text = ast.unparse(tree) + "\n"
-    short = text if options.no_minify else minified(text)
+    program = Program(source, h, kept, options.devices.split(","), FOLDS=folds(h))
+    text = ast.unparse(program.run()) + "\n"
+    short = text if options.no_minify else minified(ast.unparse(named(text, program.external)), named=True)
     for part in (text, short):
         compile(part, "train_gpt.py", "exec")
     name, script = wrapped(short, options.wrapper)

@@ -66,14 +66,16 @@ if __name__ == "__main__":
 
 
 def cut(tmp_path: Path, body: str) -> str:
-    """The extracted program; it must print what the whole one prints."""
+    """The extracted program; it must print what the whole one prints, and so must the one with short names."""
     path = tmp_path / "program.py"
     path.write_text(HEAD + body + FOOT)
     source = b.Source(path)
-    tree = b.Program(source, source.load({}), ["SEED"], ["cuda", "cpu"]).run()
-    text = b.ast.unparse(tree)
+    program = b.Program(source, source.load({}), ["SEED"], ["cuda", "cpu"])
+    text = b.ast.unparse(program.run())
     told = run_in_process(HEAD + body + FOOT)
     assert run_in_process(text) == told, text
+    short = b.ast.unparse(b.named(text, program.external))
+    assert run_in_process(short) == told, short
     return text
 
 
@@ -273,6 +275,53 @@ def test_any_expression_keeps_its_value_and_its_effects(tmp_path_factory: pytest
     source = b.Source(path)
     tree = b.Program(source, source.load({}), ["SEED"], ["cpu"]).run()
     assert run_in_process(b.ast.unparse(tree)) == run_in_process(HEAD + body + FOOT)
+
+
+# ---- short names ----
+
+# what is said -> (program, names that must stay, names that must go)
+NAMES: dict[str, tuple[str, list[str], list[str]]] = {
+    "members, parameters and fields": (
+        "from typing import NamedTuple\nclass Pair(NamedTuple):\n    left: int\n    right: int\n\nclass Holder:\n    def __init__(self, pair):\n        self.pair = pair\n"
+        "    def added(self, extra, factor=1):\n        return (self.pair.left + extra) * factor\n\n"
+        "held = Holder(Pair(right=1, left=2))\nprint(held.added(3, factor=4), held.pair._replace(left=5).left)\n",
+        ["_replace"], ["left", "right", "pair", "added", "extra", "factor", "held", "Holder", "self"]),
+    "an attribute that other modules' objects have": (
+        "from fractions import Fraction\nclass Own:\n    def __init__(self):\n        self.numerator = 1\n        self.own = 2\n\n"
+        "for one in (Own(), Fraction(3, 4)):\n    print(one.numerator)\nprint(Own().own)\n", ["numerator"], ["own", "one"]),
+    "an attribute that a text names": (
+        "class Own:\n    def __init__(self):\n        self.alpha = 1\n        self.beta = 2\nprint(getattr(Own(), 'alpha'), Own().beta, Own().alpha)\n", ["alpha"], ["beta"]),
+    "a keyword of nobody knows whom": (
+        "def grow(start, width=2, depth=1):\n    return start * width + depth\n\nmade = {'a': grow}\nprint(made['a'](1, width=3), grow(1, depth=4))\n", ["width"], ["depth", "start"]),
+    "a keyword of another module's function": (
+        "def largest(values, default):\n    return max(values, default=default)\n\nprint(largest([], default=3))\n", ["=3", "default="], ["values"]),
+    "keywords that are read as texts": (
+        "def show(**given):\n    return sorted(given.items())\n\nprint(show(alpha=1, beta=2))\n", ["alpha", "beta"], ["given"]),
+    "scopes": (
+        "def outer(x):\n    total = 0\n    def inner(y):\n        nonlocal total\n        total += y + sum(x for x in range(y))\n        return total\n"
+        "    inner(3)\n    return [inner(t) for t in (1, 2)], total, (last := x), (lambda x, k=x: x + k + last)(1)\n\nprint(outer(5))\n",
+        ["nonlocal"], ["total", "inner", "outer", "last"]),
+    "a class's own names": (
+        "class Base:\n    size = 3\n    both = (size, size)\n    def double(self):\n        return 2 * self.size\n    again = double\n\n"
+        "def size():\n    return 8\nprint(Base().again(), Base.both, size())\n", [], ["size", "double", "again", "both"]),
+    "a class of another module's": (
+        "import argparse\nclass Parser(argparse.ArgumentParser):\n    def __init__(self):\n        super().__init__()\n        self.usage = 'usage'\n        self.mine = Parser.made()\n"
+        "    @staticmethod\n    def made():\n        return argparse.Namespace(word=1)\n    def error(self, message):\n        print('bad')\n\n"
+        "p = Parser()\nprint(p.format_usage(), p.mine.word)\np.error(message='x')\n", ["usage", "error", "mine", "word"], ["made"]),
+    "exceptions, imports, globals": (
+        "import math as mathematics\ncount = 0\ndef step():\n    global count\n    import json\n    try:\n        count += mathematics.floor(1.5)\n        json.loads('{')\n    except ValueError as problem:\n"
+        "        return type(problem).__name__\n\nprint(step(), count)\n", ["json", "global"], ["count", "mathematics", "problem"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_short_names(name: str) -> None:
+    text, stay, go = NAMES[name]
+    short = b.ast.unparse(b.named(text, b.external_names(b.ast.parse(text))))
+    assert run_in_process(short) == run_in_process(text), short
+    words = set(b.re.findall(r"\w+", short))
+    assert not words & set(go), short
+    assert all(part in short for part in stay), short
 
 
 # ---- wrappers ----
