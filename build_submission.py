@@ -27,7 +27,6 @@ import importlib
 import io
 import itertools
 import json
-import keyword
 import lzma
 import math
 import os
@@ -38,9 +37,11 @@ import tempfile
 import types
 import warnings
 import zipfile
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -2902,8 +2903,26 @@ def finished(tree: ast.Module) -> ast.Module:
 # ==== naming: short names, the same for the same thing wherever that can be ====
 
 RARE = 4  # imports that are used no more often keep their names
-FILES = (io.TextIOWrapper, io.BufferedReader, io.BytesIO, re.Pattern, re.Match, types.SimpleNamespace, type(hashlib.sha256()))
-PLAIN_VALUES = (ast.Constant, ast.Tuple, ast.List, ast.Dict, ast.Lambda, ast.Compare, ast.BinOp, ast.ListComp, ast.DictComp)
+FILES = (
+    io.TextIOWrapper,
+    io.BufferedReader,
+    io.BytesIO,
+    re.Pattern,
+    re.Match,
+    types.SimpleNamespace,
+    type(hashlib.sha256()),
+)
+PLAIN_VALUES = (
+    ast.Constant,
+    ast.Tuple,
+    ast.List,
+    ast.Dict,
+    ast.Lambda,
+    ast.Compare,
+    ast.BinOp,
+    ast.ListComp,
+    ast.DictComp,
+)
 
 
 class Place:
@@ -2935,7 +2954,12 @@ class Naming:
         self.modules = self.facts.modules | {a.asname or a.name: f"{n.module}.{a.name}" for n in inner for a in n.names}
         self.uses: dict[tuple[int, str], list[tuple[Any, str, Place]]] = defaultdict(list)  # -> node, its part, where
         self.places: dict[int, Place] = {}
-        self.pinned, self.own_calls, self.keywords, self.loose = self.known_outside(), set[int](), set[str](), set[str]()
+        self.pinned, self.own_calls, self.keywords, self.loose = (
+            self.known_outside(),
+            set[int](),
+            set[str](),
+            set[str](),
+        )
         self.module = Place(tree, None, set(bindings(tree)))
         self.members = self.own_members() - self.pinned
         self.look_at(tree.body, self.module)
@@ -3092,7 +3116,10 @@ class Naming:
     def rename(self) -> ast.Module:
         """Give every meaning its name: a function's names a, b, c ... as they come, the module's by how often they are
         used, so that the same letters come in the same places."""
-        self.map, taken = self.member_names(), defaultdict[int, set[str]](set)  # taken: in a scope something is called so
+        self.map, taken = (
+            self.member_names(),
+            defaultdict[int, set[str]](set),
+        )  # taken: in a scope something is called so
         rest, names = list[tuple[int, str]](), tuple(itertools.islice(short_names(), 2000))
         for (home, name), uses in self.uses.items():
             if (fixed := self.fixed(self.places[home], name, uses)) is None:
@@ -3162,7 +3189,7 @@ def short_names() -> Iterator[str]:
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
     for size in itertools.count(1):
         for name in map("".join, itertools.product(letters, repeat=size)):
-            if not keyword.iskeyword(name) and not hasattr(builtins, name):
+            if not iskeyword(name) and not hasattr(builtins, name):
                 yield name
 
 
@@ -3171,7 +3198,7 @@ def walrus(node: ast.AST) -> set[str]:
     return {n.target.id for n in inside(node) if isinstance(n, ast.NamedExpr)}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def attributes_at(path: str) -> frozenset[str]:
     """Attributes of a module or class of that path, and of the classes in it."""
     head, *rest = path.split(".")
@@ -3214,7 +3241,12 @@ def minified(text: str, named: bool = False) -> str:
         remove_return_annotations=False, remove_argument_annotations=False
     )
     return python_minifier.minify(
-        text, rename_globals=not named, rename_locals=not named, remove_literal_statements=True, hoist_literals=False, remove_annotations=kept
+        text,
+        rename_globals=not named,
+        rename_locals=not named,
+        remove_literal_statements=True,
+        hoist_literals=False,
+        remove_annotations=kept,
     )
 
 
@@ -3228,20 +3260,87 @@ def wrap_none(text: str) -> bytes:
 
 
 def loader(data: str, listed: bool) -> str:
-    start = "exec(compile(s,'t','exec'))" if listed else "exec(s)"
-    return f"import lzma\ns={OPEN.format(data=data)}.decode()\n{LISTED if listed else ''}{start}\n"
+    return f"import lzma\ns={OPEN.format(data=data)}.decode()\n{started(listed)}"
+
+
+def started(listed: bool) -> str:
+    """The end of a wrapper: run the program s."""
+    return f"{LISTED}exec(compile(s,'t','exec'))\n" if listed else "exec(s)\n"
+
+
+def quoted(stream: bytes) -> str:
+    """A Latin-1 string literal of a stream: what ends it, or is no character of a source, is escaped."""
+    text = stream.decode("latin-1").replace("\\", "\\\\").replace("\r", "\\r").replace("'''", "''\\'")
+    text = re.sub("\0(?=[0-7])", r"\\x00", text).replace("\0", "\\0")
+    return "'''" + (text[:-1] + "\\'" if text.endswith("'") else text) + "'''.encode('l1')"
 
 
 def wrap_latin1(text: str) -> bytes:
-    """A Latin-1 source whose one string is the stream; what ends a string or a line is escaped."""
-    escapes = {0: "\\0", 10: "\\n", 13: "\\r", 39: "\\'", 92: "\\\\"}
-    stream = packed(text)
-    parts = [escapes.get(byte, chr(byte)) for byte in stream]
-    for place in range(len(parts) - 1):  # \0 before a digit would be another escape
-        if parts[place] == "\\0" and parts[place + 1] in "01234567":
-            parts[place] = "\\x00"
-    data = "'" + "".join(parts) + "'.encode('l1')"
-    return ("#coding:l1\n" + loader(data, is_listed(text))).encode("latin-1")
+    """A Latin-1 source whose one string is the stream."""
+    return ("#coding:l1\n" + loader(quoted(packed(text)), is_listed(text))).encode("latin-1")
+
+
+# A model of text as mixtures of what followed in several contexts (1 to 5 characters, words, the shape of the code)
+# gives the probability of each bit to an arithmetic decoder. Floats are added, multiplied and divided alone, which
+# comes out the same on every machine. T is the logistic function's inverse, W are weights by how often a context was
+# met, e = [probability, times met].
+MIXER = r"""import re,bisect
+def f(g,n,o=''):
+ T=[];h=v=0;r=1;M={};W=[[.2]*35 for k in range(256)]
+ for k in range(1,65536):T+=[h];h+=65536/k/(65536-k)
+ S=lambda x:bisect.bisect(T,x+h/2)/65536
+ while len(o)<n:
+  t=o[-50:];c=1;C=[*[t[len(t)-k:]for k in(0,1,2,3,5)],str(re.split('\\W+',t)[-2:]),re.sub('\\w+','a',t)[-6:]+'!']
+  C=[M.setdefault(k,{})for k in C];B=W[128+ord(t[-1:]or'a')]
+  while c<128:
+   A=W[c];i=a=b=0;E=[];J=[]
+   for d in C:
+    e=d.setdefault(c,[.5,0]);j=i+min(4,e[1]);x=T[int(e[0]*65534)]-h/2;J+=[(j,x)];E+=[e];a+=A[j]*x;b+=B[j]*x;i+=5
+   while r<1<<24:r<<=8;v=v<<8|next(g,0)
+   m=int(r*min(.9999,max(.0001,S((a+b)/2))));y=v<m;a=(y-S(a))*.03;b=(y-S(b))*.03
+   if y:r=m
+   else:r-=m;v-=m
+   for j,x in J:A[j]+=a*x;B[j]+=b*x
+   for e in E:e[0]+=(y-e[0])/(e[1]+1.5);e[1]+=e[1]<25
+   c=c*2+y
+  o+=chr(c-128)
+ return o
+"""
+ENCODING = {"v=v<<8|next(g,0)": "v<<=8;s+=1", "y=v<m": "y=next(g)", "v-=m": "v+=m", "o=''": "o='',s=0"}
+ENCODING |= {"return o": "return v,r,s"}
+    "v=v<<8|next(g,0)": "v<<=8;s+=1",
+    "y=v<m": "y=next(g)",
+    "v-=m": "v+=m",
+    "return o": "return v,r,s",
+    "o=''": "o='',s=0",
+}
+
+
+def mixed(text: str) -> bytes:
+    """The stream from which MIXER makes an ASCII text."""
+    source = functools.reduce(lambda code, change: code.replace(*change), ENCODING.items(), MIXER)
+    space: dict[str, Any] = {}
+    exec(source, space)
+    low, span, size = space["f"](
+        (code >> place & 1 for code in text.encode("ascii") for place in range(6, -1, -1)), len(text)
+    )
+    free = span.bit_length() - 1  # so many bits at the end may be anything
+    return ((low + span - 1) >> free << free).to_bytes(size, "big").rstrip(b"\0")
+
+
+def wrap_mixed(text: str) -> bytes:
+    """A Latin-1 source with a decoder and what it decodes; some 5 s of a core at every start."""
+    plain = text.encode("ascii", "backslashreplace").decode()
+    if ast.dump(ast.parse(plain)) != ast.dump(ast.parse(text)):
+        raise BuildError("the wrapper `mixed` is for ASCII outside of plain strings; take --wrapper latin1")
+    decoder = f"import zlib\nexec(zlib.decompress({quoted(deflated(MIXER))},-15))\n"
+    made = f"s=f(iter({quoted(mixed(plain))}),{len(plain)})\n"
+    return f"#coding:l1\n{decoder}{made}{started(is_listed(text))}".encode("latin-1")
+
+
+def deflated(text: str) -> bytes:
+    tool = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return tool.compress(text.encode()) + tool.flush()
 
 
 def wrap_base85(text: str) -> bytes:
@@ -3260,7 +3359,7 @@ def wrap_zip(text: str) -> bytes:
 
 
 WRAPPERS: dict[str, Callable[[str], bytes]] = {
-    "none": wrap_none, "latin1": wrap_latin1, "zip": wrap_zip, "base85": wrap_base85,
+    "none": wrap_none, "latin1": wrap_latin1, "zip": wrap_zip, "base85": wrap_base85, "mixed": wrap_mixed,
 }  # fmt: skip
 
 

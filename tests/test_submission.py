@@ -342,15 +342,38 @@ def test_wrapped_script_runs_and_knows_its_file(how: str, tmp_path: Path) -> Non
 
 
 def test_smallest_wrapper_is_taken() -> None:
-    text = (ROOT / "build_submission.py").read_text()[:20000]
+    text = (ROOT / "build_submission.py").read_text().split("class Facts")[0]
     sizes = {how: len(wrap(text)) for how, wrap in b.WRAPPERS.items()}
-    assert len(b.wrapped(text, "")[1]) == min(sizes.values()) == sizes["latin1"] < sizes["base85"] < sizes["none"]
+    assert len(b.wrapped(text, "")[1]) == min(sizes.values()) == sizes["mixed"] < sizes["latin1"] < sizes["base85"]
 
 
-def test_kernels_find_their_source(tmp_path: Path) -> None:
+@settings(max_examples=40, deadline=None)
+@given(st.binary(max_size=300) | st.lists(st.sampled_from([b"\0", b"7", b"'", b"\r", b"\n", b"\\"])).map(b"".join))
+def test_a_stream_is_quoted_as_it_is(stream: bytes) -> None:
+    space: dict[str, Any] = {}
+    exec(compile(f"#coding:l1\nx={b.quoted(stream)}\n".encode("latin-1"), "quoted", "exec"), space)
+    assert space["x"] == stream
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.text(st.characters(max_codepoint=126), max_size=200).map(repr))
+def test_what_is_mixed_comes_out_again(text: str) -> None:
+    space: dict[str, Any] = {}
+    exec(b.MIXER, space)
+    assert space["f"](iter(b.mixed(text)), len(text)) == text
+
+
+def test_mixing_needs_no_function_that_another_machine_rounds_otherwise() -> None:
+    names = {n.attr for n in b.ast.walk(b.ast.parse(b.MIXER)) if isinstance(n, b.ast.Attribute)}
+    assert names == {"bisect", "setdefault", "split", "sub"}
+    assert not [n for n in b.ast.walk(b.ast.parse(b.MIXER)) if isinstance(n, b.ast.Pow)]
+
+
+@pytest.mark.parametrize("how", ["latin1", "mixed"])
+def test_kernels_find_their_source(how: str, tmp_path: Path) -> None:
     text = "import inspect\nclass triton:\n    jit=staticmethod(inspect.getsource)\n@triton.jit\ndef kernel(x):\n    return x+1\nprint(kernel)\n"
     path = tmp_path / "train_gpt.py"
-    path.write_bytes(b.wrapped(text, "latin1")[1])
+    path.write_bytes(b.wrapped(text, how)[1])
     said = subprocess.run([sys.executable, path], capture_output=True, text=True)
     assert "return x+1" in said.stdout, said.stderr
 
