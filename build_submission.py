@@ -3308,12 +3308,6 @@ def f(g,n,o=''):
 """
 ENCODING = {"v=v<<8|next(g,0)": "v<<=8;s+=1", "y=v<m": "y=next(g)", "v-=m": "v+=m", "o=''": "o='',s=0"}
 ENCODING |= {"return o": "return v,r,s"}
-    "v=v<<8|next(g,0)": "v<<=8;s+=1",
-    "y=v<m": "y=next(g)",
-    "v-=m": "v+=m",
-    "return o": "return v,r,s",
-    "o=''": "o='',s=0",
-}
 
 
 def mixed(text: str) -> bytes:
