@@ -605,11 +605,19 @@ class Facts:
         self.pure_imports: set[str] = set()
         self.nonlocals = {name for n in self.nodes if isinstance(n, ast.Global | ast.Nonlocal) for name in n.names}
         called, types_only, local = set[int](), set[int](), set[str]()
-        self.arguments: dict[int, str] = {}  # names that are read in a constructor -> their annotation there
-        for _, method in self.methods["__init__"]:
-            own = {a.arg: dotted(a.annotation) for a in parameters(method.args) if a.annotation}
-            own = {n: kind for n, kind in own.items() if n not in bindings(method)}
-            self.arguments |= {id(n): own[n.id] for n in walk(method) if isinstance(n, ast.Name) and n.id in own}
+        self.arguments: dict[int, ast.expr] = {}  # names that a method reads -> their annotation there
+        self.noted: dict[str, list[tuple[str, ast.expr]]] = defaultdict(list)  # attribute -> (class, annotation)
+        for name, kind in self.classes.items():
+            for one in (n for n in walk(kind) if isinstance(n, ast.AnnAssign)):
+                target = one.target.id if isinstance(one.target, ast.Name) and one in kind.body else ""
+                target = one.target.attr if dotted(one.target)[:5] == "self." else target  # type: ignore[union-attr]
+                self.noted[target].append((name, one.annotation))
+        for _, method in (m for named in self.methods.values() for m in named):
+            hinted = {a.arg: a.annotation for a in parameters(method.args) if a.annotation}
+            for n in walk(method) if hinted else ():
+                if isinstance(n, ast.Name) and n.id in hinted:
+                    self.arguments[id(n)] = hinted[n.id]
+        self.module_types = {dotted(n.target): n.annotation for n in self.tree.body if isinstance(n, ast.AnnAssign)}
         for node in self.nodes:
             if isinstance(node, ast.Call):
                 called.add(id(node.func))
@@ -888,15 +896,38 @@ class Facts:
         return self.cache[name, kinds]
 
     def attribute_kind(self, owner: str, name: str) -> str:
-        """The program's class that an attribute of a class has, or nothing, as annotations say."""
-        kinds = self.family(owner)
-        found = {dotted(one.annotation) for kind in kinds for one in self.classes[kind].body
-                 if isinstance(one, ast.AnnAssign) and dotted(one.target) == name}  # fmt: skip
-        for target, value in self.stored[name]:
-            if self.owner.get(id(target)) in kinds or dotted(target.value) != "self":
-                found.add(self.arguments.get(id(value), "") if isinstance(value, ast.Name) else made_kind(value))
-        kind = found.pop() if len(found) == 1 else ""
-        return kind if kind in self.classes else ""
+        """The program's class that an attribute of a class has, or nothing."""
+        return self.class_of(self.attribute_type(owner, name))
+
+    def class_of(self, kind: ast.expr | None) -> str:
+        """The program's class that an annotation names, alone or beside None."""
+        name = dotted(plain_type(kind)) if kind else ""
+        return name if name in self.classes else ""
+
+    def attribute_type(self, owner: str, name: str) -> ast.expr | None:
+        """The type of an attribute of a class: as annotated, or by what everybody stores in it."""
+        key = ("type", owner, name)
+        if key not in self.cache:
+            self.cache[key] = self.find_type(self.family(owner), name)
+        return self.cache[key]
+
+    def find_type(self, kinds: frozenset[str], name: str) -> ast.expr | None:
+        found: list[ast.expr | None] = [kind for owner, kind in self.noted[name] if owner in kinds]
+        if not found:
+            own = [m for owner, m in self.methods.get(name, ()) if owner in kinds]
+            found = [m.returns if marks_of(m) == ["property"] else None for m in own]
+        if not found:
+            for target, value in self.stored[name]:
+                if self.owner.get(id(target)) in kinds or dotted(target.value) != "self":
+                    found += [] if is_none(value) or made_kind(value) == f"self.{name}._replace" else [self.made_type(value)]
+        return agreed_type(found)
+
+    def made_type(self, node: ast.AST | None) -> ast.expr | None:
+        """The type of what is stored in an attribute."""
+        made = self.defs.get(made_kind(node))
+        if isinstance(made, Function):
+            return made.returns
+        return ast.Name(made.name, ast.Load()) if made else self.arguments.get(id(node))
 
     def stays_empty(self, kind: str, name: str) -> bool:
         """Whether a field of a NamedTuple holds an empty dict in every object; nobody changes what such fields hold."""
@@ -947,6 +978,79 @@ class Facts:
             copied = is_copy(value, name, kinds)
             found += [value] if name in given and not copied else [None] * (None in given)
         return found
+
+
+def agreed_type(found: Sequence[ast.expr | None]) -> ast.expr | None:
+    """The type that all of these are."""
+    return found[0] if len({ast.unparse(one) if one else "" for one in found}) == 1 else None
+
+
+def plain_type(kind: ast.expr) -> ast.expr:
+    """A type less None, which has no attributes and no parts."""
+    if isinstance(kind, ast.BinOp) and isinstance(kind.op, ast.BitOr):
+        parts = [part for part in (kind.left, kind.right) if not is_none(part)]
+        return plain_type(parts[0]) if len(parts) == 1 else kind
+    return kind
+
+
+def type_parts(kind: ast.expr | None) -> tuple[str, list[ast.expr]]:
+    """(name, arguments) of a generic type."""
+    kind = plain_type(kind) if kind else None
+    if not isinstance(kind, ast.Subscript):
+        return "", []
+    inner = kind.slice
+    return dotted(kind.value).split(".")[-1], list(inner.elts) if isinstance(inner, ast.Tuple) else [inner]
+
+
+def generic(name: str, *parts: ast.expr | None) -> ast.expr | None:
+    """A type of this name, if all its arguments are known."""
+    known = [part for part in parts if part is not None]
+    inner = known[0] if len(known) == 1 else ast.Tuple(known, ast.Load())
+    return ast.Subscript(ast.Name(name, ast.Load()), inner, ast.Load()) if len(known) == len(parts) else None
+
+
+def is_none(node: ast.AST | None) -> bool:
+    return isinstance(node, ast.Constant) and node.value is None
+
+
+SERIES = {"list", "set", "frozenset", "Iterator", "Iterable", "Sequence", "deque", "Generator"}
+
+
+def each_type(kind: ast.expr | None) -> ast.expr | None:
+    """The type of what comes out of an iterable of a type."""
+    name, parts = type_parts(kind)
+    if name == "tuple" and len(parts) == 2 and isinstance(parts[1], ast.Constant):
+        return parts[0]  # tuple[A, ...]
+    if name == "tuple":
+        return agreed_type(parts) if parts else None
+    return parts[0] if parts and (name in SERIES or name in ("dict", "defaultdict", "Counter")) else None
+
+
+def part_type(kind: ast.expr | None, index: ast.expr) -> ast.expr | None:
+    """The type of a subscript."""
+    name, parts = type_parts(kind)
+    if isinstance(index, ast.Slice):
+        return kind if name in ("list", "Sequence") or (name == "tuple" and is_ellipsis(parts[-1])) else None
+    if name in ("dict", "defaultdict"):
+        return parts[1]
+    if name == "tuple" and not is_ellipsis(parts[-1]):
+        place = literal(index) if is_literal(index) else None
+        return parts[place] if isinstance(place, int) and -len(parts) <= place < len(parts) else None
+    return parts[0] if name in ("list", "Sequence", "tuple") else None
+
+
+def is_ellipsis(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is ...
+
+
+def typed(target: ast.expr, kind: ast.expr | None) -> Iterator[tuple[str, ast.expr]]:
+    """Names of a target, each with its type where that is known."""
+    name, parts = type_parts(kind)
+    if isinstance(target, ast.Name) and kind is not None:
+        yield target.id, kind
+    elif isinstance(target, ast.Tuple | ast.List) and name == "tuple" and len(parts) == len(target.elts):
+        for one, part in zip(target.elts, parts):
+            yield from typed(one, part) if not is_ellipsis(parts[-1]) else ()
 
 
 def made_kind(node: ast.AST | None) -> str:
@@ -1119,8 +1223,11 @@ class Scope:
     hides: bool = False  # a comprehension's or class's: its names are not known outside, and nothing of them is
     followed: frozenset[str] = frozenset()  # names that only plain assignments of this scope's own code bind
     captured: frozenset[str] = frozenset()  # names that functions inside see, and may fill
-    kinds: dict[str, str] = dataclasses.field(default_factory=dict)  # annotated names -> the program's classes
+    types: dict[str, ast.expr] = dataclasses.field(default_factory=dict)  # names -> annotations, or as loops say
     flow: dict[str, ast.expr | None] = dataclasses.field(default_factory=dict)  # followed -> literal; None: not None
+
+
+LOOPERS = {"list", "tuple", "sorted", "reversed", "set", "next", "min", "max", "enumerate", "zip"}
 
 
 class Fold(Rewriter):
@@ -1331,35 +1438,110 @@ class Fold(Rewriter):
             return self.facts.agreed(results) if all(results) and not self.facts.stored[name] else None
         return self.facts.attribute(name, kinds)
 
-    def kind_of(self, node: ast.AST | None, depth: int = 0) -> str:
-        """The program's class of an expression, or nothing: by its construction, or as its annotation says."""
-        facts, found = self.facts, ""
-        if depth > 5 or node is None:
-            return ""
-        if isinstance(node, ast.Name):
-            if node.id == "self" and (found := self.owners[-1] if self.owners else ""):
-                return found
-            scope = self.find(node.id)
-            values = scope.bound[node.id] if scope and not scope.hides and scope is not self.scopes[0] else []
-            if scope and node.id in scope.kinds:
-                return scope.kinds[node.id]
-            if len(values) != 1:
-                return ""
-            value = values[0]
-            found = dotted(value.annotation) if isinstance(value, ast.arg) and value.annotation else ""
-            return (
-                found
-                if found in facts.classes
-                else ""
-                if isinstance(value, ast.arg)
-                else self.kind_of(value, depth + 1)
-            )
-        if isinstance(node, ast.Attribute) and (own := self.kind_of(node.value, depth + 1)):
-            return facts.attribute_kind(own, node.attr)
-        if isinstance(node, ast.Call):
-            name = dotted(node.func)
-            found = name if name in facts.classes and name not in facts.shadowed else self.returned(node)
-        return found if found in facts.classes else ""
+    def kind_of(self, node: ast.AST | None) -> str:
+        """The program's class of an expression, or nothing: by its construction, or as annotations say."""
+        return self.facts.class_of(self.type_of(node))
+
+    def type_of(self, node: ast.AST | None) -> ast.expr | None:
+        """The type of an expression, as an annotation; None if unknown."""
+        rule = getattr(self, "type_of_" + type(node).__name__, None)
+        return rule(node) if rule else None
+
+    def type_of_Name(self, node: ast.Name) -> ast.expr | None:
+        if node.id == "self" and self.owners and self.owners[-1]:
+            return ast.Name(self.owners[-1], ast.Load())
+        scope = self.find(node.id)
+        if scope is None or scope is self.scopes[0]:
+            return self.facts.module_types.get(node.id) if scope else None
+        if node.id in scope.types or scope.hides:
+            return scope.types.get(node.id)
+        values, key = scope.bound[node.id], f"{id(scope)} {node.id}"
+        if isinstance(values[0], ast.arg):
+            return values[0].annotation
+        if key in self.asking or None in values or len(values) > 4:
+            return None
+        self.asking.add(key)
+        scopes = self.scopes
+        self.scopes = scopes[: next(i for i, one in enumerate(scopes) if one is scope) + 1]
+        found = agreed_type([self.type_of(v) for v in values if not is_none(v)])
+        self.scopes = scopes
+        self.asking.discard(key)
+        return found
+
+    def type_of_Attribute(self, node: ast.Attribute) -> ast.expr | None:
+        own = self.kind_of(node.value)
+        return self.facts.attribute_type(own, node.attr) if own else None
+
+    def type_of_Subscript(self, node: ast.Subscript) -> ast.expr | None:
+        return part_type(self.type_of(node.value), node.slice)
+
+    def type_of_IfExp(self, node: ast.IfExp) -> ast.expr | None:
+        return agreed_type([self.type_of(part) for part in (node.body, node.orelse) if not is_none(part)])
+
+    def type_of_ListComp(self, node: Any) -> ast.expr | None:
+        depth = len(self.scopes)
+        for one in node.generators:
+            self.scopes.append(self.looped(one))
+        found = generic("list", self.type_of(node.elt))
+        del self.scopes[depth:]
+        return found
+
+    type_of_GeneratorExp = type_of_SetComp = type_of_ListComp
+
+    def looped(self, node: ast.comprehension) -> Scope:
+        """The names of one loop of a comprehension, as a scope."""
+        types_ = dict(typed(node.target, each_type(self.type_of(node.iter))))
+        names = {n.id for n in walk(node.target) if isinstance(n, ast.Name)}
+        return Scope({name: [None, None] for name in names}, {}, set(), True, types=types_)
+
+    def type_of_Call(self, node: ast.Call) -> ast.expr | None:
+        name, args = dotted(node.func), node.args
+        if name in self.facts.classes and name not in self.facts.shadowed:
+            return ast.Name(name, ast.Load())
+        if is_replace(node):
+            return self.type_of(args[0])
+        if isinstance(node.func, ast.Name) and args and self.find(name) is None:
+            return self.type_of_builtin(name, args)
+        if isinstance(node.func, ast.Attribute) and (found := self.type_of_method(node.func)):
+            return found
+        if called := self.called(node):
+            return agreed_type([f.returns for f in called])
+        kind, parts = type_parts(self.type_of(node.func))
+        scope = self.find(name) if isinstance(node.func, ast.Name) else None
+        values = scope.bound[name] if scope and scope is not self.scopes[0] and not scope.hides else []
+        aims = aliased(values[0]) if len(values) == 1 and not isinstance(values[0], ast.Name) else []
+        if aims and kind != "Callable":
+            return agreed_type([self.type_of(ast.Call(aim, [], [])) for aim in aims])
+        return parts[-1] if kind == "Callable" else None
+
+    def type_of_builtin(self, name: str, args: list[ast.expr]) -> ast.expr | None:
+        """The type of what some functions give that take an iterable."""
+        if any(isinstance(arg, ast.Starred) for arg in args):
+            return None
+        inner = [each_type(self.type_of(arg)) for arg in args] if name in LOOPERS else [None]
+        if name in ("list", "tuple", "sorted", "reversed", "set"):
+            return generic("list", inner[0])
+        if name in ("next", "min", "max"):
+            return inner[0] if len(args) == 1 else None
+        unknown = ast.Name("object", ast.Load())
+        parts = [part or unknown for part in inner]
+        if name == "enumerate":
+            return generic("list", generic("tuple", unknown, parts[0]))
+        return generic("list", generic("tuple", *parts)) if name == "zip" else None
+
+    def type_of_method(self, node: ast.Attribute) -> ast.expr | None:
+        """The type of what a container's method gives."""
+        if node.attr not in ("values", "items", "keys", "get", "pop", "copy", "_replace"):
+            return None
+        kind = self.type_of(node.value)
+        if node.attr == "_replace":
+            return kind if self.facts.class_of(kind) else None
+        name, parts = type_parts(kind)
+        if name not in ("dict", "defaultdict"):
+            return kind if name == "list" and node.attr == "copy" else None
+        key, value = parts
+        made = {"values": value, "keys": key, "items": generic("tuple", key, value)}
+        return generic("list", made[node.attr]) if node.attr in made else kind if node.attr == "copy" else value
 
     # -- expressions --
 
@@ -1761,11 +1943,11 @@ class Fold(Rewriter):
         if owner == CONFIG_CLASS and not isinstance(node, ast.Lambda) and node.args.args:
             configs.add(node.args.args[0].arg)
         noted = [n for n in inside(node) if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
-        kinds = {dotted(n.target): dotted(n.annotation) for n in noted if dotted(n.annotation) in self.facts.classes}
+        types_ = {dotted(n.target): n.annotation for n in noted}
         inner = [n for n in walk(node) if isinstance(n, Function | ast.Lambda) and n is not node]
         captured = frozenset(n.id for one in inner for n in walk(one) if isinstance(n, ast.Name))
         flow = {name: value for name, value in flow.items() if name not in known}
-        return Scope(bound, known, configs, False, followed, captured, kinds, dict(flow))
+        return Scope(bound, known, configs, False, followed, captured, types_, dict(flow))
 
     def followed(self, node: Function, bound: dict[str, list[ast.AST | None]]) -> frozenset[str]:
         """Local names that nothing but plain assignments, and calls, bind."""
@@ -1810,9 +1992,12 @@ class Fold(Rewriter):
     def comprehension(self, node: Any) -> ast.expr:
         names = {n.id for g in node.generators for n in walk(g.target) if isinstance(n, ast.Name)}
         node.generators[0].iter = self.visit(node.generators[0].iter)  # belongs to the scope around
-        self.scopes.append(Scope({name: [None, None] for name in names}, {}, set(), True))
+        own = Scope({name: [None, None] for name in names}, {}, set(), True)
+        own.types |= typed(node.generators[0].target, each_type(self.type_of(node.generators[0].iter)))
+        self.scopes.append(own)
         for place, generator in enumerate(node.generators):
             generator.iter = self.visit(generator.iter) if place else generator.iter
+            own.types |= typed(generator.target, each_type(self.type_of(generator.iter))) if place else {}
             generator.ifs = [i for i in map(self.visit, generator.ifs) if self.truth(i) is not True]
         for part in ("key", "value", "elt"):
             if hasattr(node, part):
@@ -1965,7 +2150,12 @@ class Fold(Rewriter):
         node.iter = self.visit(node.iter)
         if self.truth_of_loop(node.iter):
             return self.changed(self.spliced(node.orelse) or None)
+        scope, types_ = self.scopes[-1], dict(typed(node.target, each_type(self.type_of(node.iter))))
+        again = {n.id for one in node.body for n in walk(one) if isinstance(n, ast.Name) and not is_load(n)}
+        before = scope.types
+        scope.types = before | {n: kind for n, kind in types_.items() if n not in again and not any(scope.bound[n])}
         self.apart(node)
+        scope.types = before
         idle = all(isinstance(n, ast.Pass) for n in node.body) and not node.orelse
         named = all(isinstance(target, ast.Name) for target, _ in stores(node))
         return self.changed(None) if idle and named and self.purity.expression(node.iter) else node
@@ -2271,7 +2461,8 @@ class Sweep(Rewriter):
         self.generic_visit(node)
         if not self.local:
             return node
-        return self.visit_Assign(ast.Assign([node.target], node.value)) if node.value else None
+        plain = self.visit_Assign(ast.Assign([node.target], node.value)) if node.value else None
+        return node if isinstance(plain, ast.Assign) and plain.targets == [node.target] else plain
 
     def visit_AugAssign(self, node: ast.AugAssign) -> Any:
         self.generic_visit(node)

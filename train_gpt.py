@@ -7064,7 +7064,7 @@ class Weights:
             key = "/".join([*(str(part) for part in role if part != ""), "x".join(map(str, parameters[name].shape))])
             groups.setdefault(key, []).append(name)
         self.h = model.h
-        self.banks = {
+        self.banks: dict[str, Bank] = {
             key: Bank(roles[n[0]], CODECS[roles[n[0]].codec](model.h), n, [parameters[name] for name in n])
             for key, n in groups.items()
         }
