@@ -39,7 +39,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import suppress
 from keyword import iskeyword
 from pathlib import Path
@@ -603,20 +603,23 @@ class Facts:
         self.owner = {id(n): name for name, kind in self.classes.items() for n in walk(kind)}  # node -> its class
         self.modules: dict[str, str] = {}
         self.pure_imports: set[str] = set()
+        self.looks = {id(part) for node in self.nodes for part in looked_at(node)}
+        self.reads: dict[str, list[ast.Attribute]] = defaultdict(list)
+        for node in self.nodes:
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                self.reads[node.attr].append(node)
         self.nonlocals = {name for n in self.nodes if isinstance(n, ast.Global | ast.Nonlocal) for name in n.names}
         called, types_only, local = set[int](), set[int](), set[str]()
         self.arguments: dict[int, ast.expr] = {}  # names that a method reads -> their annotation there
         self.noted: dict[str, list[tuple[str, ast.expr]]] = defaultdict(list)  # attribute -> (class, annotation)
-        for name, kind in self.classes.items():
-            for one in (n for n in walk(kind) if isinstance(n, ast.AnnAssign)):
-                target = one.target.id if isinstance(one.target, ast.Name) and one in kind.body else ""
-                target = one.target.attr if dotted(one.target)[:5] == "self." else target  # type: ignore[union-attr]
-                self.noted[target].append((name, one.annotation))
+        for name, owner in self.classes.items():
+            for one in (n for n in walk(owner) if isinstance(n, ast.AnnAssign)):
+                path = dotted(one.target)
+                self.noted[path if one in owner.body else path.removeprefix("self.")].append((name, one.annotation))
         for _, method in (m for named in self.methods.values() for m in named):
             hinted = {a.arg: a.annotation for a in parameters(method.args) if a.annotation}
-            for n in walk(method) if hinted else ():
-                if isinstance(n, ast.Name) and n.id in hinted:
-                    self.arguments[id(n)] = hinted[n.id]
+            names = [n for n in walk(method) if isinstance(n, ast.Name) and n.id in hinted] if hinted else []
+            self.arguments |= {id(n): hinted[n.id] for n in names}
         self.module_types = {dotted(n.target): n.annotation for n in self.tree.body if isinstance(n, ast.AnnAssign)}
         for node in self.nodes:
             if isinstance(node, ast.Call):
@@ -919,7 +922,8 @@ class Facts:
         if not found:
             for target, value in self.stored[name]:
                 if self.owner.get(id(target)) in kinds or dotted(target.value) != "self":
-                    found += [] if is_none(value) or made_kind(value) == f"self.{name}._replace" else [self.made_type(value)]
+                    alike = is_none(value) or made_kind(value) == f"self.{name}._replace"
+                    found += [] if alike else [self.made_type(value)]
         return agreed_type(found)
 
     def made_type(self, node: ast.AST | None) -> ast.expr | None:
@@ -936,8 +940,15 @@ class Facts:
             tuples = name in self.fields[kind] and "NamedTuple" in map(dotted, self.classes[kind].bases)
             own = self.family(kind)
             values = [v for v in self.field_values(kind, name, own) if not is_copy(v, name, own)] if tuples else []
+            if not tuples and all(id(n) in self.looks for n in self.reads[name] if self.may_be_of(n, own)):
+                values = self.values(name, own)
             self.cache[key] = bool(values) and all(map(is_empty_dict, values))
         return self.cache[key]
+
+    def may_be_of(self, node: ast.Attribute, kinds: frozenset[str]) -> bool:
+        """Whether an attribute is read of an object that may be of some classes."""
+        receiver = node.__dict__.get("receiver", "")
+        return receiver not in self.classes or receiver in kinds
 
     def values(self, name: str, kinds: frozenset[str] | None = None) -> list[ast.expr | None]:
         """All values that an attribute is given anywhere, None for an unknown one; only of some classes if named."""
@@ -945,13 +956,19 @@ class Facts:
         for target, value in self.stored[name]:
             if isinstance(value, ast.Attribute) and is_copy(value, name, kinds):
                 continue
-            own = isinstance(target.value, ast.Name) and target.value.id == "self"
-            if not own or kinds is None or self.owner.get(id(target)) in kinds:
+            if kinds is None or self.holder(target) in ("", *kinds):
                 found.append(value)
         found += [value for kind, value in self.given.get(name, ()) if kinds is None or kind in kinds]
         for kind in self.classes if kinds is None else kinds & set(self.classes):
             found += self.field_values(kind, name, kinds) if name in self.fields[kind] else []
         return found
+
+    def holder(self, target: ast.Attribute) -> str:
+        """The program's class of an object in which something is stored, or nothing."""
+        if isinstance(target.value, ast.Name) and target.value.id == "self":
+            return self.owner.get(id(target), "")
+        known = target.__dict__.get("receiver", "")
+        return known if known in self.classes else ""
 
     def field_args(self, kind: str) -> ast.arguments:
         """The parameters of a NamedTuple's or dataclass's constructor."""
@@ -1070,6 +1087,10 @@ def aliased(node: ast.AST | None) -> list[ast.Attribute | ast.Name]:
 
 def is_empty_dict(node: ast.AST | None) -> bool:
     return isinstance(node, ast.Dict) and not node.keys
+
+
+def is_empty_set(node: ast.AST | None) -> bool:
+    return isinstance(node, ast.Call) and dotted(node.func) == "set" and not node.args
 
 
 def is_empty(node: ast.AST | None) -> bool:
@@ -1238,6 +1259,7 @@ class Fold(Rewriter):
         self.scopes = [Scope(bindings(facts.tree), {}, set())]
         self.changes, self.asking, self.results = 0, set[str](), dict[int, ast.expr | None]()
         self.owners = list[str]()  # classes around
+        self.around = list[str]()  # functions around
 
     # -- names --
 
@@ -1478,6 +1500,11 @@ class Fold(Rewriter):
     def type_of_IfExp(self, node: ast.IfExp) -> ast.expr | None:
         return agreed_type([self.type_of(part) for part in (node.body, node.orelse) if not is_none(part)])
 
+    def type_of_List(self, node: ast.List | ast.Tuple) -> ast.expr | None:
+        return generic("list", agreed_type([self.type_of(one) for one in node.elts])) if node.elts else None
+
+    type_of_Tuple = type_of_List
+
     def type_of_ListComp(self, node: Any) -> ast.expr | None:
         depth = len(self.scopes)
         for one in node.generators:
@@ -1561,9 +1588,11 @@ class Fold(Rewriter):
             return node
         try:
             value = self.value(node)
-            new = lifted(value)
+            new = node if type(value) is set and not value else lifted(value)
         except Unknown:
             return self.simplified(node)
+        if type(value) is set and not value:
+            return node if is_empty_set(node) else self.changed(parsed("set()"))
         size = len(repr(value))
         if not isinstance(node, ast.Call) and size > 60 and size > len(ast.unparse(node)):
             return self.simplified(node)
@@ -1592,8 +1621,10 @@ class Fold(Rewriter):
 
     def simplify_Name(self, node: ast.Name) -> ast.expr | None:
         scope = self.find(node.id)
-        if scope and not scope.hides and node.id in scope.constants and len(scope.bound[node.id]) == 1:
+        if scope and not scope.hides and node.id in scope.constants:
             value = scope.constants[node.id]
+            if is_empty(value) or is_empty_set(value):
+                return cloned(value)
             if self.facts.symbol(value) and (is_literal(value) or self.visible(value)):
                 return cloned(value)
         if scope and not scope.hides and scope is not self.scopes[0] and len(scope.bound[node.id]) == 1:
@@ -1750,6 +1781,13 @@ class Fold(Rewriter):
     def simplify_Call(self, node: ast.Call) -> ast.expr | None:
         if dotted(node.func) == "cast" and len(node.args) == 2:
             return node.args[1]
+        if (inner := self.inlined(node)) is not None:
+            return inner
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "get" and is_empty_dict(node.func.value):
+            return ast.Constant(None) if len(node.args) == 1 and self.purity.expression(node.args[0]) else None
+        if dotted(node.func) == "zip" and any(k.arg == "strict" for k in node.keywords):
+            node.keywords = [k for k in node.keywords if k.arg != "strict"]  # an assertion
+            return node
         if isinstance(node.func, ast.Lambda):
             return self.applied(node.func, node)
         if isinstance(node.func, ast.Subscript) and isinstance(node.func.value, ast.Name) and not node.args:
@@ -1790,6 +1828,56 @@ class Fold(Rewriter):
         if result is None or not (pure and own):
             return None
         return ast.Dict([], []) if is_empty_dict(result) else ast.Constant(literal(result))
+
+    def inlined(self, node: ast.Call) -> ast.expr | None:
+        """The expression that a function of the program returns, if that is all it does, with the arguments put in."""
+        called = self.called(node)
+        if len(called) != 1 or not isinstance(called[0].body[-1], ast.Return) or not self.lends(called[0]):
+            return None
+        function = called[0]
+        body, bare = function.body[-1].value, any(isinstance(a, ast.Starred) for a in node.args)  # type: ignore
+        if bare or any(k.arg is None for k in node.keywords) or function.name in self.around:
+            return None
+        method = isinstance(node.func, ast.Attribute)
+        given = self.facts.passed(node, function.args, int(method))
+        if method:
+            named = node.func.attr == function.name  # type: ignore[attr-defined]
+            given[function.args.args[0].arg] = node.func.value if named else node.func  # type: ignore[attr-defined]
+        sites = self.facts.calls["." * method + function.name] if not method or named else [node, node]
+        small = sum(1 for _ in walk(body)) <= 5 + 2 * len(given)
+        if (len(sites) > 1 and not small) or not self.fits(body, given):
+            return None
+        return Replace({name: value for name, value in given.items() if value}).visit(cloned(body))
+
+    def lends(self, function: Function) -> bool:
+        """Whether a function is one expression, of its parameters and what everybody sees."""
+        own = {a.arg for a in parameters(function.args)}
+        plain = len(function.body) == 1 and not function.decorator_list and not starred(function.args)
+        if not plain or function.body[0].value is None or function.name.startswith("__"):  # type: ignore[attr-defined]
+            return False
+        nodes = list(walk(function.body[0]))
+        if any(isinstance(n, ast.NamedExpr | ast.Yield | ast.YieldFrom | ast.Await | ast.Lambda) for n in nodes):
+            return False
+        names = {n.id for n in nodes if isinstance(n, ast.Name)}
+        if any(isinstance(n, ast.comprehension) for n in nodes) or {function.name, "super"} & names:
+            return False
+        inner = self.facts.defs.get(function.name) is function or function.name in self.facts.methods
+        return inner and all(self.find(name) in (None, self.scopes[0]) for name in names - own)
+
+    def fits(self, body: ast.expr, given: dict[str, ast.expr | None]) -> bool:
+        """Whether arguments can stand where the parameters do: none is computed twice, later, or not at all."""
+        uses = Counter(n.id for n in walk(body) if isinstance(n, ast.Name))
+        if any(value is None for value in given.values()):
+            return False
+        moved = [n for n, v in given.items() if v and not isinstance(v, ast.Name | ast.Constant)]
+        still = self.purity.expression(body)
+        calm = [n for n in moved if still and dotted(given[n] or body)]
+        idle = [n for n in moved if not uses[n] and self.purity.expression(given[n])]
+        rest = [n for n in moved if n not in calm and n not in idle]
+        if not rest:
+            return True
+        first = [n.id for n in early(body, self.facts.modules)[0]]
+        return len(rest) == 1 and uses[rest[0]] == 1 and rest[0] in first and len(moved) == 1
 
     def applied(self, function: ast.Lambda, call: ast.Call) -> ast.expr | None:
         """A lambda's body with its arguments put in, where each is simple or used at most once and in order."""
@@ -1860,7 +1948,12 @@ class Fold(Rewriter):
         return ast.JoinedStr(parts) if changed else None
 
     def simplify_BinOp(self, node: ast.BinOp) -> ast.expr | None:
-        """Texts and lists joined with empty ones, dicts with {}."""
+        """Texts and lists joined with empty ones, dicts with {}; a tuple once."""
+        if isinstance(node.op, ast.Add) and isinstance(node.right, ast.Tuple) and not node.right.elts:
+            left = node.left.left if isinstance(node.left, ast.BinOp) else node.left
+            return node.left if isinstance(left, ast.Tuple) else None
+        if isinstance(node.op, ast.Mult) and isinstance(node.left, ast.Tuple) and is_literal(node.right):
+            return node.left if same(literal(node.right), 1) else None
         for one, other in ((node.left, node.right), (node.right, node.left)):
             if (
                 isinstance(node.op, ast.Add)
@@ -1915,7 +2008,9 @@ class Fold(Rewriter):
         node.decorator_list = [self.visit(d) for d in node.decorator_list]
         self.defaults(node.args)
         self.scopes.append(self.scope_of(node))
+        self.around.append(node.name)
         node.body = self.block(node.body)
+        self.around.pop()
         self.scopes.pop()
         last = node.body[-1]
         if isinstance(last, ast.Return) and (last.value is None or dotted(last.value) == "None"):
@@ -1947,6 +2042,7 @@ class Fold(Rewriter):
         inner = [n for n in walk(node) if isinstance(n, Function | ast.Lambda) and n is not node]
         captured = frozenset(n.id for one in inner for n in walk(one) if isinstance(n, ast.Name))
         flow = {name: value for name, value in flow.items() if name not in known}
+        known |= stays_empty(node, bound) if isinstance(node, Function) else {}
         return Scope(bound, known, configs, False, followed, captured, types_, dict(flow))
 
     def followed(self, node: Function, bound: dict[str, list[ast.AST | None]]) -> frozenset[str]:
@@ -2133,8 +2229,9 @@ class Fold(Rewriter):
         """A condition without parts that do not change its truth."""
         if isinstance(node, ast.BoolOp):
             neutral = isinstance(node.op, ast.And)
-            kept = [p for p in map(self.condition, node.values) if self.truth(p) is not neutral]
-            if len(kept) < len(node.values):
+            parts = list(map(self.condition, node.values))
+            kept = [p for p in parts if self.truth(p) is not neutral]
+            if len(kept) < len(node.values) or any(a is not b for a, b in zip(parts, node.values)):
                 self.changes += 1
                 return ast.BoolOp(node.op, kept) if len(kept) > 1 else kept[0] if kept else ast.Constant(neutral)
         return node
@@ -2150,6 +2247,8 @@ class Fold(Rewriter):
         node.iter = self.visit(node.iter)
         if self.truth_of_loop(node.iter):
             return self.changed(self.spliced(node.orelse) or None)
+        if (only := self.single(node)) is not None:
+            return self.changed(self.spliced([ast.Assign([node.target], only), *node.body]))
         scope, types_ = self.scopes[-1], dict(typed(node.target, each_type(self.type_of(node.iter))))
         again = {n.id for one in node.body for n in walk(one) if isinstance(n, ast.Name) and not is_load(n)}
         before = scope.types
@@ -2159,6 +2258,18 @@ class Fold(Rewriter):
         idle = all(isinstance(n, ast.Pass) for n in node.body) and not node.orelse
         named = all(isinstance(target, ast.Name) for target, _ in stores(node))
         return self.changed(None) if idle and named and self.purity.expression(node.iter) else node
+
+    def single(self, node: ast.For) -> ast.expr | None:
+        """The one element that a loop goes through, where it goes through to its end."""
+        leaves = any(isinstance(n, ast.Break | ast.Continue) for one in node.body for n in walk(one))
+        one: ast.expr | None = None
+        if isinstance(node.iter, ast.Tuple | ast.List) and len(node.iter.elts) == 1:
+            one = node.iter.elts[0]
+        elif dotted(node.iter.func if isinstance(node.iter, ast.Call) else node.iter) == "range":
+            with suppress(Unknown):
+                turns = list(itertools.islice(self.value(node.iter), 2))
+                one = ast.Constant(turns[0]) if len(turns) == 1 else None
+        return None if leaves or node.orelse or isinstance(one, ast.Starred) else one
 
     def apart(self, node: ast.For | ast.While) -> None:
         """A loop's parts, each of which may run often or not at all."""
@@ -2261,6 +2372,39 @@ class Fold(Rewriter):
         return self.changed(None) if nothing and isinstance(node.target, ast.Name) else node
 
 
+def early(node: Any, modules: Container[str]) -> tuple[list[ast.Name], bool]:
+    """(names that an expression reads before it does anything else, whether it does nothing else)."""
+    if isinstance(node, ast.Name | ast.Constant) or node is None:
+        return [node] if isinstance(node, ast.Name) else [], True
+    if isinstance(node, ast.Attribute) and dotted(node).split(".")[0] in modules:
+        return [], True
+    parts: list[Any] = []
+    if isinstance(node, ast.Call):
+        parts = [node.func, *node.args, *(k.value for k in node.keywords)]
+    elif isinstance(node, ast.Tuple | ast.List):
+        parts = node.elts
+    elif isinstance(node, ast.Attribute | ast.Starred):
+        parts = [node.value]
+    elif isinstance(node, ast.Subscript):
+        parts = [node.value, node.slice]
+    elif isinstance(node, ast.BinOp):
+        parts = [node.left, node.right]
+    elif isinstance(node, ast.UnaryOp):
+        parts = [node.operand]
+    elif isinstance(node, ast.Slice):
+        parts = [node.lower, node.upper, node.step]
+    elif isinstance(node, ast.Compare | ast.IfExp | ast.BoolOp):
+        parts = [node.left, node.comparators[0]] if isinstance(node, ast.Compare) else children(node)[:1]
+        parts = [node.test] if isinstance(node, ast.IfExp) else parts
+    found = list[ast.Name]()
+    for part in parts:
+        names, calm = early(part, modules)
+        found += names
+        if not calm:
+            return found, False
+    return found, isinstance(node, ast.Tuple | ast.List | ast.Slice)
+
+
 def is_replace(node: ast.AST) -> bool:
     return isinstance(node, ast.Call) and dotted(node.func) in ("dataclasses.replace", "replace") and bool(node.args)
 
@@ -2270,14 +2414,71 @@ def is_config_arg(arg: ast.arg) -> bool:
     return isinstance(arg.annotation, ast.Name) and arg.annotation.id == CONFIG_CLASS
 
 
-class Replace(Rewriter):
-    """Put expressions in for names."""
+LOOKS = {"get", "items", "keys", "values", "copy"}
+LOOKERS = {
+    "len",
+    "bool",
+    "any",
+    "all",
+    "set",
+    "list",
+    "dict",
+    "tuple",
+    "sorted",
+    "sum",
+    "frozenset",
+    "min",
+    "max",
+    "enumerate",
+    "zip",
+    "map",
+}
 
-    def __init__(self, given: dict[str, ast.expr]) -> None:
-        self.given = given
+
+def looked_at(node: ast.AST) -> list[ast.AST]:
+    """Parts of a node that it reads and neither keeps nor changes, if they are containers."""
+    if isinstance(node, ast.Call):
+        asks = isinstance(node.func, ast.Attribute) and node.func.attr in LOOKS
+        return [node.func.value] if asks else node.args if dotted(node.func) in LOOKERS else []  # type: ignore
+    if isinstance(node, ast.Compare):
+        return [right for op, right in zip(node.ops, node.comparators) if isinstance(op, ast.In | ast.NotIn)]
+    if isinstance(node, ast.For | ast.comprehension):
+        return [node.iter]
+    if isinstance(node, ast.Subscript):
+        return [node.value] if isinstance(node.ctx, ast.Load) else []
+    if isinstance(node, ast.If | ast.While | ast.IfExp):
+        return [node.test]
+    if isinstance(node, ast.Dict):
+        return [value for key, value in zip(node.keys, node.values) if key is None]
+    return [node.value] if isinstance(node, ast.Starred) or (isinstance(node, ast.keyword) and not node.arg) else []
+
+
+def stays_empty(node: Function, bound: dict[str, list[ast.AST | None]]) -> dict[str, ast.expr]:
+    """Local names that hold an empty container for good: nothing but looks at them (or takes away from a set)."""
+    found: dict[str, ast.expr] = {}
+    for name, values in bound.items():
+        known = [value for value in values if value is not None]
+        if len(known) == 1 and (is_empty(known[0]) or is_empty_set(known[0])):
+            found[name] = known[0]  # type: ignore[assignment]
+    if not found:
+        return found
+    looks, lost = {id(part) for one in walk(node) for part in looked_at(one)}, Counter[str]()
+    for one in walk(node):
+        if isinstance(one, ast.Name) and one.id in found and is_load(one) and id(one) not in looks:
+            del found[one.id]
+        elif isinstance(one, ast.AugAssign) and isinstance(one.op, ast.Sub):
+            lost[dotted(one.target)] += is_empty_set(found.get(dotted(one.target)))
+    return {name: value for name, value in found.items() if len(bound[name]) == 1 + lost[name]}
+
+
+class Replace(Rewriter):
+    """Put expressions in for names; copies, but where each is put in once."""
+
+    def __init__(self, given: dict[str, ast.expr], once: bool = False) -> None:
+        self.given, self.copy = given, (lambda node: node) if once else cloned
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        return cloned(self.given[node.id]) if node.id in self.given and isinstance(node.ctx, ast.Load) else node
+        return self.copy(self.given[node.id]) if node.id in self.given and isinstance(node.ctx, ast.Load) else node
 
 
 class Closed:
@@ -2406,6 +2607,7 @@ class Sweep(Rewriter):
         self.local.append((set(bindings(node)) | {a.arg for a in parameters(node.args)} - free, reads))
         self.generic_visit(node)
         self.local.pop()
+        self.changes += Joined(node, self.facts.modules).changes
         node.body = node.body or [ast.Pass()]
         return node
 
@@ -2413,11 +2615,22 @@ class Sweep(Rewriter):
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
         fields, outer, self.local = class_fields(node), self.local, []
+        node.body = [one for one in node.body if not (isinstance(one, Function) and self.hidden(node, one))]
         node.body = [one for one in node.body if not self.idle(one, fields)]
         self.generic_visit(node)
         self.local = outer
         node.body = node.body or [ast.Pass()]
         return node
+
+    def hidden(self, kind: ast.ClassDef, method: Function) -> bool:
+        """Whether every object of a class has another method under this one's name."""
+        facts, name = self.facts, method.name
+        if facts.defs.get(kind.name) is not kind or name.startswith("__") or facts.foreign_bases(kind.name):
+            return False
+        owners, above = {owner for owner, _ in facts.methods[name]}, {made_kind(n.value) for n in facts.reads[name]}
+        above = "super" in above or any(dotted(n.value) in facts.classes for n in facts.reads[name])  # type: ignore
+        heirs = [c for c in facts.classes if kind.name in facts.ancestors(c) and (facts.calls[c] or facts.escaped[c])]
+        return not above and all(next(a for a in facts.ancestors(c) if a in owners) != kind.name for c in heirs)
 
     def idle(self, node: ast.stmt, fields: dict[str, Any]) -> bool:
         """Whether a statement of a class's body gives nothing: a declaration, or a value that nobody reads."""
@@ -2496,6 +2709,42 @@ class Sweep(Rewriter):
             if name == "body" and part == [] and not isinstance(node, ast.Module):
                 node.body = [ast.Pass()]  # type: ignore[attr-defined]
         return node
+
+
+class Joined:
+    """`name = value` and a next statement whose first step is to read that name, which nobody else does: one."""
+
+    def __init__(self, function: Function, modules: Container[str]) -> None:
+        self.changes, self.modules, bound = 0, modules, bindings(function)
+        functions = [f for f in walk(function) if isinstance(f, Function | ast.Lambda) and f is not function]
+        inner = {id(n) for f in functions for n in walk(f)}
+        counts = Counter(n.id for n in walk(function) if isinstance(n, ast.Name) and is_load(n))
+        kept = {name for n in walk(function) if isinstance(n, ast.Global | ast.Nonlocal) for name in n.names}
+        self.once = {n for n, values in bound.items() if len(values) == 1 and counts[n] == 1} - kept
+        for node in walk(function):
+            for part in ("body", "orelse", "finalbody"):
+                body = getattr(node, part, None)
+                if isinstance(body, list) and body and id(body[0]) not in inner:
+                    self.join(body)
+
+    def join(self, body: list[ast.stmt]) -> None:
+        for place in range(len(body) - 2, -1, -1):
+            one, after = body[place : place + 2]
+            target = one.targets[0] if isinstance(one, ast.Assign) and len(one.targets) == 1 else None
+            if not isinstance(target, ast.Name) or target.id not in self.once:
+                continue
+            if any(found.id == target.id for found in self.first_reads(after)):
+                Replace({target.id: one.value}, once=True).visit(after)  # type: ignore[attr-defined]
+                del body[place]
+                self.changes += 1
+
+    def first_reads(self, node: ast.stmt) -> list[ast.Name]:
+        """Names that a simple statement reads before it does anything else."""
+        whole = isinstance(node, ast.Return | ast.Expr | ast.Assign | ast.AnnAssign)
+        whole &= not isinstance(node, ast.Assign) or all(isinstance(t, ast.Name | ast.Tuple) for t in node.targets)
+        value = node.value if whole else node.test if isinstance(node, ast.If) else None  # type: ignore[attr-defined]
+        value = node.iter if isinstance(node, ast.For) else value
+        return early(value, self.modules)[0]
 
 
 def shrink(facts: Facts) -> int:
@@ -2589,7 +2838,8 @@ def shrink_fields(facts: Facts, purity: Purity, name: str, kind: ast.ClassDef) -
         args = facts.field_args(name)
         calls = [(call, 0) for call in facts.calls[name]]
         given = [k.value for call in changes for k in call.keywords if k.arg == field]
-        read = facts.read(field, name) or facts.stored[field]
+        holders = {facts.holder(target) for target, _ in facts.stored[field]}
+        read = facts.read(field, name) or not all(one and name not in facts.family(one) for one in holders)
         if read or any(k.arg is None for c in changes for k in c.keywords) or not all(map(purity.expression, given)):
             continue
         if not unpassed(calls, args, field, purity) or len(class_fields(kind)) == 1:

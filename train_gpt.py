@@ -6563,7 +6563,9 @@ class GPT(Module):
         drawn = keyed_uniform(self.h.seed, ctx.moment.step, torch.full_like(ctx.moment.rows, site.id), ctx.moment.rows)
         return y * ((drawn >= chance) / (1 - chance)).to(y.dtype)[:, None, None]
 
-    def run(self, sites: Sequence[Site], r: tuple, ctx: Ctx, states: tuple | None, trace: Trace) -> tuple:
+    def run(
+        self, sites: Sequence[Site], r: tuple, ctx: Ctx, states: tuple | None, trace: Trace
+    ) -> tuple[tuple, Ctx, Trace]:
         """run_sites, with activations recomputed in the backward pass every GRAD_CHECKPOINT sites."""
         every = self.h.grad_checkpoint if torch.is_grad_enabled() else 0
         if not every:

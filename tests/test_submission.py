@@ -104,11 +104,11 @@ RULES: dict[str, tuple[str, list[str], list[str]]] = {
         "def noisy() -> int:\n    print('heard')\n    return 1\n\ndef idle(x: int) -> None:\n    return None\n\n"
         "def main(h: Hyperparameters) -> None:\n    idle(noisy())\n", [], ["noisy()"]),
     "a parameter that is always the same": (
-        "def grow(x: int, by: int = 3, times: int = 1) -> int:\n    return x + by * times\n\n"
+        "def grow(x: int, by: int = 3, times: int = 1) -> int:\n    print('grow')\n    return x + by * times\n\n"
         "def main(h: Hyperparameters) -> None:\n    print(grow(h.seed, times=5), grow(h.seed + 1, 3, 5))\n",
         ["times", "by"], ["def grow(x)"]),
     "a default that one call overrides": (
-        "def grow(x: int, by: int = 3) -> int:\n    return x + by\n\n"
+        "def grow(x: int, by: int = 3) -> int:\n    print('grow')\n    return x + by\n\n"
         "def main(h: Hyperparameters) -> None:\n    print(grow(h.seed), grow(h.seed, 4))\n", [], ["by"]),
     "a function that is passed around keeps its parameters": (
         "def grow(x: int, by: int = 3) -> int:\n    return x + by\n\n"
@@ -128,12 +128,12 @@ RULES: dict[str, tuple[str, list[str], list[str]]] = {
         "def main(h: Hyperparameters) -> None:\n    n = 0\n    def more() -> None:\n        nonlocal n\n        n = n + h.seed\n"
         "    more()\n    print(n)\n", [], ["nonlocal n"]),
     "a registry's entries": (
-        "def left(h: Hyperparameters) -> int:\n    return h.seed\n\ndef right(h: Hyperparameters) -> int:\n    return 0\n\n"
+        "def left(h: Hyperparameters) -> int:\n    print('left')\n    return h.seed\n\ndef right(h: Hyperparameters) -> int:\n    return 0\n\n"
         "KINDS: dict[str, Callable[[Hyperparameters], int]] = {'left': lambda h: left(h) + h.width, 'right': right}\n\n"
         "def main(h: Hyperparameters) -> None:\n    print(KINDS[h.mode](h))\n", ["right", "KINDS", "width"], ["left(h) + 4"]),
     "an attribute that is always the same": (
         "class Box:\n    def __init__(self, h: Hyperparameters) -> None:\n        self.top, self.seed_ = h.width, h.seed\n\n"
-        "    def show(self) -> int:\n        return self.top + self.seed_ if self.top else 0\n\n"
+        "    def show(self) -> int:\n        print('show')\n        return self.top + self.seed_ if self.top else 0\n\n"
         "def main(h: Hyperparameters) -> None:\n    print(Box(h).show())\n", ["top"], ["4 + self.seed_"]),
     "an attribute that is set from outside": (
         "class Box:\n    def __init__(self) -> None:\n        self.top = 1\n\n"
@@ -205,10 +205,10 @@ RULES: dict[str, tuple[str, list[str], list[str]]] = {
         "def within(c: Context, p: Piece) -> None:\n    show(c._replace(writes=p.writes))\n\n"
         "def main(h: Hyperparameters) -> None:\n    c = Context(h.seed, 0)\n    show(c)\n    within(c, Piece(h.seed + 1))\n", [], ["c.writes"]),
     "methods of one name, apart by their object": (
-        "class A:\n    def f(self, x: int, by: int) -> int:\n        return x + by\n\nclass B:\n    def f(self, x: int, by: int) -> int:\n        return x * by\n\n"
+        "class A:\n    def f(self, x: int, by: int) -> int:\n        print('A')\n        return x + by\n\nclass B:\n    def f(self, x: int, by: int) -> int:\n        print('B')\n        return x * by\n\n"
         "def main(h: Hyperparameters) -> None:\n    a, b = A(), B()\n    print(a.f(h.seed, 2), b.f(h.seed, h.seed + 1))\n", [], ["return x + 2", "return x * by"]),
     "methods of one name, of who knows what": (
-        "class A:\n    def f(self, x: int, by: int) -> int:\n        return x + by\n\nclass B:\n    def f(self, x: int, by: int) -> int:\n        return x * by\n\n"
+        "class A:\n    def f(self, x: int, by: int) -> int:\n        print('A')\n        return x + by\n\nclass B:\n    def f(self, x: int, by: int) -> int:\n        print('B')\n        return x * by\n\n"
         "def main(h: Hyperparameters) -> None:\n    for each in (A(), B()):\n        print(each.f(h.seed, 2))\n    print(B().f(2, h.seed))\n", [], ["x + 2", "x * by", "print(each.f(h.seed, 2))"]),
     "siblings have attributes of their own": (
         "class Base:\n    pass\n\nclass A(Base):\n    def __init__(self, h: Hyperparameters) -> None:\n        self.up = None\n\n    def show(self, h: Hyperparameters) -> None:\n"
@@ -222,7 +222,7 @@ RULES: dict[str, tuple[str, list[str], list[str]]] = {
         "class Trio(NamedTuple):\n    a: int\n    b: int\n    c: int\n\ndef make(h: Hyperparameters) -> Trio:\n    return Trio(h.seed, 1, 2)\n\n"
         "def main(h: Hyperparameters) -> None:\n    x, y, z = make(h)\n    print(x, y, z, make(h).a)\n", [], ["c: "]),
     "a function under another name": (
-        "class A:\n    def loss(self, x: int, scale: int = 1) -> int:\n        return x * scale\n\n"
+        "class A:\n    def loss(self, x: int, scale: int = 1) -> int:\n        print('A')\n        return x * scale\n\n"
         "def main(h: Hyperparameters) -> None:\n    a = A()\n    loss_of = a.loss\n    print(loss_of(h.seed, 3))\n", [], ["return x * 3"]),
     "a function under another name that is passed on": (
         "class A:\n    def loss(self, x: int, scale: int = 1) -> int:\n        return x * scale\n\n"
@@ -232,6 +232,44 @@ RULES: dict[str, tuple[str, list[str], list[str]]] = {
     "nothing is suppressed that never comes": (
         "from contextlib import suppress\n\nclass Odd(Exception):\n    pass\n\n"
         "def main(h: Hyperparameters) -> None:\n    with suppress(Odd):\n        print(h.seed)\n", ["suppress", "Odd"], []),
+    "loops and containers tell what their elements are": (
+        "class Bank(NamedTuple):\n    size: int\n    rank: int\n\nclass Other:\n    def __init__(self, h: Hyperparameters) -> None:\n        self.rank = h.seed\n\n"
+        "class All:\n    def __init__(self, h: Hyperparameters) -> None:\n        self.banks: dict[str, Bank] = {str(i): Bank(h.seed, i) for i in (1, 2)}\n\n"
+        "def main(h: Hyperparameters) -> None:\n    for (name, bank), other in zip(All(h).banks.items(), [Other(h), Other(h)], strict=True):\n        print(name, bank.size, other.rank)\n", ["rank: ", "strict"], ["size: "]),
+    "an element of who knows what keeps its fields": (
+        "class Bank(NamedTuple):\n    size: int\n    rank: int\n\n"
+        "def main(h: Hyperparameters) -> None:\n    for one in [Bank(h.seed, 1), Counter()]:\n        print(one.rank if len(one) else 0)\n", [], ["rank: "]),
+    "what stays empty is empty": (
+        "def main(h: Hyperparameters) -> None:\n    rules, idle = {}, set() - set('ab')\n    for i in range(h.seed):\n        if i in rules or rules.get(i):\n            print('gone')\n"
+        "        idle -= {x for x in idle if x == i}\n    if idle:\n        print('never', min(idle))\n    print(h.seed)\n", ["rules", "idle", "gone", "never"], []),
+    "what is filled is not": (
+        "def fill(into: dict) -> None:\n    into['a'] = 1\n\ndef main(h: Hyperparameters) -> None:\n    rules, found = {}, {}\n    found[1] = h.seed\n    fill(rules)\n    print(rules.get('a'), found.get(1))\n", [], ["rules.get", "found.get"]),
+    "an attribute that stays empty": (
+        "class Bank:\n    def __init__(self, h: Hyperparameters) -> None:\n        self.low, self.high, self.seed_ = {}, {}, h.seed\n\n    def show(self) -> None:\n        print('show')\n        for name, one in self.low.items():\n            print(name, one)\n"
+        "        self.high[1] = self.seed_\n        print(self.low.get(3), self.high.get(1))\n\ndef main(h: Hyperparameters) -> None:\n    Bank(h).show()\n", ["low", "items"], ["high.get"]),
+    "a function of one expression": (
+        "def twice(x: int) -> int:\n    return 2 * x\n\ndef same(x: Any) -> Any:\n    return x\n\ndef noisy(x: int) -> int:\n    print('noisy', x)\n    return x\n\n"
+        "def main(h: Hyperparameters) -> None:\n    print(twice(h.seed), same(noisy(h.seed + 1)))\n", ["twice", "same"], ["2 * h.seed", "noisy(h.seed + 1)"]),
+    "a function of one expression that would do things twice, later or in another order": (
+        "def noisy(x: int) -> int:\n    print('noisy', x)\n    return x\n\ndef square(x: int) -> int:\n    return x * x\n\ndef after(x: int, y: int) -> int:\n    return noisy(y) + x\n\n"
+        "def drop(x: int, y: int) -> int:\n    return y + 1\n\ndef main(h: Hyperparameters) -> None:\n    print(square(noisy(h.seed)), after(noisy(h.seed), 1 + h.seed), drop(noisy(h.seed), h.seed))\n",
+        [], ["square(noisy(h.seed))", "after(noisy(h.seed)", "drop(noisy(h.seed)"]),
+    "a function of one expression, and names that mean something else here": (
+        "def scale(h: Hyperparameters) -> int:\n    return h.seed + 1\n\ndef grow(x: Hyperparameters) -> int:\n    return scale(x) * 2\n\ndef fact(n: int) -> int:\n    return 1 if n < 2 else n * fact(n - 1)\n\n"
+        "def main(h: Hyperparameters) -> None:\n    def inner(scale: int) -> int:\n        print(scale)\n        return grow(h) + scale\n    print(inner(h.seed), fact(h.seed))\n", [], ["fact(n - 1)"]),
+    "a module's call is its forward": (
+        "class Base:\n    def __call__(self, x: int) -> int:\n        return self.forward(x)\n\nclass Part(Base):\n    def __init__(self, h: Hyperparameters) -> None:\n        self.by = h.seed\n\n    def forward(self, x: int) -> int:\n        return x + self.by\n\n"
+        "class Whole:\n    def __init__(self, h: Hyperparameters) -> None:\n        self.part, self.by = Part(h), 2 * h.seed\n\n    def show(self, x: int) -> None:\n        print(self.part(x), self.by)\n\n"
+        "def main(h: Hyperparameters) -> None:\n    Whole(h).show(h.seed)\n", [], []),
+    "a loop of one turn": (
+        "def main(h: Hyperparameters) -> None:\n    for i in range(1):\n        print(h.seed + i * h.width)\n    for j in range(1):\n        if h.seed > 3:\n            break\n        print('rest')\n", ["for i"], ["for j"]),
+    "two statements are one": (
+        "def noisy(x: int) -> int:\n    print('noisy', x)\n    return x\n\ndef main(h: Hyperparameters) -> None:\n    a = noisy(h.seed)\n    print(a, noisy(2))\n    b = noisy(3)\n    print(noisy(4), b)\n"
+        "    c = noisy(5)\n    for i in (6, 7):\n        print(c, i)\n    d = noisy(8)\n    e = lambda: d\n    print('before', e(), e())\n", ["a = "], ["b = ", "c = ", "d = ", "print(noisy(h.seed), noisy(2))"]),
+    "a method that every object has another of": (
+        "class Base:\n    def f(self, x: int) -> int:\n        raise NotImplementedError\n\n    def g(self, x: int) -> int:\n        print('Base')\n        return x\n\n"
+        "class A(Base):\n    def f(self, x: int) -> int:\n        print('A')\n        return x\n\n    def g(self, x: int) -> int:\n        return super().g(x) + 1\n\n"
+        "def main(h: Hyperparameters) -> None:\n    print(A().f(h.seed), A().g(h.seed))\n", ["NotImplementedError"], ["super().g"]),
     "an unread field": (
         "class Pair(NamedTuple):\n    a: int\n    b: int = 0\n\n"
         "def main(h: Hyperparameters) -> None:\n    print(Pair(h.seed, 5).a)\n", ["b: "], ["Pair"]),
