@@ -37,9 +37,11 @@ import tempfile
 import types
 import warnings
 import zipfile
+import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import suppress
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -601,13 +603,24 @@ class Facts:
         self.owner = {id(n): name for name, kind in self.classes.items() for n in walk(kind)}  # node -> its class
         self.modules: dict[str, str] = {}
         self.pure_imports: set[str] = set()
+        self.looks = {id(part) for node in self.nodes for part in looked_at(node)}
+        self.reads: dict[str, list[ast.Attribute]] = defaultdict(list)
+        for node in self.nodes:
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                self.reads[node.attr].append(node)
         self.nonlocals = {name for n in self.nodes if isinstance(n, ast.Global | ast.Nonlocal) for name in n.names}
         called, types_only, local = set[int](), set[int](), set[str]()
-        self.arguments: dict[int, str] = {}  # names that are read in a constructor -> their annotation there
-        for _, method in self.methods["__init__"]:
-            own = {a.arg: dotted(a.annotation) for a in parameters(method.args) if a.annotation}
-            own = {n: kind for n, kind in own.items() if n not in bindings(method)}
-            self.arguments |= {id(n): own[n.id] for n in walk(method) if isinstance(n, ast.Name) and n.id in own}
+        self.arguments: dict[int, ast.expr] = {}  # names that a method reads -> their annotation there
+        self.noted: dict[str, list[tuple[str, ast.expr]]] = defaultdict(list)  # attribute -> (class, annotation)
+        for name, owner in self.classes.items():
+            for one in (n for n in walk(owner) if isinstance(n, ast.AnnAssign)):
+                path = dotted(one.target)
+                self.noted[path if one in owner.body else path.removeprefix("self.")].append((name, one.annotation))
+        for _, method in (m for named in self.methods.values() for m in named):
+            hinted = {a.arg: a.annotation for a in parameters(method.args) if a.annotation}
+            names = [n for n in walk(method) if isinstance(n, ast.Name) and n.id in hinted] if hinted else []
+            self.arguments |= {id(n): hinted[n.id] for n in names}
+        self.module_types = {dotted(n.target): n.annotation for n in self.tree.body if isinstance(n, ast.AnnAssign)}
         for node in self.nodes:
             if isinstance(node, ast.Call):
                 called.add(id(node.func))
@@ -886,15 +899,39 @@ class Facts:
         return self.cache[name, kinds]
 
     def attribute_kind(self, owner: str, name: str) -> str:
-        """The program's class that an attribute of a class has, or nothing, as annotations say."""
-        kinds = self.family(owner)
-        found = {dotted(one.annotation) for kind in kinds for one in self.classes[kind].body
-                 if isinstance(one, ast.AnnAssign) and dotted(one.target) == name}  # fmt: skip
-        for target, value in self.stored[name]:
-            if self.owner.get(id(target)) in kinds or dotted(target.value) != "self":
-                found.add(self.arguments.get(id(value), "") if isinstance(value, ast.Name) else made_kind(value))
-        kind = found.pop() if len(found) == 1 else ""
-        return kind if kind in self.classes else ""
+        """The program's class that an attribute of a class has, or nothing."""
+        return self.class_of(self.attribute_type(owner, name))
+
+    def class_of(self, kind: ast.expr | None) -> str:
+        """The program's class that an annotation names, alone or beside None."""
+        name = dotted(plain_type(kind)) if kind else ""
+        return name if name in self.classes else ""
+
+    def attribute_type(self, owner: str, name: str) -> ast.expr | None:
+        """The type of an attribute of a class: as annotated, or by what everybody stores in it."""
+        key = ("type", owner, name)
+        if key not in self.cache:
+            self.cache[key] = self.find_type(self.family(owner), name)
+        return self.cache[key]
+
+    def find_type(self, kinds: frozenset[str], name: str) -> ast.expr | None:
+        found: list[ast.expr | None] = [kind for owner, kind in self.noted[name] if owner in kinds]
+        if not found:
+            own = [m for owner, m in self.methods.get(name, ()) if owner in kinds]
+            found = [m.returns if marks_of(m) == ["property"] else None for m in own]
+        if not found:
+            for target, value in self.stored[name]:
+                if self.owner.get(id(target)) in kinds or dotted(target.value) != "self":
+                    alike = is_none(value) or made_kind(value) == f"self.{name}._replace"
+                    found += [] if alike else [self.made_type(value)]
+        return agreed_type(found)
+
+    def made_type(self, node: ast.AST | None) -> ast.expr | None:
+        """The type of what is stored in an attribute."""
+        made = self.defs.get(made_kind(node))
+        if isinstance(made, Function):
+            return made.returns
+        return ast.Name(made.name, ast.Load()) if made else self.arguments.get(id(node))
 
     def stays_empty(self, kind: str, name: str) -> bool:
         """Whether a field of a NamedTuple holds an empty dict in every object; nobody changes what such fields hold."""
@@ -903,8 +940,15 @@ class Facts:
             tuples = name in self.fields[kind] and "NamedTuple" in map(dotted, self.classes[kind].bases)
             own = self.family(kind)
             values = [v for v in self.field_values(kind, name, own) if not is_copy(v, name, own)] if tuples else []
+            if not tuples and all(id(n) in self.looks for n in self.reads[name] if self.may_be_of(n, own)):
+                values = self.values(name, own)
             self.cache[key] = bool(values) and all(map(is_empty_dict, values))
         return self.cache[key]
+
+    def may_be_of(self, node: ast.Attribute, kinds: frozenset[str]) -> bool:
+        """Whether an attribute is read of an object that may be of some classes."""
+        receiver = node.__dict__.get("receiver", "")
+        return receiver not in self.classes or receiver in kinds
 
     def values(self, name: str, kinds: frozenset[str] | None = None) -> list[ast.expr | None]:
         """All values that an attribute is given anywhere, None for an unknown one; only of some classes if named."""
@@ -912,13 +956,19 @@ class Facts:
         for target, value in self.stored[name]:
             if isinstance(value, ast.Attribute) and is_copy(value, name, kinds):
                 continue
-            own = isinstance(target.value, ast.Name) and target.value.id == "self"
-            if not own or kinds is None or self.owner.get(id(target)) in kinds:
+            if kinds is None or self.holder(target) in ("", *kinds):
                 found.append(value)
         found += [value for kind, value in self.given.get(name, ()) if kinds is None or kind in kinds]
         for kind in self.classes if kinds is None else kinds & set(self.classes):
             found += self.field_values(kind, name, kinds) if name in self.fields[kind] else []
         return found
+
+    def holder(self, target: ast.Attribute) -> str:
+        """The program's class of an object in which something is stored, or nothing."""
+        if isinstance(target.value, ast.Name) and target.value.id == "self":
+            return self.owner.get(id(target), "")
+        known = target.__dict__.get("receiver", "")
+        return known if known in self.classes else ""
 
     def field_args(self, kind: str) -> ast.arguments:
         """The parameters of a NamedTuple's or dataclass's constructor."""
@@ -947,6 +997,79 @@ class Facts:
         return found
 
 
+def agreed_type(found: Sequence[ast.expr | None]) -> ast.expr | None:
+    """The type that all of these are."""
+    return found[0] if len({ast.unparse(one) if one else "" for one in found}) == 1 else None
+
+
+def plain_type(kind: ast.expr) -> ast.expr:
+    """A type less None, which has no attributes and no parts."""
+    if isinstance(kind, ast.BinOp) and isinstance(kind.op, ast.BitOr):
+        parts = [part for part in (kind.left, kind.right) if not is_none(part)]
+        return plain_type(parts[0]) if len(parts) == 1 else kind
+    return kind
+
+
+def type_parts(kind: ast.expr | None) -> tuple[str, list[ast.expr]]:
+    """(name, arguments) of a generic type."""
+    kind = plain_type(kind) if kind else None
+    if not isinstance(kind, ast.Subscript):
+        return "", []
+    inner = kind.slice
+    return dotted(kind.value).split(".")[-1], list(inner.elts) if isinstance(inner, ast.Tuple) else [inner]
+
+
+def generic(name: str, *parts: ast.expr | None) -> ast.expr | None:
+    """A type of this name, if all its arguments are known."""
+    known = [part for part in parts if part is not None]
+    inner = known[0] if len(known) == 1 else ast.Tuple(known, ast.Load())
+    return ast.Subscript(ast.Name(name, ast.Load()), inner, ast.Load()) if len(known) == len(parts) else None
+
+
+def is_none(node: ast.AST | None) -> bool:
+    return isinstance(node, ast.Constant) and node.value is None
+
+
+SERIES = {"list", "set", "frozenset", "Iterator", "Iterable", "Sequence", "deque", "Generator"}
+
+
+def each_type(kind: ast.expr | None) -> ast.expr | None:
+    """The type of what comes out of an iterable of a type."""
+    name, parts = type_parts(kind)
+    if name == "tuple" and len(parts) == 2 and isinstance(parts[1], ast.Constant):
+        return parts[0]  # tuple[A, ...]
+    if name == "tuple":
+        return agreed_type(parts) if parts else None
+    return parts[0] if parts and (name in SERIES or name in ("dict", "defaultdict", "Counter")) else None
+
+
+def part_type(kind: ast.expr | None, index: ast.expr) -> ast.expr | None:
+    """The type of a subscript."""
+    name, parts = type_parts(kind)
+    if isinstance(index, ast.Slice):
+        return kind if name in ("list", "Sequence") or (name == "tuple" and is_ellipsis(parts[-1])) else None
+    if name in ("dict", "defaultdict"):
+        return parts[1]
+    if name == "tuple" and not is_ellipsis(parts[-1]):
+        place = literal(index) if is_literal(index) else None
+        return parts[place] if isinstance(place, int) and -len(parts) <= place < len(parts) else None
+    return parts[0] if name in ("list", "Sequence", "tuple") else None
+
+
+def is_ellipsis(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is ...
+
+
+def typed(target: ast.expr, kind: ast.expr | None) -> Iterator[tuple[str, ast.expr]]:
+    """Names of a target, each with its type where that is known."""
+    name, parts = type_parts(kind)
+    if isinstance(target, ast.Name) and kind is not None:
+        yield target.id, kind
+    elif isinstance(target, ast.Tuple | ast.List) and name == "tuple" and len(parts) == len(target.elts):
+        for one, part in zip(target.elts, parts):
+            yield from typed(one, part) if not is_ellipsis(parts[-1]) else ()
+
+
 def made_kind(node: ast.AST | None) -> str:
     """The name of what a call makes."""
     return dotted(node.func) if isinstance(node, ast.Call) else ""
@@ -964,6 +1087,10 @@ def aliased(node: ast.AST | None) -> list[ast.Attribute | ast.Name]:
 
 def is_empty_dict(node: ast.AST | None) -> bool:
     return isinstance(node, ast.Dict) and not node.keys
+
+
+def is_empty_set(node: ast.AST | None) -> bool:
+    return isinstance(node, ast.Call) and dotted(node.func) == "set" and not node.args
 
 
 def is_empty(node: ast.AST | None) -> bool:
@@ -1117,8 +1244,11 @@ class Scope:
     hides: bool = False  # a comprehension's or class's: its names are not known outside, and nothing of them is
     followed: frozenset[str] = frozenset()  # names that only plain assignments of this scope's own code bind
     captured: frozenset[str] = frozenset()  # names that functions inside see, and may fill
-    kinds: dict[str, str] = dataclasses.field(default_factory=dict)  # annotated names -> the program's classes
+    types: dict[str, ast.expr] = dataclasses.field(default_factory=dict)  # names -> annotations, or as loops say
     flow: dict[str, ast.expr | None] = dataclasses.field(default_factory=dict)  # followed -> literal; None: not None
+
+
+LOOPERS = {"list", "tuple", "sorted", "reversed", "set", "next", "min", "max", "enumerate", "zip"}
 
 
 class Fold(Rewriter):
@@ -1129,6 +1259,7 @@ class Fold(Rewriter):
         self.scopes = [Scope(bindings(facts.tree), {}, set())]
         self.changes, self.asking, self.results = 0, set[str](), dict[int, ast.expr | None]()
         self.owners = list[str]()  # classes around
+        self.around = list[str]()  # functions around
 
     # -- names --
 
@@ -1329,35 +1460,115 @@ class Fold(Rewriter):
             return self.facts.agreed(results) if all(results) and not self.facts.stored[name] else None
         return self.facts.attribute(name, kinds)
 
-    def kind_of(self, node: ast.AST | None, depth: int = 0) -> str:
-        """The program's class of an expression, or nothing: by its construction, or as its annotation says."""
-        facts, found = self.facts, ""
-        if depth > 5 or node is None:
-            return ""
-        if isinstance(node, ast.Name):
-            if node.id == "self" and (found := self.owners[-1] if self.owners else ""):
-                return found
-            scope = self.find(node.id)
-            values = scope.bound[node.id] if scope and not scope.hides and scope is not self.scopes[0] else []
-            if scope and node.id in scope.kinds:
-                return scope.kinds[node.id]
-            if len(values) != 1:
-                return ""
-            value = values[0]
-            found = dotted(value.annotation) if isinstance(value, ast.arg) and value.annotation else ""
-            return (
-                found
-                if found in facts.classes
-                else ""
-                if isinstance(value, ast.arg)
-                else self.kind_of(value, depth + 1)
-            )
-        if isinstance(node, ast.Attribute) and (own := self.kind_of(node.value, depth + 1)):
-            return facts.attribute_kind(own, node.attr)
-        if isinstance(node, ast.Call):
-            name = dotted(node.func)
-            found = name if name in facts.classes and name not in facts.shadowed else self.returned(node)
-        return found if found in facts.classes else ""
+    def kind_of(self, node: ast.AST | None) -> str:
+        """The program's class of an expression, or nothing: by its construction, or as annotations say."""
+        return self.facts.class_of(self.type_of(node))
+
+    def type_of(self, node: ast.AST | None) -> ast.expr | None:
+        """The type of an expression, as an annotation; None if unknown."""
+        rule = getattr(self, "type_of_" + type(node).__name__, None)
+        return rule(node) if rule else None
+
+    def type_of_Name(self, node: ast.Name) -> ast.expr | None:
+        if node.id == "self" and self.owners and self.owners[-1]:
+            return ast.Name(self.owners[-1], ast.Load())
+        scope = self.find(node.id)
+        if scope is None or scope is self.scopes[0]:
+            return self.facts.module_types.get(node.id) if scope else None
+        if node.id in scope.types or scope.hides:
+            return scope.types.get(node.id)
+        values, key = scope.bound[node.id], f"{id(scope)} {node.id}"
+        if isinstance(values[0], ast.arg):
+            return values[0].annotation
+        if key in self.asking or None in values or len(values) > 4:
+            return None
+        self.asking.add(key)
+        scopes = self.scopes
+        self.scopes = scopes[: next(i for i, one in enumerate(scopes) if one is scope) + 1]
+        found = agreed_type([self.type_of(v) for v in values if not is_none(v)])
+        self.scopes = scopes
+        self.asking.discard(key)
+        return found
+
+    def type_of_Attribute(self, node: ast.Attribute) -> ast.expr | None:
+        own = self.kind_of(node.value)
+        return self.facts.attribute_type(own, node.attr) if own else None
+
+    def type_of_Subscript(self, node: ast.Subscript) -> ast.expr | None:
+        return part_type(self.type_of(node.value), node.slice)
+
+    def type_of_IfExp(self, node: ast.IfExp) -> ast.expr | None:
+        return agreed_type([self.type_of(part) for part in (node.body, node.orelse) if not is_none(part)])
+
+    def type_of_List(self, node: ast.List | ast.Tuple) -> ast.expr | None:
+        return generic("list", agreed_type([self.type_of(one) for one in node.elts])) if node.elts else None
+
+    type_of_Tuple = type_of_List
+
+    def type_of_ListComp(self, node: Any) -> ast.expr | None:
+        depth = len(self.scopes)
+        for one in node.generators:
+            self.scopes.append(self.looped(one))
+        found = generic("list", self.type_of(node.elt))
+        del self.scopes[depth:]
+        return found
+
+    type_of_GeneratorExp = type_of_SetComp = type_of_ListComp
+
+    def looped(self, node: ast.comprehension) -> Scope:
+        """The names of one loop of a comprehension, as a scope."""
+        types_ = dict(typed(node.target, each_type(self.type_of(node.iter))))
+        names = {n.id for n in walk(node.target) if isinstance(n, ast.Name)}
+        return Scope({name: [None, None] for name in names}, {}, set(), True, types=types_)
+
+    def type_of_Call(self, node: ast.Call) -> ast.expr | None:
+        name, args = dotted(node.func), node.args
+        if name in self.facts.classes and name not in self.facts.shadowed:
+            return ast.Name(name, ast.Load())
+        if is_replace(node):
+            return self.type_of(args[0])
+        if isinstance(node.func, ast.Name) and args and self.find(name) is None:
+            return self.type_of_builtin(name, args)
+        if isinstance(node.func, ast.Attribute) and (found := self.type_of_method(node.func)):
+            return found
+        if called := self.called(node):
+            return agreed_type([f.returns for f in called])
+        kind, parts = type_parts(self.type_of(node.func))
+        scope = self.find(name) if isinstance(node.func, ast.Name) else None
+        values = scope.bound[name] if scope and scope is not self.scopes[0] and not scope.hides else []
+        aims = aliased(values[0]) if len(values) == 1 and not isinstance(values[0], ast.Name) else []
+        if aims and kind != "Callable":
+            return agreed_type([self.type_of(ast.Call(aim, [], [])) for aim in aims])
+        return parts[-1] if kind == "Callable" else None
+
+    def type_of_builtin(self, name: str, args: list[ast.expr]) -> ast.expr | None:
+        """The type of what some functions give that take an iterable."""
+        if any(isinstance(arg, ast.Starred) for arg in args):
+            return None
+        inner = [each_type(self.type_of(arg)) for arg in args] if name in LOOPERS else [None]
+        if name in ("list", "tuple", "sorted", "reversed", "set"):
+            return generic("list", inner[0])
+        if name in ("next", "min", "max"):
+            return inner[0] if len(args) == 1 else None
+        unknown = ast.Name("object", ast.Load())
+        parts = [part or unknown for part in inner]
+        if name == "enumerate":
+            return generic("list", generic("tuple", unknown, parts[0]))
+        return generic("list", generic("tuple", *parts)) if name == "zip" else None
+
+    def type_of_method(self, node: ast.Attribute) -> ast.expr | None:
+        """The type of what a container's method gives."""
+        if node.attr not in ("values", "items", "keys", "get", "pop", "copy", "_replace"):
+            return None
+        kind = self.type_of(node.value)
+        if node.attr == "_replace":
+            return kind if self.facts.class_of(kind) else None
+        name, parts = type_parts(kind)
+        if name not in ("dict", "defaultdict"):
+            return kind if name == "list" and node.attr == "copy" else None
+        key, value = parts
+        made = {"values": value, "keys": key, "items": generic("tuple", key, value)}
+        return generic("list", made[node.attr]) if node.attr in made else kind if node.attr == "copy" else value
 
     # -- expressions --
 
@@ -1377,9 +1588,11 @@ class Fold(Rewriter):
             return node
         try:
             value = self.value(node)
-            new = lifted(value)
+            new = node if type(value) is set and not value else lifted(value)
         except Unknown:
             return self.simplified(node)
+        if type(value) is set and not value:
+            return node if is_empty_set(node) else self.changed(parsed("set()"))
         size = len(repr(value))
         if not isinstance(node, ast.Call) and size > 60 and size > len(ast.unparse(node)):
             return self.simplified(node)
@@ -1408,8 +1621,10 @@ class Fold(Rewriter):
 
     def simplify_Name(self, node: ast.Name) -> ast.expr | None:
         scope = self.find(node.id)
-        if scope and not scope.hides and node.id in scope.constants and len(scope.bound[node.id]) == 1:
+        if scope and not scope.hides and node.id in scope.constants:
             value = scope.constants[node.id]
+            if is_empty(value) or is_empty_set(value):
+                return cloned(value)
             if self.facts.symbol(value) and (is_literal(value) or self.visible(value)):
                 return cloned(value)
         if scope and not scope.hides and scope is not self.scopes[0] and len(scope.bound[node.id]) == 1:
@@ -1566,6 +1781,13 @@ class Fold(Rewriter):
     def simplify_Call(self, node: ast.Call) -> ast.expr | None:
         if dotted(node.func) == "cast" and len(node.args) == 2:
             return node.args[1]
+        if (inner := self.inlined(node)) is not None:
+            return inner
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "get" and is_empty_dict(node.func.value):
+            return ast.Constant(None) if len(node.args) == 1 and self.purity.expression(node.args[0]) else None
+        if dotted(node.func) == "zip" and any(k.arg == "strict" for k in node.keywords):
+            node.keywords = [k for k in node.keywords if k.arg != "strict"]  # an assertion
+            return node
         if isinstance(node.func, ast.Lambda):
             return self.applied(node.func, node)
         if isinstance(node.func, ast.Subscript) and isinstance(node.func.value, ast.Name) and not node.args:
@@ -1606,6 +1828,56 @@ class Fold(Rewriter):
         if result is None or not (pure and own):
             return None
         return ast.Dict([], []) if is_empty_dict(result) else ast.Constant(literal(result))
+
+    def inlined(self, node: ast.Call) -> ast.expr | None:
+        """The expression that a function of the program returns, if that is all it does, with the arguments put in."""
+        called = self.called(node)
+        if len(called) != 1 or not isinstance(called[0].body[-1], ast.Return) or not self.lends(called[0]):
+            return None
+        function = called[0]
+        body, bare = function.body[-1].value, any(isinstance(a, ast.Starred) for a in node.args)  # type: ignore
+        if bare or any(k.arg is None for k in node.keywords) or function.name in self.around:
+            return None
+        method = isinstance(node.func, ast.Attribute)
+        given = self.facts.passed(node, function.args, int(method))
+        if method:
+            named = node.func.attr == function.name  # type: ignore[attr-defined]
+            given[function.args.args[0].arg] = node.func.value if named else node.func  # type: ignore[attr-defined]
+        sites = self.facts.calls["." * method + function.name] if not method or named else [node, node]
+        small = sum(1 for _ in walk(body)) <= 5 + 2 * len(given)
+        if (len(sites) > 1 and not small) or not self.fits(body, given):
+            return None
+        return Replace({name: value for name, value in given.items() if value}).visit(cloned(body))
+
+    def lends(self, function: Function) -> bool:
+        """Whether a function is one expression, of its parameters and what everybody sees."""
+        own = {a.arg for a in parameters(function.args)}
+        plain = len(function.body) == 1 and not function.decorator_list and not starred(function.args)
+        if not plain or function.body[0].value is None or function.name.startswith("__"):  # type: ignore[attr-defined]
+            return False
+        nodes = list(walk(function.body[0]))
+        if any(isinstance(n, ast.NamedExpr | ast.Yield | ast.YieldFrom | ast.Await | ast.Lambda) for n in nodes):
+            return False
+        names = {n.id for n in nodes if isinstance(n, ast.Name)}
+        if any(isinstance(n, ast.comprehension) for n in nodes) or {function.name, "super"} & names:
+            return False
+        inner = self.facts.defs.get(function.name) is function or function.name in self.facts.methods
+        return inner and all(self.find(name) in (None, self.scopes[0]) for name in names - own)
+
+    def fits(self, body: ast.expr, given: dict[str, ast.expr | None]) -> bool:
+        """Whether arguments can stand where the parameters do: none is computed twice, later, or not at all."""
+        uses = Counter(n.id for n in walk(body) if isinstance(n, ast.Name))
+        if any(value is None for value in given.values()):
+            return False
+        moved = [n for n, v in given.items() if v and not isinstance(v, ast.Name | ast.Constant)]
+        still = self.purity.expression(body)
+        calm = [n for n in moved if still and dotted(given[n] or body)]
+        idle = [n for n in moved if not uses[n] and self.purity.expression(given[n])]
+        rest = [n for n in moved if n not in calm and n not in idle]
+        if not rest:
+            return True
+        first = [n.id for n in early(body, self.facts.modules)[0]]
+        return len(rest) == 1 and uses[rest[0]] == 1 and rest[0] in first and len(moved) == 1
 
     def applied(self, function: ast.Lambda, call: ast.Call) -> ast.expr | None:
         """A lambda's body with its arguments put in, where each is simple or used at most once and in order."""
@@ -1676,7 +1948,12 @@ class Fold(Rewriter):
         return ast.JoinedStr(parts) if changed else None
 
     def simplify_BinOp(self, node: ast.BinOp) -> ast.expr | None:
-        """Texts and lists joined with empty ones, dicts with {}."""
+        """Texts and lists joined with empty ones, dicts with {}; a tuple once."""
+        if isinstance(node.op, ast.Add) and isinstance(node.right, ast.Tuple) and not node.right.elts:
+            left = node.left.left if isinstance(node.left, ast.BinOp) else node.left
+            return node.left if isinstance(left, ast.Tuple) else None
+        if isinstance(node.op, ast.Mult) and isinstance(node.left, ast.Tuple) and is_literal(node.right):
+            return node.left if same(literal(node.right), 1) else None
         for one, other in ((node.left, node.right), (node.right, node.left)):
             if (
                 isinstance(node.op, ast.Add)
@@ -1731,7 +2008,9 @@ class Fold(Rewriter):
         node.decorator_list = [self.visit(d) for d in node.decorator_list]
         self.defaults(node.args)
         self.scopes.append(self.scope_of(node))
+        self.around.append(node.name)
         node.body = self.block(node.body)
+        self.around.pop()
         self.scopes.pop()
         last = node.body[-1]
         if isinstance(last, ast.Return) and (last.value is None or dotted(last.value) == "None"):
@@ -1759,11 +2038,12 @@ class Fold(Rewriter):
         if owner == CONFIG_CLASS and not isinstance(node, ast.Lambda) and node.args.args:
             configs.add(node.args.args[0].arg)
         noted = [n for n in inside(node) if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
-        kinds = {dotted(n.target): dotted(n.annotation) for n in noted if dotted(n.annotation) in self.facts.classes}
+        types_ = {dotted(n.target): n.annotation for n in noted}
         inner = [n for n in walk(node) if isinstance(n, Function | ast.Lambda) and n is not node]
         captured = frozenset(n.id for one in inner for n in walk(one) if isinstance(n, ast.Name))
         flow = {name: value for name, value in flow.items() if name not in known}
-        return Scope(bound, known, configs, False, followed, captured, kinds, dict(flow))
+        known |= stays_empty(node, bound) if isinstance(node, Function) else {}
+        return Scope(bound, known, configs, False, followed, captured, types_, dict(flow))
 
     def followed(self, node: Function, bound: dict[str, list[ast.AST | None]]) -> frozenset[str]:
         """Local names that nothing but plain assignments, and calls, bind."""
@@ -1808,9 +2088,12 @@ class Fold(Rewriter):
     def comprehension(self, node: Any) -> ast.expr:
         names = {n.id for g in node.generators for n in walk(g.target) if isinstance(n, ast.Name)}
         node.generators[0].iter = self.visit(node.generators[0].iter)  # belongs to the scope around
-        self.scopes.append(Scope({name: [None, None] for name in names}, {}, set(), True))
+        own = Scope({name: [None, None] for name in names}, {}, set(), True)
+        own.types |= typed(node.generators[0].target, each_type(self.type_of(node.generators[0].iter)))
+        self.scopes.append(own)
         for place, generator in enumerate(node.generators):
             generator.iter = self.visit(generator.iter) if place else generator.iter
+            own.types |= typed(generator.target, each_type(self.type_of(generator.iter))) if place else {}
             generator.ifs = [i for i in map(self.visit, generator.ifs) if self.truth(i) is not True]
         for part in ("key", "value", "elt"):
             if hasattr(node, part):
@@ -1946,8 +2229,9 @@ class Fold(Rewriter):
         """A condition without parts that do not change its truth."""
         if isinstance(node, ast.BoolOp):
             neutral = isinstance(node.op, ast.And)
-            kept = [p for p in map(self.condition, node.values) if self.truth(p) is not neutral]
-            if len(kept) < len(node.values):
+            parts = list(map(self.condition, node.values))
+            kept = [p for p in parts if self.truth(p) is not neutral]
+            if len(kept) < len(node.values) or any(a is not b for a, b in zip(parts, node.values)):
                 self.changes += 1
                 return ast.BoolOp(node.op, kept) if len(kept) > 1 else kept[0] if kept else ast.Constant(neutral)
         return node
@@ -1963,10 +2247,29 @@ class Fold(Rewriter):
         node.iter = self.visit(node.iter)
         if self.truth_of_loop(node.iter):
             return self.changed(self.spliced(node.orelse) or None)
+        if (only := self.single(node)) is not None:
+            return self.changed(self.spliced([ast.Assign([node.target], only), *node.body]))
+        scope, types_ = self.scopes[-1], dict(typed(node.target, each_type(self.type_of(node.iter))))
+        again = {n.id for one in node.body for n in walk(one) if isinstance(n, ast.Name) and not is_load(n)}
+        before = scope.types
+        scope.types = before | {n: kind for n, kind in types_.items() if n not in again and not any(scope.bound[n])}
         self.apart(node)
+        scope.types = before
         idle = all(isinstance(n, ast.Pass) for n in node.body) and not node.orelse
         named = all(isinstance(target, ast.Name) for target, _ in stores(node))
         return self.changed(None) if idle and named and self.purity.expression(node.iter) else node
+
+    def single(self, node: ast.For) -> ast.expr | None:
+        """The one element that a loop goes through, where it goes through to its end."""
+        leaves = any(isinstance(n, ast.Break | ast.Continue) for one in node.body for n in walk(one))
+        one: ast.expr | None = None
+        if isinstance(node.iter, ast.Tuple | ast.List) and len(node.iter.elts) == 1:
+            one = node.iter.elts[0]
+        elif dotted(node.iter.func if isinstance(node.iter, ast.Call) else node.iter) == "range":
+            with suppress(Unknown):
+                turns = list(itertools.islice(self.value(node.iter), 2))
+                one = ast.Constant(turns[0]) if len(turns) == 1 else None
+        return None if leaves or node.orelse or isinstance(one, ast.Starred) else one
 
     def apart(self, node: ast.For | ast.While) -> None:
         """A loop's parts, each of which may run often or not at all."""
@@ -2069,6 +2372,39 @@ class Fold(Rewriter):
         return self.changed(None) if nothing and isinstance(node.target, ast.Name) else node
 
 
+def early(node: Any, modules: Container[str]) -> tuple[list[ast.Name], bool]:
+    """(names that an expression reads before it does anything else, whether it does nothing else)."""
+    if isinstance(node, ast.Name | ast.Constant) or node is None:
+        return [node] if isinstance(node, ast.Name) else [], True
+    if isinstance(node, ast.Attribute) and dotted(node).split(".")[0] in modules:
+        return [], True
+    parts: list[Any] = []
+    if isinstance(node, ast.Call):
+        parts = [node.func, *node.args, *(k.value for k in node.keywords)]
+    elif isinstance(node, ast.Tuple | ast.List):
+        parts = node.elts
+    elif isinstance(node, ast.Attribute | ast.Starred):
+        parts = [node.value]
+    elif isinstance(node, ast.Subscript):
+        parts = [node.value, node.slice]
+    elif isinstance(node, ast.BinOp):
+        parts = [node.left, node.right]
+    elif isinstance(node, ast.UnaryOp):
+        parts = [node.operand]
+    elif isinstance(node, ast.Slice):
+        parts = [node.lower, node.upper, node.step]
+    elif isinstance(node, ast.Compare | ast.IfExp | ast.BoolOp):
+        parts = [node.left, node.comparators[0]] if isinstance(node, ast.Compare) else children(node)[:1]
+        parts = [node.test] if isinstance(node, ast.IfExp) else parts
+    found = list[ast.Name]()
+    for part in parts:
+        names, calm = early(part, modules)
+        found += names
+        if not calm:
+            return found, False
+    return found, isinstance(node, ast.Tuple | ast.List | ast.Slice)
+
+
 def is_replace(node: ast.AST) -> bool:
     return isinstance(node, ast.Call) and dotted(node.func) in ("dataclasses.replace", "replace") and bool(node.args)
 
@@ -2078,14 +2414,71 @@ def is_config_arg(arg: ast.arg) -> bool:
     return isinstance(arg.annotation, ast.Name) and arg.annotation.id == CONFIG_CLASS
 
 
-class Replace(Rewriter):
-    """Put expressions in for names."""
+LOOKS = {"get", "items", "keys", "values", "copy"}
+LOOKERS = {
+    "len",
+    "bool",
+    "any",
+    "all",
+    "set",
+    "list",
+    "dict",
+    "tuple",
+    "sorted",
+    "sum",
+    "frozenset",
+    "min",
+    "max",
+    "enumerate",
+    "zip",
+    "map",
+}
 
-    def __init__(self, given: dict[str, ast.expr]) -> None:
-        self.given = given
+
+def looked_at(node: ast.AST) -> list[ast.AST]:
+    """Parts of a node that it reads and neither keeps nor changes, if they are containers."""
+    if isinstance(node, ast.Call):
+        asks = isinstance(node.func, ast.Attribute) and node.func.attr in LOOKS
+        return [node.func.value] if asks else node.args if dotted(node.func) in LOOKERS else []  # type: ignore
+    if isinstance(node, ast.Compare):
+        return [right for op, right in zip(node.ops, node.comparators) if isinstance(op, ast.In | ast.NotIn)]
+    if isinstance(node, ast.For | ast.comprehension):
+        return [node.iter]
+    if isinstance(node, ast.Subscript):
+        return [node.value] if isinstance(node.ctx, ast.Load) else []
+    if isinstance(node, ast.If | ast.While | ast.IfExp):
+        return [node.test]
+    if isinstance(node, ast.Dict):
+        return [value for key, value in zip(node.keys, node.values) if key is None]
+    return [node.value] if isinstance(node, ast.Starred) or (isinstance(node, ast.keyword) and not node.arg) else []
+
+
+def stays_empty(node: Function, bound: dict[str, list[ast.AST | None]]) -> dict[str, ast.expr]:
+    """Local names that hold an empty container for good: nothing but looks at them (or takes away from a set)."""
+    found: dict[str, ast.expr] = {}
+    for name, values in bound.items():
+        known = [value for value in values if value is not None]
+        if len(known) == 1 and (is_empty(known[0]) or is_empty_set(known[0])):
+            found[name] = known[0]  # type: ignore[assignment]
+    if not found:
+        return found
+    looks, lost = {id(part) for one in walk(node) for part in looked_at(one)}, Counter[str]()
+    for one in walk(node):
+        if isinstance(one, ast.Name) and one.id in found and is_load(one) and id(one) not in looks:
+            del found[one.id]
+        elif isinstance(one, ast.AugAssign) and isinstance(one.op, ast.Sub):
+            lost[dotted(one.target)] += is_empty_set(found.get(dotted(one.target)))
+    return {name: value for name, value in found.items() if len(bound[name]) == 1 + lost[name]}
+
+
+class Replace(Rewriter):
+    """Put expressions in for names; copies, but where each is put in once."""
+
+    def __init__(self, given: dict[str, ast.expr], once: bool = False) -> None:
+        self.given, self.copy = given, (lambda node: node) if once else cloned
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        return cloned(self.given[node.id]) if node.id in self.given and isinstance(node.ctx, ast.Load) else node
+        return self.copy(self.given[node.id]) if node.id in self.given and isinstance(node.ctx, ast.Load) else node
 
 
 class Closed:
@@ -2214,6 +2607,7 @@ class Sweep(Rewriter):
         self.local.append((set(bindings(node)) | {a.arg for a in parameters(node.args)} - free, reads))
         self.generic_visit(node)
         self.local.pop()
+        self.changes += Joined(node, self.facts.modules).changes
         node.body = node.body or [ast.Pass()]
         return node
 
@@ -2221,11 +2615,22 @@ class Sweep(Rewriter):
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
         fields, outer, self.local = class_fields(node), self.local, []
+        node.body = [one for one in node.body if not (isinstance(one, Function) and self.hidden(node, one))]
         node.body = [one for one in node.body if not self.idle(one, fields)]
         self.generic_visit(node)
         self.local = outer
         node.body = node.body or [ast.Pass()]
         return node
+
+    def hidden(self, kind: ast.ClassDef, method: Function) -> bool:
+        """Whether every object of a class has another method under this one's name."""
+        facts, name = self.facts, method.name
+        if facts.defs.get(kind.name) is not kind or name.startswith("__") or facts.foreign_bases(kind.name):
+            return False
+        owners, above = {owner for owner, _ in facts.methods[name]}, {made_kind(n.value) for n in facts.reads[name]}
+        above = "super" in above or any(dotted(n.value) in facts.classes for n in facts.reads[name])  # type: ignore
+        heirs = [c for c in facts.classes if kind.name in facts.ancestors(c) and (facts.calls[c] or facts.escaped[c])]
+        return not above and all(next(a for a in facts.ancestors(c) if a in owners) != kind.name for c in heirs)
 
     def idle(self, node: ast.stmt, fields: dict[str, Any]) -> bool:
         """Whether a statement of a class's body gives nothing: a declaration, or a value that nobody reads."""
@@ -2269,7 +2674,8 @@ class Sweep(Rewriter):
         self.generic_visit(node)
         if not self.local:
             return node
-        return self.visit_Assign(ast.Assign([node.target], node.value)) if node.value else None
+        plain = self.visit_Assign(ast.Assign([node.target], node.value)) if node.value else None
+        return node if isinstance(plain, ast.Assign) and plain.targets == [node.target] else plain
 
     def visit_AugAssign(self, node: ast.AugAssign) -> Any:
         self.generic_visit(node)
@@ -2303,6 +2709,42 @@ class Sweep(Rewriter):
             if name == "body" and part == [] and not isinstance(node, ast.Module):
                 node.body = [ast.Pass()]  # type: ignore[attr-defined]
         return node
+
+
+class Joined:
+    """`name = value` and a next statement whose first step is to read that name, which nobody else does: one."""
+
+    def __init__(self, function: Function, modules: Container[str]) -> None:
+        self.changes, self.modules, bound = 0, modules, bindings(function)
+        functions = [f for f in walk(function) if isinstance(f, Function | ast.Lambda) and f is not function]
+        inner = {id(n) for f in functions for n in walk(f)}
+        counts = Counter(n.id for n in walk(function) if isinstance(n, ast.Name) and is_load(n))
+        kept = {name for n in walk(function) if isinstance(n, ast.Global | ast.Nonlocal) for name in n.names}
+        self.once = {n for n, values in bound.items() if len(values) == 1 and counts[n] == 1} - kept
+        for node in walk(function):
+            for part in ("body", "orelse", "finalbody"):
+                body = getattr(node, part, None)
+                if isinstance(body, list) and body and id(body[0]) not in inner:
+                    self.join(body)
+
+    def join(self, body: list[ast.stmt]) -> None:
+        for place in range(len(body) - 2, -1, -1):
+            one, after = body[place : place + 2]
+            target = one.targets[0] if isinstance(one, ast.Assign) and len(one.targets) == 1 else None
+            if not isinstance(target, ast.Name) or target.id not in self.once:
+                continue
+            if any(found.id == target.id for found in self.first_reads(after)):
+                Replace({target.id: one.value}, once=True).visit(after)  # type: ignore[attr-defined]
+                del body[place]
+                self.changes += 1
+
+    def first_reads(self, node: ast.stmt) -> list[ast.Name]:
+        """Names that a simple statement reads before it does anything else."""
+        whole = isinstance(node, ast.Return | ast.Expr | ast.Assign | ast.AnnAssign)
+        whole &= not isinstance(node, ast.Assign) or all(isinstance(t, ast.Name | ast.Tuple) for t in node.targets)
+        value = node.value if whole else node.test if isinstance(node, ast.If) else None  # type: ignore[attr-defined]
+        value = node.iter if isinstance(node, ast.For) else value
+        return early(value, self.modules)[0]
 
 
 def shrink(facts: Facts) -> int:
@@ -2396,7 +2838,8 @@ def shrink_fields(facts: Facts, purity: Purity, name: str, kind: ast.ClassDef) -
         args = facts.field_args(name)
         calls = [(call, 0) for call in facts.calls[name]]
         given = [k.value for call in changes for k in call.keywords if k.arg == field]
-        read = facts.read(field, name) or facts.stored[field]
+        holders = {facts.holder(target) for target, _ in facts.stored[field]}
+        read = facts.read(field, name) or not all(one and name not in facts.family(one) for one in holders)
         if read or any(k.arg is None for c in changes for k in c.keywords) or not all(map(purity.expression, given)):
             continue
         if not unpassed(calls, args, field, purity) or len(class_fields(kind)) == 1:
@@ -2898,6 +3341,324 @@ def finished(tree: ast.Module) -> ast.Module:
     return ast.fix_missing_locations(tree)
 
 
+# ==== naming: short names, the same for the same thing wherever that can be ====
+
+RARE = 4  # imports that are used no more often keep their names
+FILES = (
+    io.TextIOWrapper,
+    io.BufferedReader,
+    io.BytesIO,
+    re.Pattern,
+    re.Match,
+    types.SimpleNamespace,
+    type(hashlib.sha256()),
+)
+PLAIN_VALUES = (
+    ast.Constant,
+    ast.Tuple,
+    ast.List,
+    ast.Dict,
+    ast.Lambda,
+    ast.Compare,
+    ast.BinOp,
+    ast.ListComp,
+    ast.DictComp,
+)
+
+
+class Place:
+    """A scope: names that it binds, and the scope around it."""
+
+    def __init__(self, node: Any, outer: Place | None, names: set[str]) -> None:
+        self.node, self.outer, self.names = node, outer, names
+        self.pinned = set[str]()
+
+    def home(self, name: str) -> Place | None:
+        """The scope that a name means which is read or bound here; None for a builtin."""
+        at: Place | None = self
+        while at and (name not in at.names or (isinstance(at.node, ast.ClassDef) and at is not self)):
+            at = at.outer
+        return at
+
+
+class Naming:
+    """Every use of a name in a program, by what it means; then a short name for each meaning.
+
+    A local name may be any that is not used there for something else. Attributes, fields, methods and parameters that
+    are passed by name have one namespace; those stay as they are that an object of another module may have, that a
+    text may mean, or that another module may be given.
+    """
+
+    def __init__(self, tree: ast.Module, external: Outside) -> None:
+        self.tree, self.facts = tree, Facts(tree, external).scan()
+        inner = [n for n in self.facts.nodes if isinstance(n, ast.ImportFrom)]
+        self.modules = self.facts.modules | {a.asname or a.name: f"{n.module}.{a.name}" for n in inner for a in n.names}
+        self.uses: dict[tuple[int, str], list[tuple[Any, str, Place]]] = defaultdict(list)  # -> node, its part, where
+        self.places: dict[int, Place] = {}
+        self.pinned, self.own_calls, self.keywords, self.loose = (
+            self.known_outside(),
+            set[int](),
+            set[str](),
+            set[str](),
+        )
+        self.module = Place(tree, None, set(bindings(tree)))
+        self.members = self.own_members() - self.pinned
+        self.look_at(tree.body, self.module)
+        self.members = (self.members | self.keywords) - self.loose - self.pinned
+
+    # -- what may be renamed --
+
+    def known_outside(self) -> set[str]:
+        """Names of attributes and keywords that others than the program know."""
+        found = set(self.facts.external) | {n for kind in FILES for n in dir(kind)} | {"_"}
+        for node in self.facts.nodes:
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " not in node.value:
+                found |= set(re.findall(r"[A-Za-z_]\w*", node.value))
+            elif isinstance(node, ast.Attribute) and dotted(node).split(".")[0] in self.modules:
+                found |= {node.attr, *names_behind(dotted(node), self.modules)}
+            elif isinstance(node, Function) and is_opaque(node):
+                found |= {n.attr for n in walk(node) if isinstance(n, ast.Attribute)}
+            elif isinstance(node, ast.ClassDef) and not is_tuple_class(node) and self.facts.foreign_bases(node.name):
+                for target, value in (pair for n in walk(node) for pair in stores(n)):
+                    if isinstance(target, ast.Attribute) and not isinstance(value, PLAIN_VALUES):
+                        found.add(target.attr)  # a parameter's or module's: part of what it is called in the artifact
+        return found
+
+    def own_members(self) -> set[str]:
+        """Attributes, methods and fields that the program's classes make."""
+        found = set(self.facts.stored) | set(self.facts.methods) | set(self.facts.given)
+        found |= {name for fields in self.facts.fields.values() for name in fields}
+        reads = {n.attr for n in self.facts.nodes if isinstance(n, ast.Attribute)}
+        listing = {"asdict", "_asdict", "fields", "_fields", "__dict__"} & {*reads, *self.facts.loads}
+        return {n for n in found if not n.startswith("__")} if not listing else set()
+
+    def is_own(self, node: ast.expr, place: Place) -> bool:
+        """Whether what is called is certainly the program's, and takes no keywords that it does not name."""
+        if isinstance(node, ast.Name):
+            home = place.home(node.id)
+            made = self.facts.defs.get(node.id) if home is self.module else None
+            named = made.args.kwarg is None if isinstance(made, Function) else isinstance(made, ast.ClassDef)
+            return named and node.id not in self.facts.shadowed
+        if not isinstance(node, ast.Attribute):
+            return False
+        methods = [m for _, m in self.facts.methods.get(node.attr, ())]
+        known = node.attr in self.members and methods and node.attr not in self.facts.stored
+        return node.attr == "_replace" or bool(known and not any(m.args.kwarg for m in methods))
+
+    def is_foreign(self, node: ast.expr, place: Place) -> bool:
+        """Whether what is called certainly is none of the program's."""
+        head = dotted(node).split(".")[0]
+        if head in self.modules and place.home(head) is self.module:
+            return True
+        if isinstance(node, ast.Name):
+            return place.home(node.id) is None
+        facts = self.facts
+        own = isinstance(node, ast.Attribute) and (facts.methods.get(node.attr) or facts.stored.get(node.attr))
+        return isinstance(node, ast.Attribute) and not own and not facts.given.get(node.attr)
+
+    # -- reading a program --
+
+    def use(self, node: Any, part: str, name: str, place: Place) -> None:
+        home = place.home(name)
+        if home is not None:
+            self.uses[id(home), name].append((node, part, place))
+            self.places[id(home)] = home
+
+    def inner(self, node: Any, outer: Place) -> Place:
+        """The scope of a function or lambda, with its parameters looked at."""
+        args = [*parameters(node.args), *starred(node.args)]
+        free = {n for one in inside(node) if isinstance(one, ast.Global | ast.Nonlocal) for n in one.names}
+        place = Place(node, outer, (set(bindings(node)) | {a.arg for a in args} | walrus(node)) - free)
+        if isinstance(node, Function) and is_opaque(node):
+            place.pinned |= {n.id for n in walk(node) if isinstance(n, ast.Name)} | {a.arg for a in args}
+        for arg in args:
+            self.use(arg, "arg", arg.arg, place)
+            self.look_at(arg.annotation, outer)
+        self.look_at([*node.args.defaults, *node.args.kw_defaults], outer)
+        return place
+
+    def look_at(self, node: Any, place: Place) -> None:
+        if isinstance(node, list):
+            for one in node:
+                self.look_at(one, place)
+            return
+        rule = getattr(self, "look_" + type(node).__name__, None)
+        if rule:
+            rule(node, place)
+        elif node is not None:
+            for one in children(node):
+                self.look_at(one, place)
+
+    def look_Name(self, node: ast.Name, place: Place) -> None:
+        self.use(node, "id", node.id, place)
+
+    def look_FunctionDef(self, node: Any, place: Place) -> None:
+        self.look_at([*node.decorator_list, node.returns], place)
+        self.use(node, "name", node.name, place)
+        self.look_at(node.body, self.inner(node, place))
+
+    def look_Lambda(self, node: ast.Lambda, place: Place) -> None:
+        self.look_at(node.body, self.inner(node, place))
+
+    def look_ClassDef(self, node: ast.ClassDef, place: Place) -> None:
+        self.look_at([*node.decorator_list, *node.bases, *node.keywords], place)
+        self.use(node, "name", node.name, place)
+        declared = {dotted(one.target) for one in node.body if isinstance(one, ast.AnnAssign)}
+        self.look_at(node.body, Place(node, place, set(bindings(node)) | declared))
+
+    def look_comprehension(self, node: Any, place: Place) -> None:
+        names = {n.id for g in node.generators for n in walk(g.target) if isinstance(n, ast.Name)}
+        own = Place(node, place, names)
+        for number, one in enumerate(node.generators):
+            self.look_at(one.iter, own if number else place)
+            self.look_at([one.target, *one.ifs], own)
+        self.look_at([getattr(node, part, None) for part in ("key", "value", "elt")], own)
+
+    look_ListComp = look_SetComp = look_DictComp = look_GeneratorExp = look_comprehension
+
+    def look_NamedExpr(self, node: ast.NamedExpr, place: Place) -> None:
+        at = place
+        while isinstance(at.node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp) and at.outer:
+            at = at.outer
+        self.use(node.target, "id", node.target.id, at)
+        self.look_at(node.value, place)
+
+    def look_Call(self, node: ast.Call, place: Place) -> None:
+        given = {k.arg for k in node.keywords if k.arg}
+        if given and (self.is_own(node.func, place) or is_replace(node)):
+            self.keywords |= given
+            self.own_calls |= {id(k) for k in node.keywords}
+        elif given and not self.is_foreign(node.func, place):
+            self.loose |= given
+        for one in children(node):
+            self.look_at(one, place)
+
+    def look_Import(self, node: Any, place: Place) -> None:
+        for alias in node.names:
+            self.use(alias, "asname", (alias.asname or alias.name).split(".")[0], place)
+            if "." in alias.name and not alias.asname:
+                place.pinned.add(alias.name.split(".")[0])
+
+    look_ImportFrom = look_Import
+
+    def look_Global(self, node: Any, place: Place) -> None:
+        for at, name in enumerate(node.names):
+            self.use((node, at), "names", name, place)
+
+    look_Nonlocal = look_Global
+
+    def look_ExceptHandler(self, node: ast.ExceptHandler, place: Place) -> None:
+        if node.name:
+            self.use(node, "name", node.name, place)
+        self.look_at([node.type, *node.body], place)
+
+    # -- choosing --
+
+    def rename(self) -> ast.Module:
+        """Give every meaning its name: a function's names a, b, c ... as they come, the module's by how often they are
+        used, so that the same letters come in the same places."""
+        self.map, taken = (
+            self.member_names(),
+            defaultdict[int, set[str]](set),
+        )  # taken: in a scope something is called so
+        rest, names = list[tuple[int, str]](), tuple(itertools.islice(short_names(), 2000))
+        for (home, name), uses in self.uses.items():
+            if (fixed := self.fixed(self.places[home], name, uses)) is None:
+                rest.append((home, name))
+            else:
+                self.give(home, name, fixed, taken)
+        late = {key: self.places[key[0]] is self.module for key in rest}
+        for key in sorted(rest, key=lambda key: (late[key], -len(self.uses[key]) * late[key], key[1] * late[key])):
+            used = set().union(*(taken[at] for at in self.live(key[0], self.uses[key])))
+            self.give(*key, next(name for name in names if name not in used), taken)
+        for node in self.facts.nodes:
+            if isinstance(node, ast.Attribute):
+                node.attr = self.map.get(node.attr, node.attr)
+            elif isinstance(node, ast.keyword) and node.arg and id(node) in self.own_calls:
+                node.arg = self.map.get(node.arg, node.arg)
+        return self.tree
+
+    def member_names(self) -> dict[str, str]:
+        """Members with their short names, those first that are used most."""
+        counts = Counter(n.attr for n in self.facts.nodes if isinstance(n, ast.Attribute))
+        counts += Counter(n.arg for n in self.facts.nodes if isinstance(n, ast.keyword) and n.arg)
+        spare = (name for name in short_names() if name not in self.pinned)
+        return dict(zip(sorted(self.members, key=lambda name: (-counts[name], name)), spare))
+
+    def fixed(self, home: Place, name: str, uses: list[Any]) -> str | None:
+        """The name that something must have, if it is not free."""
+        if isinstance(home.node, ast.ClassDef):
+            return self.map.get(name, name)
+        if name in home.pinned or name.startswith("__") or any(name in place.pinned for _, _, place in uses):
+            return name
+        if isinstance(home.node, Function | ast.Lambda) and any(part == "arg" for _, part, _ in uses):
+            return self.map.get(name, name) if name in self.keywords | self.loose else None
+        if not any(part == "asname" and node.asname for node, part, _ in uses) and len(uses) < RARE:
+            return name if any(part == "asname" for _, part, _ in uses) else None
+        return None
+
+    def live(self, home: int, uses: list[tuple[Any, str, Place]]) -> set[int]:
+        """Scopes in which a name means something: where it is used, and those around up to its own."""
+        found = {home}
+        for _, _, place in uses:
+            at: Place | None = place
+            while at is not None and id(at) != home:
+                found.add(id(at))
+                at = at.outer
+        return found
+
+    def give(self, home: int, name: str, new: str, taken: dict[int, set[str]]) -> None:
+        uses = self.uses[home, name]
+        for at in self.live(home, uses):
+            taken[at].add(new)
+        for node, part, _ in uses:
+            if part == "names":
+                node[0].names[node[1]] = new
+            elif part == "asname":
+                node.asname = new if new != node.name else None
+            else:
+                setattr(node, part, new)
+
+
+def named(text: str, external: Outside) -> ast.Module:
+    """A program with short names."""
+    return Naming(ast.parse(text), external).rename()
+
+
+def short_names() -> Iterator[str]:
+    """a, b, ... Z, then two letters."""
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    for size in itertools.count(1):
+        for name in map("".join, itertools.product(letters, repeat=size)):
+            if not iskeyword(name) and not hasattr(builtins, name):
+                yield name
+
+
+def walrus(node: ast.AST) -> set[str]:
+    """Names that expressions assign in a function, those in its comprehensions included."""
+    return {n.target.id for n in inside(node) if isinstance(n, ast.NamedExpr)}
+
+
+@functools.cache
+def attributes_at(path: str) -> frozenset[str]:
+    """Attributes of a module or class of that path, and of the classes in it."""
+    head, *rest = path.split(".")
+    with suppress(Exception):
+        found = importlib.import_module(head)
+        for name in rest:
+            found = getattr(found, name)
+        inner = vars(found).values() if isinstance(found, types.ModuleType) else []
+        kinds = [found, *(kind for kind in inner if isinstance(kind, type))]
+        if isinstance(found, types.ModuleType | type):
+            return frozenset(name for kind in kinds for name in dir(kind))
+    return frozenset()
+
+
+def names_behind(name: str, modules: dict[str, str]) -> frozenset[str]:
+    head, _, rest = name.partition(".")
+    return attributes_at(f"{modules[head]}.{rest}")
+
+
 # ==== minifying and wrapping ====
 
 RAW_LZMA = [
@@ -2909,7 +3670,7 @@ OPEN = "lzma.decompress({data},3,None,[{{'id':33}}])"  # a decoder needs no more
 LISTED = "import linecache\nlinecache.cache['t']=len(s),None,s.splitlines(1),'t'\n"
 
 
-def minified(text: str) -> str:
+def minified(text: str, named: bool = False) -> str:
     """The same program in fewer characters. Raises BuildError where python-minifier is not installed."""
     try:
         import python_minifier
@@ -2921,7 +3682,12 @@ def minified(text: str) -> str:
         remove_return_annotations=False, remove_argument_annotations=False
     )
     return python_minifier.minify(
-        text, rename_globals=True, remove_literal_statements=True, hoist_literals=False, remove_annotations=kept
+        text,
+        rename_globals=not named,
+        rename_locals=not named,
+        remove_literal_statements=True,
+        hoist_literals=False,
+        remove_annotations=kept,
     )
 
 
@@ -2935,20 +3701,81 @@ def wrap_none(text: str) -> bytes:
 
 
 def loader(data: str, listed: bool) -> str:
-    start = "exec(compile(s,'t','exec'))" if listed else "exec(s)"
-    return f"import lzma\ns={OPEN.format(data=data)}.decode()\n{LISTED if listed else ''}{start}\n"
+    return f"import lzma\ns={OPEN.format(data=data)}.decode()\n{started(listed)}"
+
+
+def started(listed: bool) -> str:
+    """The end of a wrapper: run the program s."""
+    return f"{LISTED}exec(compile(s,'t','exec'))\n" if listed else "exec(s)\n"
+
+
+def quoted(stream: bytes) -> str:
+    """A Latin-1 string literal of a stream: what ends it, or is no character of a source, is escaped."""
+    text = stream.decode("latin-1").replace("\\", "\\\\").replace("\r", "\\r").replace("'''", "''\\'")
+    text = re.sub("\0(?=[0-7])", r"\\x00", text).replace("\0", "\\0")
+    return "'''" + (text[:-1] + "\\'" if text.endswith("'") else text) + "'''.encode('l1')"
 
 
 def wrap_latin1(text: str) -> bytes:
-    """A Latin-1 source whose one string is the stream; what ends a string or a line is escaped."""
-    escapes = {0: "\\0", 10: "\\n", 13: "\\r", 39: "\\'", 92: "\\\\"}
-    stream = packed(text)
-    parts = [escapes.get(byte, chr(byte)) for byte in stream]
-    for place in range(len(parts) - 1):  # \0 before a digit would be another escape
-        if parts[place] == "\\0" and parts[place + 1] in "01234567":
-            parts[place] = "\\x00"
-    data = "'" + "".join(parts) + "'.encode('l1')"
-    return ("#coding:l1\n" + loader(data, is_listed(text))).encode("latin-1")
+    """A Latin-1 source whose one string is the stream."""
+    return ("#coding:l1\n" + loader(quoted(packed(text)), is_listed(text))).encode("latin-1")
+
+
+# A model of text as mixtures of what followed in several contexts (1 to 5 characters, words, the shape of the code)
+# gives the probability of each bit to an arithmetic decoder. Floats are added, multiplied and divided alone, which
+# comes out the same on every machine. T is the logistic function's inverse, W are weights by how often a context was
+# met, e = [probability, times met].
+MIXER = r"""import re,bisect
+def f(g,n,o=''):
+ T=[];h=v=0;r=1;M={};W=[[.2]*35 for k in range(256)]
+ for k in range(1,65536):T+=[h];h+=65536/k/(65536-k)
+ S=lambda x:bisect.bisect(T,x+h/2)/65536
+ while len(o)<n:
+  t=o[-50:];c=1;C=[*[t[len(t)-k:]for k in(0,1,2,3,5)],str(re.split('\\W+',t)[-2:]),re.sub('\\w+','a',t)[-6:]+'!']
+  C=[M.setdefault(k,{})for k in C];B=W[128+ord(t[-1:]or'a')]
+  while c<128:
+   A=W[c];i=a=b=0;E=[];J=[]
+   for d in C:
+    e=d.setdefault(c,[.5,0]);j=i+min(4,e[1]);x=T[int(e[0]*65534)]-h/2;J+=[(j,x)];E+=[e];a+=A[j]*x;b+=B[j]*x;i+=5
+   while r<1<<24:r<<=8;v=v<<8|next(g,0)
+   m=int(r*min(.9999,max(.0001,S((a+b)/2))));y=v<m;a=(y-S(a))*.03;b=(y-S(b))*.03
+   if y:r=m
+   else:r-=m;v-=m
+   for j,x in J:A[j]+=a*x;B[j]+=b*x
+   for e in E:e[0]+=(y-e[0])/(e[1]+1.5);e[1]+=e[1]<25
+   c=c*2+y
+  o+=chr(c-128)
+ return o
+"""
+ENCODING = {"v=v<<8|next(g,0)": "v<<=8;s+=1", "y=v<m": "y=next(g)", "v-=m": "v+=m", "o=''": "o='',s=0"}
+ENCODING |= {"return o": "return v,r,s"}
+
+
+def mixed(text: str) -> bytes:
+    """The stream from which MIXER makes an ASCII text."""
+    source = functools.reduce(lambda code, change: code.replace(*change), ENCODING.items(), MIXER)
+    space: dict[str, Any] = {}
+    exec(source, space)
+    low, span, size = space["f"](
+        (code >> place & 1 for code in text.encode("ascii") for place in range(6, -1, -1)), len(text)
+    )
+    free = span.bit_length() - 1  # so many bits at the end may be anything
+    return ((low + span - 1) >> free << free).to_bytes(size, "big").rstrip(b"\0")
+
+
+def wrap_mixed(text: str) -> bytes:
+    """A Latin-1 source with a decoder and what it decodes; some 5 s of a core at every start."""
+    plain = text.encode("ascii", "backslashreplace").decode()
+    if ast.dump(ast.parse(plain)) != ast.dump(ast.parse(text)):
+        raise BuildError("the wrapper `mixed` is for ASCII outside of plain strings; take --wrapper latin1")
+    decoder = f"import zlib\nexec(zlib.decompress({quoted(deflated(MIXER))},-15))\n"
+    made = f"s=f(iter({quoted(mixed(plain))}),{len(plain)})\n"
+    return f"#coding:l1\n{decoder}{made}{started(is_listed(text))}".encode("latin-1")
+
+
+def deflated(text: str) -> bytes:
+    tool = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return tool.compress(text.encode()) + tool.flush()
 
 
 def wrap_base85(text: str) -> bytes:
@@ -2967,7 +3794,7 @@ def wrap_zip(text: str) -> bytes:
 
 
 WRAPPERS: dict[str, Callable[[str], bytes]] = {
-    "none": wrap_none, "latin1": wrap_latin1, "zip": wrap_zip, "base85": wrap_base85,
+    "none": wrap_none, "latin1": wrap_latin1, "zip": wrap_zip, "base85": wrap_base85, "mixed": wrap_mixed,
 }  # fmt: skip
 
 
@@ -3016,9 +3843,9 @@ def extract(source: Source, environ: dict[str, str], options: Any) -> Extracted:
     unknown = [name for name in kept if name.lower() not in dataclasses.asdict(h)]
     if unknown:
         raise BuildError(f"--keep-env {unknown[0]} is not a variable of {source.path.name}")
-    tree = Program(source, h, kept, options.devices.split(","), FOLDS=folds(h)).run()
-    text = ast.unparse(tree) + "\n"
-    short = text if options.no_minify else minified(text)
+    program = Program(source, h, kept, options.devices.split(","), FOLDS=folds(h))
+    text = ast.unparse(program.run()) + "\n"
+    short = text if options.no_minify else minified(ast.unparse(named(text, program.external)), named=True)
     for part in (text, short):
         compile(part, "train_gpt.py", "exec")
     name, script = wrapped(short, options.wrapper)

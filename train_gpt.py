@@ -6599,7 +6599,9 @@ class GPT(Module):
         drawn = keyed_uniform(self.h.seed, ctx.moment.step, torch.full_like(ctx.moment.rows, site.id), ctx.moment.rows)
         return y * ((drawn >= chance) / (1 - chance)).to(y.dtype)[:, None, None]
 
-    def run(self, sites: Sequence[Site], r: tuple, ctx: Ctx, states: tuple | None, trace: Trace) -> tuple:
+    def run(
+        self, sites: Sequence[Site], r: tuple, ctx: Ctx, states: tuple | None, trace: Trace
+    ) -> tuple[tuple, Ctx, Trace]:
         """run_sites, with activations recomputed in the backward pass every GRAD_CHECKPOINT sites."""
         every = self.h.grad_checkpoint if torch.is_grad_enabled() else 0
         if not every:
@@ -7101,7 +7103,7 @@ class Weights:
             key = "/".join([*(str(part) for part in role if part != ""), "x".join(map(str, parameters[name].shape))])
             groups.setdefault(key, []).append(name)
         self.h = model.h
-        self.banks = {
+        self.banks: dict[str, Bank] = {
             key: Bank(model.h, roles[names[0]], names, [parameters[name] for name in names])
             for key, names in groups.items()
         }
