@@ -576,6 +576,11 @@ class Hyperparameters:
         return tuple(dict.fromkeys((*trained, *self.export_rules.values(), *more)))
 
     @property
+    def carries(self) -> bool:
+        """Whether sites ever begin from a state: a packaged script writes no text."""
+        return not PACKAGED or self.carry_train or self.carry_eval or self.rmt_segment > 0
+
+    @property
     def attention_backends(self) -> tuple[str, ...]:
         """Those that `choose_attention` may take before SDPA; a packaged script is for one machine of the field."""
         found = ("fa3",) if PACKAGED else ("fa3", "fa2", "blocks")
@@ -1487,7 +1492,7 @@ def start_runtime(h: Hyperparameters) -> Runtime:
     if h.deterministic:
         be_deterministic()
     bf16 = h.precision == "bf16" or (h.precision == "auto" and has_bf16(device))
-    if bf16 and device.type != "cpu" and not has_bf16(device):
+    if not PACKAGED and bf16 and device.type != "cpu" and not has_bf16(device):
         raise UserError("PRECISION=bf16 needs a CPU or a CUDA device of capability 8 or more; try PRECISION=fp32")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -1882,10 +1887,10 @@ def lock_folder(folder: Path) -> int:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file only by its complete successor: temporary file, fsync, rename. Raises UserError on a full disk."""
-    temporary = path.with_name(path.name + ".tmp")
     if PACKAGED:
         path.write_bytes(data)
         return
+    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(exist_ok=True)
         with open(temporary, "wb") as handle:
@@ -2239,7 +2244,8 @@ class SentencePieceTokenizer:
         self.fingerprint = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         try:
             self.model = SentencePieceProcessor(model_file=path)
-            self.model.id_to_piece(list(range(self.model.vocab_size())))  # all are text
+            if not PACKAGED:
+                self.model.id_to_piece(list(range(self.model.vocab_size())))  # all are text
         except (RuntimeError, OSError, UnicodeDecodeError):
             raise UserError(f"TOKENIZER_PATH={path} is not a sentencepiece model") from None
         if not PACKAGED and self.model.vocab_size() != vocab_size:
@@ -2315,6 +2321,8 @@ def read_manifest(folder: str) -> dict[str, Any]:
     path = Path(folder) / "manifest.json"
     if not path.is_file():
         return {}
+    if PACKAGED:
+        return json.loads(path.read_text(encoding="utf-8"))
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
@@ -2348,7 +2356,7 @@ def check_text(h: Hyperparameters, tokenizer: SentencePieceTokenizer) -> None:
 
 def load_tokenizer(h: Hyperparameters) -> Tokenizer:
     """The run's tokenizer, checked against the data's manifest. Raises UserError on a mismatch."""
-    manifest = read_manifest(h.data_path).get("tokenizer", {})
+    manifest = {} if PACKAGED and not FOLDS else read_manifest(h.data_path).get("tokenizer", {})
     byte = h.vocab_size in BYTE_VOCABULARIES
     tokenizer = ByteTokenizer(h.vocab_size) if byte else SentencePieceTokenizer(h.tokenizer_path, h.vocab_size)
     if not PACKAGED and not manifest and isinstance(tokenizer, SentencePieceTokenizer):
@@ -4214,6 +4222,9 @@ def choose_attention(h: Hyperparameters, rt: Runtime) -> tuple[str, str]:
     variable length; blocks serve full attention over at most 1,024 tokens, since they keep a number for each pair.
     """
     on_gpu = rt.autocast and rt.device.type == "cuda"
+    if PACKAGED:
+        known = [name for name in ATTENTION_PACKAGES if on_gpu and name in ATTENTION]
+        return next((name for name in known if not import_problem(ATTENTION_PACKAGES[name])), "sdpa"), "packaged"
     short = not h.attn_window and not h.doc_mask and max(h.train_seq_len, h.eval_window) <= 1024
     if h.attn_impl == "blocks" and not short:
         raise UserError("ATTN_IMPL=blocks is for ATTN_WINDOW=0, DOC_MASK=0, at most 1024 tokens; try ATTN_IMPL=auto")
@@ -4225,12 +4236,10 @@ def choose_attention(h: Hyperparameters, rt: Runtime) -> tuple[str, str]:
                 f"ATTN_IMPL={h.attn_impl} needs the package {package} and bf16 on CUDA ({problem}); try ATTN_IMPL=auto"
             )
         return h.attn_impl, "requested"
-    if not PACKAGED and rt.autocast and rt.device.type == "cpu" and short:
+    if rt.autocast and rt.device.type == "cpu" and short:
         return "blocks", "bf16 and short windows on a CPU"
     if not on_gpu:
         return "sdpa", "no bf16 on CUDA"
-    if PACKAGED:
-        return ("sdpa" if import_problem(ATTENTION_PACKAGES["fa3"]) else "fa3"), "packaged"
     hopper, problems = torch.cuda.get_device_capability(rt.device)[0] == 9, list[str]()
     for name, package in ATTENTION_PACKAGES.items():
         problem = import_problem(package) if name != "fa3" or hopper else "for compute capability 9 only"
@@ -4273,9 +4282,11 @@ class Attention(Module):
         valued = [*places[: h.value_embed], *places[max(0, len(places) - h.value_embed) :]]
         here = any(place % blocks == layer % blocks for place in valued)
         self.v_rows = nn.Parameter(torch.empty(1)) if h.value_embed and here else None
-        self.xsa = layer in places[len(places) - min(h.xsa_layers, len(places)) :]
+        self.xsa = h.xsa_layers > 0 and layer in places[len(places) - min(h.xsa_layers, len(places)) :]
         self.gate = Linear(name + ".gate", h.attn_gate, h.num_heads, "scalar") if h.attn_gate else None
-        self.cacher = Cacher(h)
+        self.carries = h.carries
+        if h.carries:
+            self.cacher = Cacher(h)
 
     def init_state(self, batch: int, dtype: torch.dtype) -> AttentionState:
         empty = self.cacher.store(self.q_gain.new_zeros((batch, 0, self.kv_heads, self.head_dim), dtype=dtype))
@@ -4303,12 +4314,12 @@ class Attention(Module):
     ) -> tuple[Tensor, AttentionState | None]:
         """Attend to the state's keys and the new ones; the new state keeps what a later query may still see."""
         masks = self.window or self.doc_mask if self.backend == "sdpa" else self.doc_mask and ctx.writes
-        if state is None and not masks:
+        if (state is None or not self.carries) and not masks:
             text, documents = slice(k.shape[1] - ctx.writes), ctx.documents if self.doc_mask else None
             y = ATTENTION[self.backend](q[:, text], k[:, text], v[:, text], self.window, documents)
             last = q[:, text.stop :]  # torch's fused kernel takes longer for these few than for all others
             return torch.cat((y, block_attention(last, k, v, causal=False)), 1) if ctx.writes else y, None
-        if state is None:
+        if state is None or not self.carries:
             return sdpa(q, k, v, self.mask(ctx.documents, ctx.documents, ctx.writes), False), None
         (k, keys), (v, values) = self.cacher.add(state.k, k), self.cacher.add(state.v, v)
         documents = torch.cat((state.documents, ctx.documents), 1)
@@ -6433,8 +6444,8 @@ def plan_sites(h: Hyperparameters, variant: Variant) -> tuple[Site, ...]:
         bank = [Site(0, "bank", half, 0, pass_, -1, half)] if h.capsule_bank else []
         sites += [*early, *sketch, *bank, *visits]
     numbered = (site._replace(id=number) for number, site in enumerate(sites))
-    left_out = (lambda site: site.loop > 0 and not variant.looped, lambda site: site.pass_ > 0 and variant.speculates)
-    stay = [site for site in numbered if not any(leaves(site) for leaves in left_out)]
+    there = [site for site in numbered if variant.looped or not site.loop]
+    stay = [site for site in there if not (variant.speculates and site.pass_)]
     counts = Counter(
         (site.kind, site.layer) for site in stay if site.kind != "bank"
     )  # its losses are of pairs of passes
@@ -6788,18 +6799,15 @@ def initial_value(h: Hyperparameters, name: str, shape: Sequence[int], generator
     A gate that opens from zero has a projection behind it that is zero, too, so it starts a little open.
     """
     leaf = name.rsplit(".", 2)[-2:]
-    constants = {"q_gain": h.qk_gain_init, "v_mix": 4.0, "scale": 1.0, "skip": 1.0, "found": 0.0, "amount": 0.0}
-    constants |= {"gain": 0.1 if leaf[0] == "induction" else 1.0, "local_decay": 1.0}
-    constants |= {"route_logit": -2.0, "breadth": -2.0, "bend": -4.0, "sharpness": 0.0, "bias": 0.0, "gate": 0.2}
-    constants |= {
-        "place": 0.0,
-        "v_rows": 0.5,
-        "value_rows": 0.0,
-        "backout": 0.5,
-        "diagonal": 0.9,
-        "blend": h.capsule_blend_init,
-    }
-    if name.endswith("sketch.hold"):
+    constants = {"q_gain": h.qk_gain_init, "scale": 1.0, "skip": 1.0, "v_mix": 4.0, "amount": 0.0, "backout": 0.5}
+    constants |= {"gain": 0.1 if leaf[0] == "induction" else 1.0, "found": 0.0}
+    plain = set(h.mixers) == {"attn"} and not (h.capsule_bank or h.feedback_passes or h.rmt_segment)
+    if not plain or h.bigram_hash_buckets or h.value_embed:
+        constants |= {"v_rows": 0.5, "value_rows": 0.0, "sharpness": 0.0, "bias": 0.0, "gate": 0.2}
+    if not plain:
+        constants |= {"local_decay": 1.0, "route_logit": -2.0, "breadth": -2.0, "bend": -4.0, "place": 0.0}
+        constants |= {"diagonal": 0.9, "blend": h.capsule_blend_init}
+    if not plain and name.endswith("sketch.hold"):
         return torch.full(tuple(shape), 2.0)
     if name == "residual.mix":
         return torch.stack((torch.ones(shape[0], shape[2]), torch.zeros(shape[0], shape[2])), 1)
@@ -6807,17 +6815,17 @@ def initial_value(h: Hyperparameters, name: str, shape: Sequence[int], generator
         return initial_connection(h, leaf[-1], shape, generator)
     if leaf[-1] in constants:
         return torch.full(tuple(shape), constants[leaf[-1]])
-    if leaf[-1] in ("decay", "hold"):  # memories from one block to a training window, evenly over the logarithm
+    if not plain and leaf[-1] in ("decay", "hold"):  # from one block to a training window, evenly over the logarithm
         spread = torch.linspace(0, math.log(max(2, h.train_seq_len / h.skc_block_size)), math.prod(shape)).exp()
         chosen = spread[torch.randperm(math.prod(shape), generator=generator)].view(*shape)
         return torch.logit((1 - 1 / chosen).clamp(0.05, 0.999))
-    if leaf[-1] == "centre":
+    if not plain and leaf[-1] == "centre":
         return torch.linspace(0, 1, shape[0])
-    if leaf[-1] == "taps":
+    if not plain and leaf[-1] == "taps":
         return torch.cat((torch.ones(1, shape[1]), torch.zeros(shape[0] - 1, shape[1])))
-    if leaf[0] == "memory":
+    if not plain and leaf[0] == "memory":
         return torch.randn(*shape, generator=generator)
-    if leaf[-1] in ("u", "v", "z0"):  # z0 is not zero, since a norm of zeros alone would have a gradient without bound
+    if not plain and leaf[-1] in ("u", "v", "z0"):  # z0: a norm of zeros alone would have a gradient without bound
         size = 1e-3 if leaf[0] == "koopman" else 0.02 if leaf[-1] == "z0" else 0.01 / math.sqrt(shape[-1])
         return torch.randn(*shape, generator=generator) * size
     if name.endswith(".gate.weight"):

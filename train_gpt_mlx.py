@@ -574,6 +574,11 @@ class Hyperparameters:
         return tuple(dict.fromkeys((*trained, *self.export_rules.values(), *more)))
 
     @property
+    def carries(self) -> bool:
+        """Whether sites ever begin from a state: a packaged script writes no text."""
+        return not PACKAGED or self.carry_train or self.carry_eval or self.rmt_segment > 0
+
+    @property
     def attention_backends(self) -> tuple[str, ...]:
         """Those that `choose_attention` may take before SDPA; a packaged script is for one machine of the field."""
         found = ("fa3",) if PACKAGED else ("fa3", "fa2", "blocks")
@@ -1881,10 +1886,10 @@ def lock_folder(folder: Path) -> int:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file only by its complete successor: temporary file, fsync, rename. Raises UserError on a full disk."""
-    temporary = path.with_name(path.name + ".tmp")
     if PACKAGED:
         path.write_bytes(data)
         return
+    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(exist_ok=True)
         with open(temporary, "wb") as handle:
@@ -2224,7 +2229,8 @@ class SentencePieceTokenizer:
         self.fingerprint = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         try:
             self.model = SentencePieceProcessor(model_file=path)
-            self.model.id_to_piece(list(range(self.model.vocab_size())))  # all are text
+            if not PACKAGED:
+                self.model.id_to_piece(list(range(self.model.vocab_size())))  # all are text
         except (RuntimeError, OSError, UnicodeDecodeError):
             raise UserError(f"TOKENIZER_PATH={path} is not a sentencepiece model") from None
         if not PACKAGED and self.model.vocab_size() != vocab_size:
@@ -2300,6 +2306,8 @@ def read_manifest(folder: str) -> dict[str, Any]:
     path = Path(folder) / "manifest.json"
     if not path.is_file():
         return {}
+    if PACKAGED:
+        return json.loads(path.read_text(encoding="utf-8"))
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
@@ -2333,7 +2341,7 @@ def check_text(h: Hyperparameters, tokenizer: SentencePieceTokenizer) -> None:
 
 def load_tokenizer(h: Hyperparameters) -> Tokenizer:
     """The run's tokenizer, checked against the data's manifest. Raises UserError on a mismatch."""
-    manifest = read_manifest(h.data_path).get("tokenizer", {})
+    manifest = {} if PACKAGED and not FOLDS else read_manifest(h.data_path).get("tokenizer", {})
     byte = h.vocab_size in BYTE_VOCABULARIES
     tokenizer = ByteTokenizer(h.vocab_size) if byte else SentencePieceTokenizer(h.tokenizer_path, h.vocab_size)
     if not PACKAGED and not manifest and isinstance(tokenizer, SentencePieceTokenizer):
@@ -5293,8 +5301,8 @@ def plan_sites(h: Hyperparameters, variant: Variant) -> tuple[Site, ...]:
         bank = [Site(0, "bank", half, 0, pass_, -1, half)] if h.capsule_bank else []
         sites += [*early, *sketch, *bank, *visits]
     numbered = (site._replace(id=number) for number, site in enumerate(sites))
-    left_out = (lambda site: site.loop > 0 and not variant.looped, lambda site: site.pass_ > 0 and variant.speculates)
-    stay = [site for site in numbered if not any(leaves(site) for leaves in left_out)]
+    there = [site for site in numbered if variant.looped or not site.loop]
+    stay = [site for site in there if not (variant.speculates and site.pass_)]
     counts = Counter(
         (site.kind, site.layer) for site in stay if site.kind != "bank"
     )  # its losses are of pairs of passes
