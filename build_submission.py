@@ -22,6 +22,7 @@ import base64
 import builtins
 import dataclasses
 import functools
+import gc
 import hashlib
 import importlib
 import io
@@ -4320,6 +4321,7 @@ def build(options: Any) -> list[str]:
 
 def main(argv: list[str]) -> int:
     """Build; returns the exit code, 2 for what cannot or must not be built."""
+    gc.disable()  # trees of a program are many small objects that live long
     try:
         for line in build(options_of(argv)):
             print(line)
