@@ -562,6 +562,10 @@ def definitions(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
             yield node
 
 
+FOREIGN = "."  # the class of an object that certainly is none of the program's
+FOREIGN_TYPES = {"Tensor", "Path", "str", "int", "float", "bool", "bytes", "dict", "list", "set", "defaultdict", "Counter"}
+
+
 class Facts:
     """An inventory of a program: definitions, calls by name, attribute reads and stores."""
 
@@ -576,6 +580,7 @@ class Facts:
         self.ups = {name: self.find_ancestors(name) for name in self.classes}
         self.cache: dict[Any, Any] = {}
         self.families: dict[str, frozenset[str]] = {}
+        self.program_bases = {dotted(base) for kind in self.classes.values() for base in kind.bases}
         self.fields = {name: class_fields(node) for name, node in self.classes.items()}
         self.given: dict[str, list[tuple[str, ast.expr | None]]] = defaultdict(
             list
@@ -725,7 +730,7 @@ class Facts:
         """Methods of one name in groups of which a call may mean any: all, if it is not known of what one is called."""
         calls = self.calls["." + named[0][1].name]
         known = {c.func.__dict__.get("receiver", "") for c in calls if isinstance(c.func, ast.Attribute)}
-        if not known <= set(self.classes):
+        if not known - {FOREIGN} <= set(self.classes):
             return [[method for _, method in named]]
         groups = list[tuple[set[str], list[Function]]]()
         for owner, method in named:
@@ -765,6 +770,7 @@ class Facts:
     def read(self, name: str, kind: str) -> bool:
         """Whether an attribute may be read of an object that has this class's code."""
         known = self.readers.get(name, set())
+        known = known - {FOREIGN}
         return name in self.texts or any(one not in self.classes or kind in self.family(one) for one in known)
 
     def foreign_bases(self, name: str) -> bool:
@@ -786,6 +792,11 @@ class Facts:
     def outside(self, name: str) -> bool:
         """Whether an attribute may belong to an object that is none of the program's."""
         return name in self.external or name.startswith("__")
+
+    def foreign_type(self, kind: ast.expr | None) -> bool:
+        """Whether a type is none of the program's."""
+        name = (type_parts(kind)[0] or dotted(plain_type(kind))) if kind else ""
+        return name in FOREIGN_TYPES and name not in self.program_bases
 
     # -- calls --
 
@@ -820,8 +831,8 @@ class Facts:
 
     def may_be(self, receiver: str, owner: str, name: str) -> bool | None:
         """Whether an attribute of an object of a class is that of another class; None if nothing is known of either."""
-        if receiver in self.classes:
-            return owner in self.family(receiver)
+        if receiver in self.classes or receiver == FOREIGN:
+            return receiver != FOREIGN and owner in self.family(receiver)
         return None if self.outside(name) else True
 
     def base_names(self, owner: str) -> frozenset[str]:
@@ -949,7 +960,7 @@ class Facts:
     def may_be_of(self, node: ast.Attribute, kinds: frozenset[str]) -> bool:
         """Whether an attribute is read of an object that may be of some classes."""
         receiver = node.__dict__.get("receiver", "")
-        return receiver not in self.classes or receiver in kinds
+        return receiver in kinds or not (receiver in self.classes or receiver == FOREIGN)
 
     def values(self, name: str, kinds: frozenset[str] | None = None) -> list[ast.expr | None]:
         """All values that an attribute is given anywhere, None for an unknown one; only of some classes if named."""
@@ -969,7 +980,7 @@ class Facts:
         if isinstance(target.value, ast.Name) and target.value.id == "self":
             return self.owner.get(id(target), "")
         known = target.__dict__.get("receiver", "")
-        return known if known in self.classes else ""
+        return known if known in self.classes or known == FOREIGN else ""
 
     def field_args(self, kind: str) -> ast.arguments:
         """The parameters of a NamedTuple's or dataclass's constructor."""
@@ -1486,7 +1497,8 @@ class Fold(Rewriter):
         self.asking.add(key)
         scopes = self.scopes
         self.scopes = scopes[: next(i for i, one in enumerate(scopes) if one is scope) + 1]
-        found = agreed_type([self.type_of(v) for v in values if not is_none(v)])
+        own = (f"{node.id}._replace", "dataclasses.replace")  # of the same class as before
+        found = agreed_type([self.type_of(v) for v in values if not is_none(v) and made_kind(v) not in own])
         self.scopes = scopes
         self.asking.discard(key)
         return found
@@ -1654,7 +1666,10 @@ class Fold(Rewriter):
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
         node.value = self.visit(node.value)
-        node.receiver = self.kind_of(node.value)  # type: ignore[attr-defined]
+        kind = self.type_of(node.value)
+        head = dotted(node).split(".")[0]
+        other = self.facts.foreign_type(kind) or (head in self.facts.modules and self.find(head) is self.scopes[0])
+        node.receiver = self.facts.class_of(kind) or FOREIGN * other  # type: ignore[attr-defined]
         return node
 
     def simplify_Attribute(self, node: ast.Attribute) -> ast.expr | None:
@@ -2043,7 +2058,8 @@ class Fold(Rewriter):
         inner = [n for n in walk(node) if isinstance(n, Function | ast.Lambda) and n is not node]
         captured = frozenset(n.id for one in inner for n in walk(one) if isinstance(n, ast.Name))
         flow = {name: value for name, value in flow.items() if name not in known}
-        known |= stays_empty(node, bound) if isinstance(node, Function) else {}
+        parts = {name: [self.part_of(v) or v for v in values] for name, values in bound.items()}
+        known |= stays_empty(node, parts) if isinstance(node, Function) else {}
         return Scope(bound, known, configs, False, followed, captured, types_, dict(flow))
 
     def followed(self, node: Function, bound: dict[str, list[ast.AST | None]]) -> frozenset[str]:
@@ -2953,8 +2969,7 @@ class Reach:
 
     def attribute(self, name: str, receiver: str) -> None:
         """An attribute is read, of an object of a class of the program where that is known."""
-        receiver = receiver if receiver in self.facts.classes else ""
-        if (name, receiver) in self.attributes:
+        if receiver == FOREIGN or (name, receiver) in self.attributes:
             return
         self.attributes.add((name, receiver))
         for owner, method in self.facts.methods.get(name, ()):

@@ -14,7 +14,7 @@ variables alone (`--help` lists them), and reads from top to bottom: each sectio
     python train_gpt.py --help                      every variable with type, default, unit and meaning
 
 Sections: 1 CONFIG, 2 RUNTIME, 3 DATA, 4 CODECS, 5 LAYERS, 6 MIXERS, 7 RESIDUAL, 8 MEMORY, 9 MODEL,
-10 OPTIMIZERS, 11 ARTIFACT, 12 EVALUATION, 13 CHECKPOINT, 14 TRAINING, 15 MAIN. At most 11,600 lines.
+10 OPTIMIZERS, 11 ARTIFACT, 12 EVALUATION, 13 CHECKPOINT, 14 TRAINING, 15 MAIN. At most 11,700 lines.
 """
 
 from __future__ import annotations
@@ -108,6 +108,14 @@ INT_CODECS = ("int4", "int5", "int6", "int7", "int8")
 GROUPED_CODECS = ("ternary", "binary", *INT_CODECS, "fp4")
 FLOAT_CODECS = ("bf16", "fp16", "exact")
 CODEC_NAMES = (*GROUPED_CODECS, "fp8", *FLOAT_CODECS)
+# Kinds of streams in an artifact that codecs make of their codes, and the packings of each kind beside our own coder.
+CODEC_STREAMS = {"ternary": "trits", "binary": "signs", "fp4": "fours", "fp8": "bytes", "bf16": "halves",
+    "fp16": "halves", "exact": "floats", **{name: name for name in INT_CODECS}}  # fmt: skip
+STREAM_PACKINGS = {
+    "rows": ("signs",), "trits": ("base3", "bitmask"), "signs": ("signs",), "int4": ("planes",), "int5": ("planes",),
+    "int6": ("planes",), "int7": ("planes",), "int8": ("planes",), "fours": ("nibbles",), "bytes": ("planes",),
+    "scales": ("planes",), "halves": ("planes",), "floats": ("planes",),
+}  # fmt: skip
 # What EXPORT_MODE makes of weights after training where CODEC_MAP says nothing else (records/export_modes.md).
 EXPORT_MAPS = {
     "ternary": "",
@@ -563,9 +571,27 @@ class Hyperparameters:
     @property
     def codecs(self) -> tuple[str, ...]:
         """Codecs of this configuration's weights in training and in the file, each once."""
-        more = ["int4"] if self.export_mode == "competition_gptq" and self.lqer_rank else []
+        more = ["int4"] if self.corrects else []
         trained = (self.matrix_codec, self.fp_storage, self.scalar_codec)
         return tuple(dict.fromkeys((*trained, *self.export_rules.values(), *more)))
+
+    @property
+    def attention_backends(self) -> tuple[str, ...]:
+        """Those that `choose_attention` may take before SDPA; a packaged script is for one machine of the field."""
+        found = ("fa3",) if PACKAGED else ("fa3", "fa2", "blocks")
+        return found if self.attn_impl == "auto" else (self.attn_impl,) * (self.attn_impl != "sdpa")
+
+    @property
+    def corrects(self) -> bool:
+        """Whether some quantized matrices have a low-rank correction."""
+        return self.export_mode == "competition_gptq" and self.lqer_rank > 0
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Kinds of streams that its artifact may have."""
+        scaled, kinds = set(self.codecs) - set(FLOAT_CODECS), [CODEC_STREAMS[codec] for codec in self.codecs]
+        kinds += ["rows"] * bool(self.ngram_orders) + ["scales"] * bool(scaled)
+        return tuple(kind for kind in STREAM_PACKINGS if kind in kinds)
 
     @property
     def any_grouped(self) -> bool:
@@ -827,13 +853,17 @@ class Hyperparameters:
             "GROUPS": groups,
             "RULES": ("muon", "adamw", "adagrad") if self.ngram_orders else ("muon", "adamw"),
             "POLYNOMIALS": (self.muon_coeffs,),
-            "CODECS": tuple(dict.fromkeys((*self.codecs, "exact"))),
+            "CODECS": self.codecs,
+            "STREAM_TYPES": self.streams,
+            "STREAM_PACKINGS": self.streams,
+            "CONTEXT_STREAMS": tuple(kind for kind in self.streams if kind in ("trits", *INT_CODECS)),
+            "PACKINGS": tuple(dict.fromkeys(name for kind in self.streams for name in STREAM_PACKINGS[kind])),
             "ACTIVATIONS": (self.mlp_act,),
             "SITE_KINDS": self.site_kinds,
             "RESIDUALS": (self.residual,),
             "BATCH_MODES": (self.batch_mode,),
             "NSA_BACKENDS": self.sparse_backends,
-            "ATTENTION": ("fa3", "fa2", "blocks", "sdpa") if self.attn_impl == "auto" else (self.attn_impl, "sdpa"),
+            "ATTENTION": (*self.attention_backends, "sdpa"),
             "ADAPTERS": tuple(name for name, there in self.adapting.items() if there),
         }
 
@@ -1658,7 +1688,11 @@ class Log:
 
     def append(self, sink: TextIO | None, text: str) -> None:
         """Write to a file at once; a full disk costs lines of it and not the run."""
-        if sink and not sink.closed:
+        if PACKAGED:
+            assert sink is not None
+            sink.write(text)
+            sink.flush()
+        elif sink and not sink.closed:
             try:
                 sink.write(text)
                 sink.flush()
@@ -1726,8 +1760,6 @@ class Guard:
     def __init__(self, h: Hyperparameters, rt: Runtime, folder: Path) -> None:
         self.h, self.rt, self.folder = h, rt, folder
         self.signal, self.working, self.failure = 0, False, 1  # failure: exit code if the other ranks are lost
-        if PACKAGED:  # nothing watches over it
-            return
         self.idle, self.patience, self.heard = 0.0, math.inf, -math.inf
         self.state: Any = None  # of the run, with step, tokens and training seconds
         self.figures: dict[str, Any] = {}
@@ -1744,8 +1776,6 @@ class Guard:
         threading.Thread(target=self.watch, name="watchdog", daemon=True).start()
 
     def end(self) -> None:
-        if PACKAGED:
-            return
         self.over.set()
         if self.before:
             self.pulse()
@@ -1778,8 +1808,6 @@ class Guard:
 
     def beat(self, slow: bool = False) -> bool:
         """Something went on; the next time will be within WATCHDOG_SECONDS, or `slow`. Whether a signal came."""
-        if PACKAGED:
-            return False
         limit = self.h.watchdog_seconds + slow * self.h.watchdog_grace_seconds
         self.idle, self.patience = 0.0, limit if self.h.watchdog_seconds else math.inf
         return self.signal > 0
@@ -2782,7 +2810,11 @@ STREAM_TYPES: dict[str, np.dtype] = {
     "rows": np.dtype("i1"),  # 1: a tensor's row is in its stream, -1: it is all zeros
     "trits": np.dtype("i1"),
     "signs": np.dtype("i1"),
-    **dict.fromkeys(INT_CODECS, np.dtype("i1")),
+    "int4": np.dtype("i1"),
+    "int5": np.dtype("i1"),
+    "int6": np.dtype("i1"),
+    "int7": np.dtype("i1"),
+    "int8": np.dtype("i1"),
     "fours": np.dtype("u1"),
     "bytes": np.dtype("u1"),
     "scales": np.dtype("<u2"),
@@ -2992,6 +3024,8 @@ def fits_pattern(pattern: str, kind: str, name: str, shape: Sequence[int]) -> bo
 def role_of(h: Hyperparameters, kind: str, name: str, shape: Sequence[int]) -> Role:
     """The row of one parameter: that of its kind, with the codec that EXPORT_MODE and CODEC_MAP say."""
     role, rules = ROLE_KINDS[kind](h), h.export_rules
+    if not h.export_rules:
+        return role
     found = [pattern for pattern in rules if fits_pattern(pattern, kind, name, shape)]
     if not found:
         return role
@@ -4191,10 +4225,12 @@ def choose_attention(h: Hyperparameters, rt: Runtime) -> tuple[str, str]:
                 f"ATTN_IMPL={h.attn_impl} needs the package {package} and bf16 on CUDA ({problem}); try ATTN_IMPL=auto"
             )
         return h.attn_impl, "requested"
-    if rt.autocast and rt.device.type == "cpu" and short:
+    if not PACKAGED and rt.autocast and rt.device.type == "cpu" and short:
         return "blocks", "bf16 and short windows on a CPU"
     if not on_gpu:
         return "sdpa", "no bf16 on CUDA"
+    if PACKAGED:
+        return ("sdpa" if import_problem(ATTENTION_PACKAGES["fa3"]) else "fa3"), "packaged"
     hopper, problems = torch.cuda.get_device_capability(rt.device)[0] == 9, list[str]()
     for name, package in ATTENTION_PACKAGES.items():
         problem = import_problem(package) if name != "fa3" or hopper else "for compute capability 9 only"
@@ -6736,7 +6772,8 @@ def role_table(model: GPT) -> dict[str, Role]:
             full = f"{path}.{name}" if path else name
             place = (module.kinds[name], full, parameter.shape)
             rows[full] = role_of(h, *place)
-            idle -= {pattern for pattern in idle if fits_pattern(pattern, *place)}
+            if not PACKAGED:
+                idle -= {pattern for pattern in idle if fits_pattern(pattern, *place)}
     if idle:
         known = dict.fromkeys(re.sub(r"^blocks\.\d+\.", "", n) for n, p in model.named_parameters() if p.ndim > 1)
         raise UserError(f"CODEC_MAP: {min(idle)} names no weight; known: {', '.join((*ROLE_NAMES, *known))}")
@@ -6985,8 +7022,8 @@ class Bank:
     latent (n, *shape): what the optimizer moves. The model's own parameters are decode(quantize(latent)).
     """
 
-    def __init__(self, role: Role, codec: Codec, names: list[str], parameters: list[nn.Parameter]) -> None:
-        self.role, self.codec, self.names, self.parameters = role, codec, names, parameters
+    def __init__(self, h: Hyperparameters, role: Role, names: list[str], parameters: list[nn.Parameter]) -> None:
+        self.h, self.role, self.codec, self.names, self.parameters = h, role, CODECS[role.codec](h), names, parameters
         self.latent = torch.stack([p.detach() for p in parameters])
         self.tuning = default_tuning(self.latent)
         self.state: dict[str, Tensor] = {}  # moments and average, made at the first step
@@ -7005,7 +7042,7 @@ class Bank:
         A table's gradient may be sparse: it then comes as it is, coalesced, a table being alone in its bank.
         """
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        if grads[0].is_sparse:
+        if self.h.ngram_orders and grads[0].is_sparse:
             return grads[0].coalesce(), torch.ones(1, dtype=torch.bool)
         has = torch.tensor([p.grad is not None for p in self.parameters], device=self.latent.device)
         stacked = torch.stack(grads)
@@ -7020,7 +7057,7 @@ class Bank:
         step = max(1, 2**21 // self.latent[0].numel())
         for at in range(0, len(self.names), step):
             part = slice(at, at + step)
-            if self.fixed is not None:
+            if self.h.export_mode == "competition_gptq" and self.fixed is not None:
                 yield at, self.fixed.map(operator.itemgetter(part))
                 continue
             yield at, self.codec.quantize(self.latent[part], Tuning(*(tuned[part] for tuned in self.tuning)))
@@ -7037,12 +7074,12 @@ class Bank:
         parts = ((at, self.codec.decode(coded)) for at, coded in self.coded()) if quantized else [(0, self.latent)]
         for at, values in parts:
             for name, parameter, value in zip(self.names[at:], self.parameters[at:], values, strict=False):
-                low = self.corrections.get(name) if quantized else None
+                low = self.corrections.get(name) if self.h.corrects and quantized else None
                 parameter.copy_(value if low is None else low.added_to(value))
 
     def settle(self, h: Hyperparameters, fixed: Codes | None = None) -> None:
         """Change to the codec of the file, with these codes if given."""
-        if self.role.export:
+        if h.export_mode != "ternary" and self.role.export:
             self.role = self.role._replace(codec=self.role.export, export="")
             self.codec = CODECS[self.role.codec](h)
         self.fixed = None if fixed is None else fixed.map(lambda x: x.to(self.latent.device))
@@ -7067,8 +7104,8 @@ class Weights:
             groups.setdefault(key, []).append(name)
         self.h = model.h
         self.banks: dict[str, Bank] = {
-            key: Bank(roles[n[0]], CODECS[roles[n[0]].codec](model.h), n, [parameters[name] for name in n])
-            for key, n in groups.items()
+            key: Bank(model.h, roles[names[0]], names, [parameters[name] for name in names])
+            for key, names in groups.items()
         }
         self.where = {name: (bank, i) for bank in self.banks.values() for i, name in enumerate(bank.names)}
 
@@ -7092,8 +7129,9 @@ class Weights:
         moved: rows of those banks, by key, of which no others have changed since the last time.
         """
         for key, bank in self.banks.items():
-            early = bank.role.codec == "ternary" and progress < self.h.ternary_start_fraction
-            if moved and key in moved and bank.role.codec != "ternary":
+            start = self.h.ternary_start_fraction
+            early = start > 0 and bank.role.codec == "ternary" and progress < start
+            if self.h.ngram_orders and moved and key in moved and bank.role.codec != "ternary":
                 bank.materialize_rows(moved[key])
             else:
                 bank.materialize(quantized=not early)
@@ -7118,7 +7156,7 @@ class Weights:
 
     def swap_average(self) -> bool:
         """Exchange latents and their running average, if there is one; a second call undoes the first."""
-        averaged = [bank for bank in self.banks.values() if "ema" in bank.state]
+        averaged = [bank for bank in self.banks.values() if self.h.ema_decay and "ema" in bank.state]
         for bank in averaged:
             bank.latent, bank.state["ema"] = bank.state["ema"], bank.latent
         return bool(averaged)
@@ -7286,13 +7324,14 @@ class Optimizer:
         if self.rt.world > 1:
             grads = self.reduced(grads)
         grads = self.only_finite(grads)
+        measures = measures and bool(self.h.measured_every)
         metrics = gradient_sizes(banks, grads) if measures else {}
         if self.h.grad_clip_norm:
             values = [grad.values() if grad.is_sparse else grad for grad, _ in grads]
             norm = torch.stack([value.norm() for value in values]).norm()
             for value in values:
                 value.mul_((self.h.grad_clip_norm / (norm + 1e-6)).clamp(max=1))
-        ternary = [bank for bank in banks if bank.role.codec == "ternary"]
+        ternary = [bank for bank in banks if measures and bank.role.codec == "ternary"]
         moved, before = {}, ternary_codes(banks) if measures else []
         for (key, bank), (grad, has) in zip(self.weights.banks.items(), grads, strict=True):
             group = self.groups[bank.role.group]
@@ -7303,14 +7342,14 @@ class Optimizer:
                 decay *= tapered(self.h.muon_wd_taper_start, progress)
             group = group._replace(rate=rate, decay=decay)
             RULES[group.rule](self, bank, grad, has, group._replace(momentum=momentum))
-            if grad.is_sparse:
+            if self.h.ngram_orders and grad.is_sparse:
                 moved[key] = grad.indices()[0]
             if bank.role.bound < math.inf:
                 bank.latent.clamp_(-bank.role.bound, bank.role.bound)
-            if average:
+            if self.h.ema_decay and average:
                 self.average(bank)
         self.weights.materialize(progress, moved)
-        if before:
+        if measures and before:
             sizes = torch.cat([c.scales.flatten() for b in ternary for _, c in b.coded() if c.scales is not None])
             metrics |= {"scale_mean": sizes.mean(), "scale_rms": sizes.square().mean().sqrt()}
             after = ternary_codes(banks)
@@ -7606,7 +7645,7 @@ def spans_of(grid_list: list[np.ndarray], form: tuple[int, int, int, int]) -> li
     def step(context: np.ndarray, values: np.ndarray) -> np.ndarray:
         index = context * (2 * form[0] + 1) + values + form[0]
         start = model.starts[index]
-        found.append(np.stack((start - (context << 16), model.starts[index + 1] - start)).astype(np.uint32))
+        found.append(np.stack((start - (context << 16), model.starts[index + 1] - start)).astype(np.uint16))
         return index
 
     for grid in grid_list:
@@ -7622,7 +7661,7 @@ def code_length(spans: list[np.ndarray]) -> float:
 def pack_context(values: np.ndarray, shapes: list[list[int]]) -> bytes:
     """Values (n,) int8 of tensors of these shapes: form (5 bytes), states (5 bytes each), 16-bit words."""
     sheets = [gather(values, grid) for grid in grids(shapes)]
-    top = int(np.abs(values.astype(np.int16)).max())
+    top = max(1, int(np.abs(values.astype(np.int16)).max()))  # of three symbols none takes all of a span's 16 bits
     mean = int(np.abs(values.astype(np.int16)).sum(dtype=np.int64)) * 2**12 // (values.size * max(top, 1))
     sample = [sheet[:: sheet.size // 2**19 + 1] for sheet in sheets]
     _, mix = min((code_length(spans_of(sample, (top, *mix, mean))), mix) for mix in MIXES)
@@ -7694,10 +7733,8 @@ def unpack_context(data: bytes, count: int, shapes: list[list[int]], largest: in
     return values
 
 
-def packings_of(kind: str) -> tuple[str, ...]:
-    """Names of the ways in which a kind of stream can be packed; `context` is a coder, and not in PACKINGS."""
-    own = {"trits": ("base3", "bitmask", "context"), "rows": ("signs",), "signs": ("signs",), "fours": ("nibbles",)}
-    return {**own, **dict.fromkeys(INT_CODECS, ("planes", "context"))}.get(kind, ("planes",))
+# Kinds of streams that our coder by context is for, and the largest size of their values.
+CONTEXT_STREAMS = {"trits": 1, "int4": 128, "int5": 128, "int6": 128, "int7": 128, "int8": 128}
 
 
 def compress_best(kind: str, values: np.ndarray, shapes: list[list[int]]) -> tuple[str, str, int, bytes]:
@@ -7706,7 +7743,7 @@ def compress_best(kind: str, values: np.ndarray, shapes: list[list[int]]) -> tup
     Stored is a sequence of chunks: length (4 bytes, little-endian) and what CHUNK_BYTES packed bytes became.
     """
     tools = [name for name in COMPRESSORS if name not in COMPRESSOR_PACKAGES or find_spec(COMPRESSOR_PACKAGES[name])]
-    packed = {name: PACKINGS[name][0](values) for name in packings_of(kind) if name in PACKINGS}
+    packed = {name: PACKINGS[name][0](values) for name in STREAM_PACKINGS[kind]}
     best: tuple[str, str, int, bytes] | None = None
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # compressors release the interpreter lock
         for packing, tool in [(packing, tool) for packing in packed for tool in tools]:
@@ -7717,7 +7754,7 @@ def compress_best(kind: str, values: np.ndarray, shapes: list[list[int]]) -> tup
             if best is None or len(stored) < len(best[3]):
                 best = (packing, tool, len(data), stored)
     assert best is not None
-    if "context" in packings_of(kind) and len(best[3]) * CONTEXT_VALUES > values.size:  # it is slow with sparser ones
+    if kind in CONTEXT_STREAMS and len(best[3]) * CONTEXT_VALUES > values.size:  # it is slow with sparser ones
         data = pack_context(values, shapes)
         if CONTEXT_VALUES * len(data) >= values.size and len(data) < len(best[3]):
             best = ("context", "none", len(data), data)
@@ -7742,12 +7779,12 @@ STRUCTURE_GROUPS = ("model", "nsa", "rmt", "skc", "topology", "weights")
 
 
 def structure_config(h: Hyperparameters) -> dict[str, Any]:
-    """The fields that a reader needs to rebuild the network.
+    """The fields that a reader needs to rebuild the network, as far as they are not what they are by default.
 
-    A field that a file lacks is one that came later: its default must mean what was there before.
+    So a default must go on to mean what was there before.
     """
     values = dataclasses.asdict(h)
-    return {n: values[n] for n in structure_fields()}
+    return {n: values[n] for n in structure_fields() if values[n] != FIELDS[n.upper()].default}
 
 
 def structure_fields() -> list[str]:
@@ -7845,7 +7882,7 @@ def coded_tensors(weights: Weights) -> Iterator[Coded]:
             scales = None if coded.scales is None else coded.scales.cpu().numpy()
             for i, name in enumerate(bank.names[at : at + len(codes)]):
                 yield Coded(name, bank.role.codec, codes[i], None if scales is None else scales[i])
-        for name, low in bank.corrections.items():
+        for name, low in bank.corrections.items() if weights.h.corrects else ():
             for end, part in zip(FACTORS, low[1:], strict=True):
                 assert part.scales is not None
                 yield Coded(name + end, "int4", part.codes[0].cpu().numpy(), part.scales[0].cpu().numpy())
@@ -7891,22 +7928,25 @@ def write_artifact(
 ) -> Artifact:
     """The container: magic, crc32, header length, header (JSON, lzma), streams. Same input, same bytes.
 
-    Rows of zeros (hashed n-grams that never occurred) and their scales are left out, and marked in a stream of their
-    own: our coder, which goes by sizes, would take some bits for each of their zeros.
+    Where there are tables, rows of zeros (hashed n-grams that never occurred) and their scales are left out, and marked
+    in a stream of their own: our coder, which goes by sizes, would take some bits for each of their zeros.
     """
     parts = {kind: bytearray() for kind in STREAM_TYPES}  # growing in place, a third less memory than joined arrays
     index: list[list[Any]] = []
     shapes: dict[str, list[list[int]]] = {kind: [] for kind in STREAM_TYPES}
     for tensor in tensors:
-        kind, live = CODECS[tensor.codec](h).stream, live_rows(tensor.codes)
-        codes = tensor.codes.reshape(live.size, -1)[live]
+        kind, count = CODECS[tensor.codec](h).stream, math.prod(tensor.codes.shape[:-1])
+        live: np.ndarray | slice = slice(None)
+        if h.ngram_orders:
+            live = marks = live_rows(tensor.codes)
+            parts["rows"] += np.where(marks, 1, -1).astype(STREAM_TYPES["rows"]).tobytes()
+        codes = tensor.codes.reshape(count, -1)[live]
         shapes[kind] += [list(codes.shape)] if len(codes) else []
         index.append([tensor.name, tensor.codec, *tensor.codes.shape])
-        parts["rows"] += np.where(live, 1, -1).astype(STREAM_TYPES["rows"]).tobytes()
         parts[kind] += codes.astype(STREAM_TYPES[kind], copy=False).tobytes()
         if tensor.scales is not None:
-            parts["scales"] += bf16_bits(tensor.scales.reshape(live.size, -1)[live]).tobytes()
-    if b"\xff" not in parts["rows"]:
+            parts["scales"] += bf16_bits(tensor.scales.reshape(count, -1)[live]).tobytes()
+    if h.ngram_orders and b"\xff" not in parts["rows"]:
         del parts["rows"]
     rows, payload = [], []
     for kind, data in parts.items():
@@ -7929,7 +7969,8 @@ def most_elements(config: dict[str, Any], size: int) -> int:
     A byte holds at most 11 untrained ternary weights, some more if few are not zero; rows of tables that no n-gram has
     met take next to nothing.
     """
-    tables = config.get("bigram_hash_buckets", 0) * config.get("bigram_hash_dim", 0)
+    dim = FIELDS["BIGRAM_HASH_DIM"].default
+    tables = config.get("bigram_hash_buckets", 0) * config.get("bigram_hash_dim", dim)
     return 2**22 + min(tables, MAX_TABLE_WEIGHTS) + 32 * size
 
 
@@ -7938,7 +7979,7 @@ def read_header(data: bytes) -> tuple[dict[str, Any], bytes]:
     if data[:4] != ARTIFACT_MAGIC:
         raise UserError("not an artifact of this program (wrong magic)")
     body = data[8:]
-    if zlib.crc32(body) != int.from_bytes(data[4:8], "little"):
+    if not PACKAGED and zlib.crc32(body) != int.from_bytes(data[4:8], "little"):
         raise UserError("the artifact is truncated or damaged (checksum differs); copy or export it again")
     size = int.from_bytes(body[:4], "little")
     try:
@@ -7982,11 +8023,11 @@ def unpack_stream(
     kind: str, packing: str, tool: str, data: bytes, sizes: tuple[int, int], shapes: list[list[int]]
 ) -> np.ndarray:
     """Values of a stream, sizes of which (values, packed bytes) are plausible. Raises ValueError."""
-    if packing != "context":
+    if kind not in CONTEXT_STREAMS or packing != "context":
         return PACKINGS[packing][1](expand_chunks(tool, data, sizes[1]), sizes[0], STREAM_TYPES[kind])
     if tool != "none" or len(data) != sizes[1]:
         raise ValueError(f"stream {kind} has impossible sizes")
-    return unpack_context(data, sizes[0], shapes, 1 if kind == "trits" else 128)
+    return unpack_context(data, sizes[0], shapes, CONTEXT_STREAMS[kind])
 
 
 def stream_shapes(header: dict[str, Any], h: Hyperparameters, marks: np.ndarray | None) -> dict[str, list[list[int]]]:
@@ -8006,14 +8047,16 @@ def read_streams(header: dict[str, Any], payload: bytes, limit: int, h: Hyperpar
     for kind, packing, tool, count, packed, stored in header["streams"]:
         if kind not in STREAM_TYPES:
             raise ValueError(f"stream {kind} is of another version of this program; export the model again")
-        dtype, shapes = STREAM_TYPES[kind], stream_shapes(header, h, streams.get("rows"))
-        if packing not in packings_of(kind):
+        dtype, marks = STREAM_TYPES[kind], streams.get("rows")
+        shapes = stream_shapes(header, h, marks)[kind] if kind in CONTEXT_STREAMS else []
+        known = STREAM_PACKINGS[kind] + (("context",) if kind in CONTEXT_STREAMS else ())
+        if not PACKAGED and packing not in known:
             raise ValueError(f"stream {kind} cannot be packed as {packing}")
         if not (0 <= count <= limit and 0 <= packed <= 8 + count * dtype.itemsize and stored >= 0):
             raise ValueError(f"stream {kind} has impossible sizes")
-        if tool in COMPRESSOR_PACKAGES and find_spec(COMPRESSOR_PACKAGES[tool]) is None:
+        if not PACKAGED and tool in COMPRESSOR_PACKAGES and find_spec(COMPRESSOR_PACKAGES[tool]) is None:
             raise UserError(f"the artifact needs the package {COMPRESSOR_PACKAGES[tool]}; install it")
-        streams[kind] = unpack_stream(kind, packing, tool, payload[at : at + stored], (count, packed), shapes[kind])
+        streams[kind] = unpack_stream(kind, packing, tool, payload[at : at + stored], (count, packed), shapes)
         at += stored
     if at != len(payload):
         raise ValueError("bytes are left over")
@@ -8028,13 +8071,13 @@ def take(streams: dict[str, np.ndarray], used: dict[str, int], kind: str, size: 
 
 
 def take_live(
-    streams: dict[str, np.ndarray], used: dict[str, int], kind: str, shape: Sequence[int], live: np.ndarray
+    streams: dict[str, np.ndarray], used: dict[str, int], kind: str, shape: Sequence[int], live: np.ndarray | None
 ) -> np.ndarray:
-    """The next values of a stream in a tensor's shape, with zeros in the rows that do not live."""
+    """The next values of a stream in a tensor's shape, with zeros in the rows that do not live (None: all do)."""
+    if live is None:
+        return take(streams, used, kind, math.prod(shape)).reshape(shape)
     count = int(live.sum())
     part = take(streams, used, kind, count * shape[-1])
-    if count == live.size:
-        return part.reshape(shape)
     whole = np.zeros((live.size, shape[-1]), part.dtype)
     whole[live] = part.reshape(count, shape[-1])
     return whole.reshape(shape)
@@ -8051,13 +8094,13 @@ def decode_artifact(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]
         for name, codec_name, *shape in header["tensors"]:
             codec = CODECS[codec_name](base)
             count, scale_shape = math.prod(shape[:-1]), codec.scale_shape(shape)
-            live = take(streams, used, "rows", count) > 0 if "rows" in streams else np.ones(count, bool)
+            live = take(streams, used, "rows", count) > 0 if base.ngram_orders and "rows" in streams else None
             codes, scales = take_live(streams, used, codec.stream, shape, live), None
             if scale_shape:
                 bits = take_live(streams, used, "scales", scale_shape, live).astype(np.uint32)
                 scales = (bits << 16).view(np.float32)
             weights[name] = codec.decode_numpy(np.ascontiguousarray(codes), scales)
-        weights = join_corrections(weights)
+        weights = join_corrections(weights) if base.corrects else weights
     except (lzma.LZMAError, UserError, *MALFORMED) as error:
         told = ascii(str(error))[1:-1][:200]  # it may quote the file: one line, no control characters
         raise UserError(f"the artifact cannot be decoded: {told}") from None
@@ -9025,8 +9068,9 @@ class Scorer:
         The network's own, then what each adapter made of it; the last one counts.
         """
         if not self.adapters:
+            state = chunk.carry if self.h.history or self.h.carry_eval else None
             with self.rt.precision():
-                logits, carry = self.model.logits(chunk.tokens, self.variant, chunk.carry, chunk.scored)
+                logits, carry = self.model.logits(chunk.tokens, self.variant, state, chunk.scored)
             return [Distribution(logits.log_softmax(-1))], carry
         columns = [[state[i] for state in states] for i in range(len(self.adapters))]
         pairs = merge_changes([a.lora(column, chunk) for a, column in zip(self.adapters, columns, strict=True)])
@@ -9504,8 +9548,8 @@ def load_checkpoint(h: Hyperparameters, rt: Runtime, path: Path, model: GPT, wei
             state.best = Kept(loss, step, {key: Form(v[0], Tuning(*v[1:])) for key, v in forms.items()})
         for saved in banks.values():
             saved["tuning"] = Tuning(*saved["tuning"])
-        saved_structure = {n: structure.get(n, FIELDS[n.upper()].default) for n in structure_fields()}
-        differ = [n.upper() for n, value in structure_config(h).items() if saved_structure[n] != value]
+        values, fields = dataclasses.asdict(h), {n: FIELDS[n.upper()] for n in structure_fields()}
+        differ = [n.upper() for n, field in fields.items() if structure.get(n, field.default) != values[n]]
         carry, form = list(tree["carry"]), tree["format"]
         kinds = {key: (bank["latent"].shape, bank["latent"].dtype) for key, bank in banks.items()}
         if type(state.step) is not int or type(state.tokens) is not int:
@@ -9605,7 +9649,7 @@ def open_session(h: Hyperparameters, rt: Runtime, folder: Path, log: Log) -> Ses
     optimizer = Optimizer(h, rt, weights)
     table = tokenizer.byte_table()
     prints = {"data": data_fingerprint(h, loader.stream), "tokenizer": tokenizer.fingerprint}
-    guard = Guard(h, rt, folder)
+    guard = cast(Guard, None if PACKAGED else Guard(h, rt, folder))  # nothing watches over a packaged script
     return Session(
         h, rt, log, folder, loader, tokenizer, model, weights, optimizer, validation, table, attention, prints, guard
     )
@@ -9679,14 +9723,15 @@ def match_lines(h: Hyperparameters) -> Iterator[str]:
 def describe(s: Session) -> None:
     """Log what is about to run: versions, device, roles, sizes, variables without effect."""
     h, log, rt = s.h, s.log, s.rt
+    if PACKAGED:
+        log.line(f"torch {torch.__version__} ranks:{rt.world} precision:{rt.arithmetic} attention:{s.attention}")
+        return
     log.line(f"python {sys.version.split()[0]} torch {torch.__version__} numpy {np.__version__}")
     name = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else rt.device.type
     name += f" threads:{torch.get_num_threads()}" if rt.device.type == "cpu" else ""
     log.line(
         f"device:{name} ranks:{rt.world} precision:{rt.arithmetic} compile:{int(rt.compile)} attention:{s.attention}"
     )
-    if PACKAGED:
-        return
     log.line(f"train_tokens:{s.loader.usable} val_tokens:{len(s.validation)} data:{h.data_path}")
     log.line(f"data_fingerprint:{s.prints['data']} tokenizer:{s.prints['tokenizer']}")
     for line in (*role_lines(s), *match_lines(h)):
@@ -9890,8 +9935,9 @@ def train_loop(s: Session, state: TrainState) -> None:
         window.add(out.nats, tokens, s.optimizer.finite)
         if h.carry_train and not s.optimizer.finite:
             state.carry = carry  # what the step left may be no better than its loss
-        skips.look(state, step, batch)
-        s.guard.beat()
+        if not PACKAGED:
+            skips.look(state, step, batch)
+            s.guard.beat()
         if measures:
             metrics = out.metrics | changed
             health.look(state.step, {name: float(value) for name, value in metrics.items()})
@@ -9930,13 +9976,15 @@ def pause_for(s: Session, state: TrainState, clock: Clock) -> None:
     synchronize(s.rt)
     clock.stop()
     state.seconds = clock.banked
-    s.guard.beat(slow=True)
+    if not PACKAGED:
+        s.guard.beat(slow=True)
     with suppress(Interrupted):  # the loop will see the signal, too
         if validates:
             report_validation(s, state)
     if saves:
         try_to_save(s, state)
-    s.guard.beat()
+    if not PACKAGED:
+        s.guard.beat()
     clock.start()
 
 
@@ -10387,7 +10435,7 @@ def settle(s: Session, state: TrainState) -> tuple[bool, dict[str, float], dict[
         s.log.line(f"temperature:{calibration['temperature']:.4f} {how}")
     clock.stop()
     (state.seconds,) = agree(s.rt, clock.banked)
-    if 0 < h.max_wallclock_seconds < state.seconds:
+    if not PACKAGED and 0 < h.max_wallclock_seconds < state.seconds:
         late = state.seconds - h.max_wallclock_seconds
         s.log.line(
             f"warning: training ended {late:.3f} s after MAX_WALLCLOCK_SECONDS: a step took longer than foreseen"
@@ -10512,7 +10560,8 @@ def finish(s: Session, state: TrainState) -> int:
     model = build_model(s.h, s.rt, s.tokenizer.bos, fill=False)
     load_weights(model, arrays)
     scorer = Scorer(s.h, s.rt, model, s.table, header["calibration"])
-    scorer.say, scorer.limit, scorer.began = log.line, h.max_eval_seconds, began
+    if h.max_eval_seconds:
+        scorer.say, scorer.limit, scorer.began = log.line, h.max_eval_seconds, began
     if not PACKAGED:
         scorer.asked = functools.partial(s.guard.beat, True)
         log.line(f"protocol:{h.protocol}{' (named in advance)' * h.named}")
@@ -10737,13 +10786,13 @@ def train(h: Hyperparameters, rt: Runtime) -> int:
             return stopped(s, s.guard.signal)
         return finish(s, state)
     except RuntimeError as error:
-        if s is None or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if PACKAGED or s is None or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         found = f"another rank ended or cannot be reached, its own output may say why ({str(error).splitlines()[0]})"
         s.guard.say(f"error: rank {rt.rank}: {found}; to resume: {s.guard.resuming}")
         return s.guard.failure
     finally:
-        if s is not None:
+        if s is not None and not PACKAGED:
             s.guard.end()
         log.close()
         if lock is not None and rt.main:
@@ -11324,9 +11373,10 @@ def config_of(
 ) -> Hyperparameters:
     """The configuration that an artifact's header and the environment make together. Raises UserError."""
     # Training's batch does not matter here, but must not contradict the window either.
-    window = parse_value("TRAIN_SEQ_LEN", environ.get("TRAIN_SEQ_LEN") or str(header["config"]["train_seq_len"]))
-    h = load_config(environ, {**header["config"], "train_batch_tokens": window, "micro_batch_tokens": window})
-    values, written = dataclasses.asdict(h), dataclasses.asdict(Hyperparameters(**header["config"]))
+    config = {n: FIELDS[n.upper()].default for n in structure_fields()} | header["config"]
+    window = parse_value("TRAIN_SEQ_LEN", environ.get("TRAIN_SEQ_LEN") or str(config["train_seq_len"]))
+    h = load_config(environ, {**config, "train_batch_tokens": window, "micro_batch_tokens": window})
+    values, written = dataclasses.asdict(h), dataclasses.asdict(Hyperparameters(**config))
     for name in structure_fields():
         if values[name] != written[name] and not name.startswith("yarn"):  # a longer context at evaluation is allowed
             raise UserError(
@@ -11588,7 +11638,7 @@ def leave_code(code: int, environ: dict[str, str]) -> int:
     return code
 
 
-def run_packaged(_: list[str], environ: dict[str, str]) -> int:
+def run_packaged(environ: dict[str, str]) -> int:
     """All that a packaged script does: train."""
     try:
         h = load_config(environ)
@@ -11599,4 +11649,7 @@ def run_packaged(_: list[str], environ: dict[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(leave_code((run_packaged if PACKAGED else main)(sys.argv[1:], dict(os.environ)), dict(os.environ)))
+    if PACKAGED:
+        sys.exit(run_packaged(dict(os.environ)))
+    else:
+        sys.exit(leave_code(main(sys.argv[1:], dict(os.environ)), dict(os.environ)))

@@ -84,7 +84,7 @@ def timed(work: Callable[[], bytes]) -> tuple[bytes, float]:
 def rows_of(kind: str, values: np.ndarray, shapes: list[list[int]]) -> list[tuple[str, float, float, float]]:
     """(way, bits per weight, seconds to encode, seconds to decode), the longest first."""
     rows = [("order 0, ideal", order_0_bits(values, shapes) / values.size, np.nan, np.nan)]
-    packed = {name: t.PACKINGS[name][0](values) for name in t.packings_of(kind) if name in t.PACKINGS}
+    packed = {name: t.PACKINGS[name][0](values) for name in t.STREAM_PACKINGS[kind]}
     for packing, raw in packed.items():
         for name, (pack, unpack) in general_coders().items():
             data, slow = timed(lambda pack=pack, raw=raw: pack(raw))  # type: ignore[misc]

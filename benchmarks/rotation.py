@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         h, _ = t.with_backends(h, rt)
         model = t.build_model(h, rt, tokenizer.bos)
         weights = t.Weights(model)
-        path = t.find_checkpoint(dataclasses.replace(h, resume="auto"), folder)
+        path = t.find_checkpoint(dataclasses.replace(h, resume="auto"), folder / "checkpoints")
         if path is None:
             raise t.UserError(f"{folder} has no checkpoint")
         state = t.load_checkpoint(h, rt, path, model, weights)

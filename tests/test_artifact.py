@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 import train_gpt as t
 
 TINY = {"PRESET": "tiny", "VOCAB_SIZE": "256", "DEVICE": "cpu", "COMPILE": "0"}
+TABLES = {"BIGRAM_HASH_BUCKETS": "100", "BIGRAM_HASH_DIM": "16"}
 PRINTS = {"data": "d" * 64, "tokenizer": t.ByteTokenizer().fingerprint}
 ALLOCATION_LIMIT = 200 * 2**20  # bytes that reading a small file may hold at any time
 SECONDS_LIMIT = 5.0
@@ -107,15 +108,19 @@ def test_tables_that_hardly_any_ngram_has_met_can_be_read_back() -> None:
 
 
 def test_header_rebuilds_the_network_alone() -> None:
-    """Every field that changes a parameter's name or shape, or the function they compute, is in the file.
+    """Every field that changes a parameter's name or shape, or the function they compute, is in the file or a default.
 
-    Those at their defaults too: a reader of another version, or another program, does not know ours.
+    So these defaults stay, or a new version in the header tells files by the old ones: the sum is of all of them.
     """
     groups = ("model", "nsa", "rmt", "skc", "topology", "weights")
     fields = {s.name for s in t.FIELDS.values() if s.metadata["group"] in groups}
-    kept = set(opened(tiny_file())[0]["config"])
-    assert fields - kept == {"attn_impl", "nsa_impl", "nsa_strict", "grad_checkpoint"}
-    assert kept - fields == {"vocab_size", "train_seq_len"}
+    assert fields - set(t.structure_fields()) == {"attn_impl", "nsa_impl", "nsa_strict", "grad_checkpoint"}
+    assert set(t.structure_fields()) - fields == {"vocab_size", "train_seq_len"}
+    h = t.load_config(TINY)
+    kept, values = opened(tiny_file())[0]["config"], dataclasses.asdict(h)
+    assert kept == {n: values[n] for n in t.structure_fields() if values[n] != t.FIELDS[n.upper()].default}
+    defaults = {n: t.FIELDS[n.upper()].default for n in sorted(t.structure_fields())}
+    assert zlib.crc32(json.dumps(defaults).encode()) == 4086957913
 
 
 def test_same_weights_give_the_same_bytes() -> None:
@@ -303,7 +308,7 @@ def half_empty(environ: dict[str, str]) -> tuple[t.Hyperparameters, t.GPT, t.Art
 @pytest.mark.parametrize("environ", CONFIGS, ids=str)
 def test_rows_of_zeros_are_left_out_and_come_back(environ: dict[str, str]) -> None:
     """By our reader and another one; binary codes, which have no zero, are all there."""
-    _, model, artifact = half_empty({**environ, "MODEL_DIM": "64", "NUM_HEADS": "2"})
+    _, model, artifact = half_empty({**environ, **TABLES, "MODEL_DIM": "64", "NUM_HEADS": "2"})
     parameters = {name: bits(p.detach()) for name, p in model.named_parameters()}
     _, weights = t.decode_artifact(artifact.data)
     assert {name: bits(w) for name, w in weights.items()} == parameters
@@ -325,7 +330,8 @@ def test_negative_zeros_are_no_zeros() -> None:
 
 def test_rows_of_zeros_cost_what_their_marks_do() -> None:
     """Small integers in rows of 32, a tenth of the rows zeros, as in tables that n-grams have half filled."""
-    rng, h = np.random.default_rng(0), t.load_config({**TINY, "INT_GROUP": "0", "FP_STORAGE": "int7"})
+    h = t.load_config({**TINY, "INT_GROUP": "0", "FP_STORAGE": "int7", "BIGRAM_HASH_BUCKETS": "20000"})
+    rng = np.random.default_rng(0)
     live = rng.random(20_000) > 0.1
     codes = np.rint(rng.standard_normal((20_000, 32)) * 5).clip(-63, 63).astype(np.int8) * live[:, None]
     scales = np.ones((20_000, 1), np.float32)
@@ -357,7 +363,7 @@ def test_shortest_way_to_store_a_stream_is_chosen(chunk: int, monkeypatch: pytes
     )
     for kind, values in (("bytes", rng.integers(0, 256, 20000, np.uint8)), ("trits", even), ("trits", sparse)):
         sizes = {}
-        for packing in (name for name in t.packings_of(kind) if name in t.PACKINGS):
+        for packing in t.STREAM_PACKINGS[kind]:
             packed = t.PACKINGS[packing][0](values)
             pieces = [packed[at : at + chunk] for at in range(0, len(packed), chunk)]
             for tool in t.COMPRESSORS:
@@ -368,13 +374,13 @@ def test_shortest_way_to_store_a_stream_is_chosen(chunk: int, monkeypatch: pytes
         assert len(stored) == sizes[packing, tool] == min(sizes.values()), sizes
         winners.append((packing, tool))
     assert winners == [("planes", "none"), ("context", "none"), ("context", "none")]
-    monkeypatch.setattr(t, "packings_of", lambda kind: ("base3", "bitmask"))
+    monkeypatch.setattr(t, "CONTEXT_STREAMS", {})
     assert [t.compress_best("trits", values, [])[0] for values in (even, sparse)] == ["base3", "bitmask"]
 
 
 def test_long_streams_are_stored_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(t, "CHUNK_BYTES", 512)
-    monkeypatch.setattr(t, "packings_of", lambda kind: ("base3", "bitmask") if kind == "trits" else ("planes",))
+    monkeypatch.setattr(t, "CONTEXT_STREAMS", {})
     rng = np.random.default_rng(0)
     for kind, values in {
         "trits": rng.choice(np.array([-1, 0, 1], np.int8), 20000, p=[0.02, 0.96, 0.02]),
@@ -806,10 +812,11 @@ def test_no_forged_bytes_crash_the_reader(data: st.DataObject) -> None:
 @functools.cache
 def fuzzed_files() -> list[tuple[bytes, dict[str, bytes]]]:
     """Small real files with their weights: both kinds of codes, one with rows of zeros left out."""
-    shape = {"MODEL_DIM": "64", "NUM_HEADS": "2"}
-    makers = ((export, "ternary"), (half_empty, "int5"))
-    files = [make({**shape, "MATRIX_CODEC": codec})[2].data for make, codec in makers]
-    assert [opened(data)[0]["streams"][0][0] for data in files] == ["trits", "rows"]
+    shape = {"MODEL_DIM": "48", "NUM_HEADS": "2", "NUM_LAYERS": "1"}
+    makers = ((export, {"MATRIX_CODEC": "ternary"}), (half_empty, {"MATRIX_CODEC": "int5", **TABLES}))
+    files = [make({**shape, **more})[2].data for make, more in makers]
+    streams = [{row[0]: row[1] for row in opened(data)[0]["streams"]} for data in files]
+    assert streams[0]["trits"] == streams[1]["int5"] == "context" and "rows" in streams[1]
     return [(data, {n: bits(w) for n, w in t.decode_artifact(data)[1].items()}) for data in files]
 
 

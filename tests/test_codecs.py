@@ -54,7 +54,7 @@ def scales_of(coded: t.Codes) -> Tensor:
 
 def context_packing(kind: str, shapes: list[list[int]]) -> tuple:
     """pack and unpack of the coder that must know shapes, as PACKINGS has those of the others."""
-    largest = 1 if kind == "trits" else 128
+    largest = t.CONTEXT_STREAMS[kind]
     return (
         lambda values: t.pack_context(values, shapes),
         lambda data, count, dtype: t.unpack_context(data, count, shapes, largest),
@@ -87,7 +87,7 @@ def check_one_codec_law(codec: t.Codec, w: Tensor, tuning: t.Tuning) -> Tensor:
     if coded.scales is not None:
         assert tuple(coded.scales.shape) == shape and coded.scales.dtype == torch.float32
         assert bits(coded.scales) == bits(coded.scales.bfloat16().float()), "a stored scale is a bf16 number"
-    for packing in t.packings_of(codec.stream):
+    for packing in (*t.STREAM_PACKINGS[codec.stream], *["context"] * (codec.stream in t.CONTEXT_STREAMS)):
         read = through_a_file(codec, coded, packing)
         assert read.dtype == np.float32 and bits(read) == bits(value)
     return value
@@ -527,7 +527,7 @@ def test_packed_bytes_is_what_packing_gives(name: str, shape: tuple[int, ...], g
     """Exact but for the last byte of a stream of trits, which all weights share."""
     codec = codec_of(name, group)
     coded = codec.quantize(torch.ones(shape), t.default_tuning(torch.ones(shape)))
-    pack = t.PACKINGS[t.packings_of(codec.stream)[0]][0]
+    pack = t.PACKINGS[t.STREAM_PACKINGS[codec.stream][0]][0]
     size = len(pack(coded.codes.numpy().reshape(-1).astype(t.STREAM_TYPES[codec.stream])))
     size += 0 if coded.scales is None else len(t.bf16_bits(coded.scales.numpy()).tobytes())
     assert 0 <= size - codec.packed_bytes(shape) < 1

@@ -465,16 +465,16 @@ def test_large_bank_is_quantized_in_parts_that_keep_their_places() -> None:
     """Beyond 2M weights a bank is coded part by part: each weight with its own tuning, under its own name."""
     generator, names = torch.Generator().manual_seed(0), ["a", "b", "c"]
     parameters = [torch.nn.Parameter(torch.randn(2, 2**19, generator=generator)) for _ in names]
-    codec, weights = t.CODECS["int8"](schedule(GROUP_SIZE=2**19)), Trainer().weights
-    bank = t.Bank(t.Role("int8", "matrix"), codec, names, parameters)
+    h, weights = schedule(GROUP_SIZE=2**19), Trainer().weights
+    bank = t.Bank(h, t.Role("int8", "matrix"), names, parameters)
     bank.tuning.multiplier[:, 0, 0] = torch.tensor([1.0, 2.0, 4.0])
     weights.banks = {"large": bank}
     weights.materialize(1.0)
     assert [at for at, _ in bank.coded()] == [0, 2]
     for i, (coded, parameter) in enumerate(zip(t.coded_tensors(weights), parameters, strict=True)):
-        alone = fake_quantize(codec, bank.latent[i], t.Tuning(torch.tensor(0.5), torch.tensor(2.0**i)))
+        alone = fake_quantize(bank.codec, bank.latent[i], t.Tuning(torch.tensor(0.5), torch.tensor(2.0**i)))
         assert coded.name == names[i] and torch.equal(parameter, alone)
-        assert (codec.decode_numpy(coded.codes, coded.scales) == alone.numpy()).all()
+        assert (bank.codec.decode_numpy(coded.codes, coded.scales) == alone.numpy()).all()
 
 
 def test_ternary_weights_are_float_until_their_start() -> None:
