@@ -25,6 +25,7 @@ import functools
 import gc
 import hashlib
 import importlib
+import inspect
 import io
 import itertools
 import json
@@ -172,6 +173,8 @@ PURE_METHODS = frozenset(
         "unsqueeze",
         "squeeze",
         "hexdigest",
+        "with_name",
+        "with_suffix",
     ]
 )
 # What takes an attribute's name as a text.
@@ -530,8 +533,18 @@ def external_names(tree: ast.Module) -> Outside:
     for base in {dotted(b) for n in walk(tree) if isinstance(n, ast.ClassDef) for b in n.bases}:
         with suppress(AttributeError, KeyError):
             head, *rest = base.split(".")
-            bases |= set(dir(functools.reduce(getattr, rest, modules[head])))
+            kind = functools.reduce(getattr, rest, modules[head])
+            bases |= set(dir(kind)) | own_attributes(kind)
     return Outside(frozenset(found | bases), frozenset(bases))
+
+
+def own_attributes(kind: Any) -> set[str]:
+    """Attributes that a class of another module, or one from which it derives, gives to its objects."""
+    found = set[str]()
+    for one in inspect.getmro(kind) if isinstance(kind, type) else ():
+        with suppress(OSError, TypeError):  # written in C
+            found |= set(re.findall(r"self\.(\w+)(?:: [^=\n]+)? = ", inspect.getsource(one)))
+    return found
 
 
 def is_tuple_class(node: ast.ClassDef) -> bool:
@@ -563,7 +576,20 @@ def definitions(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 FOREIGN = "."  # the class of an object that certainly is none of the program's
-FOREIGN_TYPES = {"Tensor", "Path", "str", "int", "float", "bool", "bytes", "dict", "list", "set", "defaultdict", "Counter"}
+FOREIGN_TYPES = {
+    "Tensor",
+    "Path",
+    "str",
+    "int",
+    "float",
+    "bool",
+    "bytes",
+    "dict",
+    "list",
+    "set",
+    "defaultdict",
+    "Counter",
+}
 
 
 class Facts:
@@ -787,7 +813,7 @@ class Facts:
 
     def foreign(self, kind: str, name: str) -> bool:
         """Whether a class's method may be called by another module."""
-        return name in self.external and self.foreign_bases(kind)
+        return name in self.bases and self.foreign_bases(kind)
 
     def outside(self, name: str) -> bool:
         """Whether an attribute may belong to an object that is none of the program's."""
@@ -1886,10 +1912,10 @@ class Fold(Rewriter):
         if any(value is None for value in given.values()):
             return False
         moved = [n for n, v in given.items() if v and not isinstance(v, ast.Name | ast.Constant)]
+        moved = [n for n in moved if uses[n] or not self.purity.expression(given[n])]
         still = self.purity.expression(body)
         calm = [n for n in moved if still and dotted(given[n] or body)]
-        idle = [n for n in moved if not uses[n] and self.purity.expression(given[n])]
-        rest = [n for n in moved if n not in calm and n not in idle]
+        rest = [n for n in moved if n not in calm]
         if not rest:
             return True
         first = [n.id for n in early(body, self.facts.modules)[0]]
@@ -2359,12 +2385,9 @@ class Fold(Rewriter):
         self.generic_visit(node)
         self.note(node)
         value, target = node.value, node.targets[0]
-        alike = (
-            isinstance(value, ast.Name)
-            and isinstance(target, ast.Name)
-            and len(node.targets) == 1
-            and value.id == target.id
-        )
+        names = [target, *(target.elts if isinstance(target, ast.Tuple) else [])]
+        plain = all(isinstance(name, ast.Name | ast.Tuple) for name in names) and len(node.targets) == 1
+        alike = plain and ast.unparse(target) == ast.unparse(value)
         return self.changed(None) if alike else node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
@@ -2737,6 +2760,7 @@ class Joined:
         inner = {id(n) for f in functions for n in walk(f)}
         counts = Counter(n.id for n in walk(function) if isinstance(n, ast.Name) and is_load(n))
         kept = {name for n in walk(function) if isinstance(n, ast.Global | ast.Nonlocal) for name in n.names}
+        self.own = set(bound) - kept - {n.id for f in functions for n in walk(f) if isinstance(n, ast.Name)}
         self.once = {n for n, values in bound.items() if len(values) == 1 and counts[n] == 1} - kept
         for node in walk(function):
             for part in ("body", "orelse", "finalbody"):
@@ -2748,12 +2772,18 @@ class Joined:
         for place in range(len(body) - 2, -1, -1):
             one, after = body[place : place + 2]
             target = one.targets[0] if isinstance(one, ast.Assign) and len(one.targets) == 1 else None
-            if not isinstance(target, ast.Name) or target.id not in self.once:
+            if not isinstance(target, ast.Name) or not (target.id in self.once or self.last(target.id, after)):
                 continue
             if any(found.id == target.id for found in self.first_reads(after)):
                 Replace({target.id: one.value}, once=True).visit(after)  # type: ignore[attr-defined]
                 del body[place]
                 self.changes += 1
+
+    def last(self, name: str, node: ast.stmt) -> bool:
+        """Whether a statement reads a local name once, and nobody does after it before it has another value."""
+        ends = isinstance(node, ast.Return) or (isinstance(node, ast.Assign) and dotted(node.targets[0]) == name)
+        reads = sum(isinstance(n, ast.Name) and n.id == name and is_load(n) for n in walk(node))
+        return ends and reads == 1 and name in self.own
 
     def first_reads(self, node: ast.stmt) -> list[ast.Name]:
         """Names that a simple statement reads before it does anything else."""
