@@ -3773,40 +3773,43 @@ def wrap_latin1(text: str) -> bytes:
 # met, e = [probability, times met].
 MIXER = r"""import re,bisect
 def f(g,n,o=''):
- T=[];h=v=0;r=1;M={};W=[[.2]*35 for k in range(256)]
+ T=[];h=v=0;r=1;M={};c=128;W=[[.25]*35 for k in range(256)]
  for k in range(1,65536):T+=[h];h+=65536/k/(65536-k)
- S=lambda x:bisect.bisect(T,x+h/2)/65536
+ S=lambda x:(bisect.bisect(T,x+h/2)+.5)/65537
  while len(o)<n:
-  t=o[-50:];c=1;C=[*[t[len(t)-k:]for k in(0,1,2,3,5)],str(re.split('\\W+',t)[-2:]),re.sub('\\w+','a',t)[-6:]+'!']
-  C=[M.setdefault(k,{})for k in C];B=W[128+ord(t[-1:]or'a')]
+  t=o[-50:];B=W[c];c=1;C=['',*[t[-k:]for k in(1,2,3,5)],str(re.split('\\W+',t)[-2:]),re.sub('\\w+','a',t)[-6:]+'!']
   while c<128:
-   A=W[c];i=a=b=0;E=[];J=[]
-   for d in C:
-    e=d.setdefault(c,[.5,0]);j=i+min(4,e[1]);x=T[int(e[0]*65534)]-h/2;J+=[(j,x)];E+=[e];a+=A[j]*x;b+=B[j]*x;i+=5
-   while r<1<<24:r<<=8;v=v<<8|next(g,0)
-   m=int(r*min(.9999,max(.0001,S((a+b)/2))));y=v<m;a=(y-S(a))*.03;b=(y-S(b))*.03
+   A=W[c];i=a=b=0;J=[]
+   for k in C:
+    e=M.setdefault((k,c),[.5,0]);j=i+min(4,e[1]);x=T[int(e[0]*65534)]-h/2;J+=[(j,x,e)];a+=A[j]*x;b+=B[j]*x;i+=5
+   while r<1<<24:r*=253;v=v*253+next(g,0)
+   m=int(r*S((a+b)/2));y=v<m;a=(y-S(a))*.03;b=(y-S(b))*.03
    if y:r=m
    else:r-=m;v-=m
-   for j,x in J:A[j]+=a*x;B[j]+=b*x
-   for e in E:e[0]+=(y-e[0])/(e[1]+1.5);e[1]+=e[1]<25
+   for j,x,e in J:A[j]+=a*x;B[j]+=b*x;e[0]+=(y-e[0])/(e[1]+1.4);e[1]+=e[1]<25
    c=c*2+y
   o+=chr(c-128)
  return o
 """
-ENCODING = {"v=v<<8|next(g,0)": "v<<=8;s+=1", "y=v<m": "y=next(g)", "v-=m": "v+=m", "o=''": "o='',s=0"}
+ENCODING = {"v=v*253+next(g,0)": "v*=253;s+=1", "y=v<m": "y=next(g)", "v-=m": "v+=m", "o=''": "o='',s=0"}
 ENCODING |= {"return o": "return v,r,s"}
+DIGITS = [byte for byte in range(256) if byte not in b"\0\r\\"]  # what needs no escape in a string
 
 
 def mixed(text: str) -> bytes:
-    """The stream from which MIXER makes an ASCII text."""
+    """The stream from which MIXER makes an ASCII text: digits to the base 253, each as its DIGITS."""
     source = functools.reduce(lambda code, change: code.replace(*change), ENCODING.items(), MIXER)
     space: dict[str, Any] = {}
     exec(source, space)
     low, span, size = space["f"](
         (code >> place & 1 for code in text.encode("ascii") for place in range(6, -1, -1)), len(text)
     )
-    free = span.bit_length() - 1  # so many bits at the end may be anything
-    return ((low + span - 1) >> free << free).to_bytes(size, "big").rstrip(b"\0")
+    unit = 253 ** int(math.log(span, 253))  # digits at the end that may be anything are zeros, which need not be told
+    number, digits = (low + span - 1) // unit * unit if (low + span - 1) // unit * unit >= low else low, list[int]()
+    for _ in range(size):
+        number, digit = divmod(number, 253)
+        digits.append(DIGITS[digit])
+    return bytes(digits[::-1]).rstrip(b"\1")
 
 
 def wrap_mixed(text: str) -> bytes:
@@ -3815,7 +3818,7 @@ def wrap_mixed(text: str) -> bytes:
     if ast.dump(ast.parse(plain)) != ast.dump(ast.parse(text)):
         raise BuildError("the wrapper `mixed` is for ASCII outside of plain strings; take --wrapper latin1")
     decoder = f"import zlib\nexec(zlib.decompress({quoted(deflated(MIXER))},-15))\n"
-    made = f"s=f(iter({quoted(mixed(plain))}),{len(plain)})\n"
+    made = f"s=f((c-1-(c>13)-(c>92)for c in {quoted(mixed(plain))}),{len(plain)})\n"
     return f"#coding:l1\n{decoder}{made}{started(is_listed(text))}".encode("latin-1")
 
 
