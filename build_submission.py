@@ -22,8 +22,10 @@ import base64
 import builtins
 import dataclasses
 import functools
+import gc
 import hashlib
 import importlib
+import inspect
 import io
 import itertools
 import json
@@ -171,6 +173,8 @@ PURE_METHODS = frozenset(
         "unsqueeze",
         "squeeze",
         "hexdigest",
+        "with_name",
+        "with_suffix",
     ]
 )
 # What takes an attribute's name as a text.
@@ -529,8 +533,18 @@ def external_names(tree: ast.Module) -> Outside:
     for base in {dotted(b) for n in walk(tree) if isinstance(n, ast.ClassDef) for b in n.bases}:
         with suppress(AttributeError, KeyError):
             head, *rest = base.split(".")
-            bases |= set(dir(functools.reduce(getattr, rest, modules[head])))
+            kind = functools.reduce(getattr, rest, modules[head])
+            bases |= set(dir(kind)) | own_attributes(kind)
     return Outside(frozenset(found | bases), frozenset(bases))
+
+
+def own_attributes(kind: Any) -> set[str]:
+    """Attributes that a class of another module, or one from which it derives, gives to its objects."""
+    found = set[str]()
+    for one in inspect.getmro(kind) if isinstance(kind, type) else ():
+        with suppress(OSError, TypeError):  # written in C
+            found |= set(re.findall(r"self\.(\w+)(?:: [^=\n]+)? = ", inspect.getsource(one)))
+    return found
 
 
 def is_tuple_class(node: ast.ClassDef) -> bool:
@@ -561,6 +575,23 @@ def definitions(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
             yield node
 
 
+FOREIGN = "."  # the class of an object that certainly is none of the program's
+FOREIGN_TYPES = {
+    "Tensor",
+    "Path",
+    "str",
+    "int",
+    "float",
+    "bool",
+    "bytes",
+    "dict",
+    "list",
+    "set",
+    "defaultdict",
+    "Counter",
+}
+
+
 class Facts:
     """An inventory of a program: definitions, calls by name, attribute reads and stores."""
 
@@ -575,6 +606,7 @@ class Facts:
         self.ups = {name: self.find_ancestors(name) for name in self.classes}
         self.cache: dict[Any, Any] = {}
         self.families: dict[str, frozenset[str]] = {}
+        self.program_bases = {dotted(base) for kind in self.classes.values() for base in kind.bases}
         self.fields = {name: class_fields(node) for name, node in self.classes.items()}
         self.given: dict[str, list[tuple[str, ast.expr | None]]] = defaultdict(
             list
@@ -724,7 +756,7 @@ class Facts:
         """Methods of one name in groups of which a call may mean any: all, if it is not known of what one is called."""
         calls = self.calls["." + named[0][1].name]
         known = {c.func.__dict__.get("receiver", "") for c in calls if isinstance(c.func, ast.Attribute)}
-        if not known <= set(self.classes):
+        if not known - {FOREIGN} <= set(self.classes):
             return [[method for _, method in named]]
         groups = list[tuple[set[str], list[Function]]]()
         for owner, method in named:
@@ -764,6 +796,7 @@ class Facts:
     def read(self, name: str, kind: str) -> bool:
         """Whether an attribute may be read of an object that has this class's code."""
         known = self.readers.get(name, set())
+        known = known - {FOREIGN}
         return name in self.texts or any(one not in self.classes or kind in self.family(one) for one in known)
 
     def foreign_bases(self, name: str) -> bool:
@@ -780,11 +813,16 @@ class Facts:
 
     def foreign(self, kind: str, name: str) -> bool:
         """Whether a class's method may be called by another module."""
-        return name in self.external and self.foreign_bases(kind)
+        return name in self.bases and self.foreign_bases(kind)
 
     def outside(self, name: str) -> bool:
         """Whether an attribute may belong to an object that is none of the program's."""
         return name in self.external or name.startswith("__")
+
+    def foreign_type(self, kind: ast.expr | None) -> bool:
+        """Whether a type is none of the program's."""
+        name = (type_parts(kind)[0] or dotted(plain_type(kind))) if kind else ""
+        return name in FOREIGN_TYPES and name not in self.program_bases
 
     # -- calls --
 
@@ -819,8 +857,8 @@ class Facts:
 
     def may_be(self, receiver: str, owner: str, name: str) -> bool | None:
         """Whether an attribute of an object of a class is that of another class; None if nothing is known of either."""
-        if receiver in self.classes:
-            return owner in self.family(receiver)
+        if receiver in self.classes or receiver == FOREIGN:
+            return receiver != FOREIGN and owner in self.family(receiver)
         return None if self.outside(name) else True
 
     def base_names(self, owner: str) -> frozenset[str]:
@@ -948,7 +986,7 @@ class Facts:
     def may_be_of(self, node: ast.Attribute, kinds: frozenset[str]) -> bool:
         """Whether an attribute is read of an object that may be of some classes."""
         receiver = node.__dict__.get("receiver", "")
-        return receiver not in self.classes or receiver in kinds
+        return receiver in kinds or not (receiver in self.classes or receiver == FOREIGN)
 
     def values(self, name: str, kinds: frozenset[str] | None = None) -> list[ast.expr | None]:
         """All values that an attribute is given anywhere, None for an unknown one; only of some classes if named."""
@@ -968,7 +1006,7 @@ class Facts:
         if isinstance(target.value, ast.Name) and target.value.id == "self":
             return self.owner.get(id(target), "")
         known = target.__dict__.get("receiver", "")
-        return known if known in self.classes else ""
+        return known if known in self.classes or known == FOREIGN else ""
 
     def field_args(self, kind: str) -> ast.arguments:
         """The parameters of a NamedTuple's or dataclass's constructor."""
@@ -1485,7 +1523,8 @@ class Fold(Rewriter):
         self.asking.add(key)
         scopes = self.scopes
         self.scopes = scopes[: next(i for i, one in enumerate(scopes) if one is scope) + 1]
-        found = agreed_type([self.type_of(v) for v in values if not is_none(v)])
+        own = (f"{node.id}._replace", "dataclasses.replace")  # of the same class as before
+        found = agreed_type([self.type_of(v) for v in values if not is_none(v) and made_kind(v) not in own])
         self.scopes = scopes
         self.asking.discard(key)
         return found
@@ -1653,7 +1692,10 @@ class Fold(Rewriter):
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
         node.value = self.visit(node.value)
-        node.receiver = self.kind_of(node.value)  # type: ignore[attr-defined]
+        kind = self.type_of(node.value)
+        head = dotted(node).split(".")[0]
+        other = self.facts.foreign_type(kind) or (head in self.facts.modules and self.find(head) is self.scopes[0])
+        node.receiver = self.facts.class_of(kind) or FOREIGN * other  # type: ignore[attr-defined]
         return node
 
     def simplify_Attribute(self, node: ast.Attribute) -> ast.expr | None:
@@ -1870,10 +1912,10 @@ class Fold(Rewriter):
         if any(value is None for value in given.values()):
             return False
         moved = [n for n, v in given.items() if v and not isinstance(v, ast.Name | ast.Constant)]
+        moved = [n for n in moved if uses[n] or not self.purity.expression(given[n])]
         still = self.purity.expression(body)
         calm = [n for n in moved if still and dotted(given[n] or body)]
-        idle = [n for n in moved if not uses[n] and self.purity.expression(given[n])]
-        rest = [n for n in moved if n not in calm and n not in idle]
+        rest = [n for n in moved if n not in calm]
         if not rest:
             return True
         first = [n.id for n in early(body, self.facts.modules)[0]]
@@ -2042,7 +2084,8 @@ class Fold(Rewriter):
         inner = [n for n in walk(node) if isinstance(n, Function | ast.Lambda) and n is not node]
         captured = frozenset(n.id for one in inner for n in walk(one) if isinstance(n, ast.Name))
         flow = {name: value for name, value in flow.items() if name not in known}
-        known |= stays_empty(node, bound) if isinstance(node, Function) else {}
+        parts = {name: [self.part_of(v) or v for v in values] for name, values in bound.items()}
+        known |= stays_empty(node, parts) if isinstance(node, Function) else {}
         return Scope(bound, known, configs, False, followed, captured, types_, dict(flow))
 
     def followed(self, node: Function, bound: dict[str, list[ast.AST | None]]) -> frozenset[str]:
@@ -2342,12 +2385,9 @@ class Fold(Rewriter):
         self.generic_visit(node)
         self.note(node)
         value, target = node.value, node.targets[0]
-        alike = (
-            isinstance(value, ast.Name)
-            and isinstance(target, ast.Name)
-            and len(node.targets) == 1
-            and value.id == target.id
-        )
+        names = [target, *(target.elts if isinstance(target, ast.Tuple) else [])]
+        plain = all(isinstance(name, ast.Name | ast.Tuple) for name in names) and len(node.targets) == 1
+        alike = plain and ast.unparse(target) == ast.unparse(value)
         return self.changed(None) if alike else node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
@@ -2720,6 +2760,7 @@ class Joined:
         inner = {id(n) for f in functions for n in walk(f)}
         counts = Counter(n.id for n in walk(function) if isinstance(n, ast.Name) and is_load(n))
         kept = {name for n in walk(function) if isinstance(n, ast.Global | ast.Nonlocal) for name in n.names}
+        self.own = set(bound) - kept - {n.id for f in functions for n in walk(f) if isinstance(n, ast.Name)}
         self.once = {n for n, values in bound.items() if len(values) == 1 and counts[n] == 1} - kept
         for node in walk(function):
             for part in ("body", "orelse", "finalbody"):
@@ -2731,12 +2772,18 @@ class Joined:
         for place in range(len(body) - 2, -1, -1):
             one, after = body[place : place + 2]
             target = one.targets[0] if isinstance(one, ast.Assign) and len(one.targets) == 1 else None
-            if not isinstance(target, ast.Name) or target.id not in self.once:
+            if not isinstance(target, ast.Name) or not (target.id in self.once or self.last(target.id, after)):
                 continue
             if any(found.id == target.id for found in self.first_reads(after)):
                 Replace({target.id: one.value}, once=True).visit(after)  # type: ignore[attr-defined]
                 del body[place]
                 self.changes += 1
+
+    def last(self, name: str, node: ast.stmt) -> bool:
+        """Whether a statement reads a local name once, and nobody does after it before it has another value."""
+        ends = isinstance(node, ast.Return) or (isinstance(node, ast.Assign) and dotted(node.targets[0]) == name)
+        reads = sum(isinstance(n, ast.Name) and n.id == name and is_load(n) for n in walk(node))
+        return ends and reads == 1 and name in self.own
 
     def first_reads(self, node: ast.stmt) -> list[ast.Name]:
         """Names that a simple statement reads before it does anything else."""
@@ -2952,8 +2999,7 @@ class Reach:
 
     def attribute(self, name: str, receiver: str) -> None:
         """An attribute is read, of an object of a class of the program where that is known."""
-        receiver = receiver if receiver in self.facts.classes else ""
-        if (name, receiver) in self.attributes:
+        if receiver == FOREIGN or (name, receiver) in self.attributes:
             return
         self.attributes.add((name, receiver))
         for owner, method in self.facts.methods.get(name, ()):
@@ -3727,40 +3773,43 @@ def wrap_latin1(text: str) -> bytes:
 # met, e = [probability, times met].
 MIXER = r"""import re,bisect
 def f(g,n,o=''):
- T=[];h=v=0;r=1;M={};W=[[.2]*35 for k in range(256)]
+ T=[];h=v=0;r=1;M={};c=128;W=[[.25]*35 for k in range(256)]
  for k in range(1,65536):T+=[h];h+=65536/k/(65536-k)
- S=lambda x:bisect.bisect(T,x+h/2)/65536
+ S=lambda x:(bisect.bisect(T,x+h/2)+.5)/65537
  while len(o)<n:
-  t=o[-50:];c=1;C=[*[t[len(t)-k:]for k in(0,1,2,3,5)],str(re.split('\\W+',t)[-2:]),re.sub('\\w+','a',t)[-6:]+'!']
-  C=[M.setdefault(k,{})for k in C];B=W[128+ord(t[-1:]or'a')]
+  t=o[-50:];B=W[c];c=1;C=['',*[t[-k:]for k in(1,2,3,5)],str(re.split('\\W+',t)[-2:]),re.sub('\\w+','a',t)[-6:]+'!']
   while c<128:
-   A=W[c];i=a=b=0;E=[];J=[]
-   for d in C:
-    e=d.setdefault(c,[.5,0]);j=i+min(4,e[1]);x=T[int(e[0]*65534)]-h/2;J+=[(j,x)];E+=[e];a+=A[j]*x;b+=B[j]*x;i+=5
-   while r<1<<24:r<<=8;v=v<<8|next(g,0)
-   m=int(r*min(.9999,max(.0001,S((a+b)/2))));y=v<m;a=(y-S(a))*.03;b=(y-S(b))*.03
+   A=W[c];i=a=b=0;J=[]
+   for k in C:
+    e=M.setdefault((k,c),[.5,0]);j=i+min(4,e[1]);x=T[int(e[0]*65534)]-h/2;J+=[(j,x,e)];a+=A[j]*x;b+=B[j]*x;i+=5
+   while r<1<<24:r*=253;v=v*253+next(g,0)
+   m=int(r*S((a+b)/2));y=v<m;a=(y-S(a))*.03;b=(y-S(b))*.03
    if y:r=m
    else:r-=m;v-=m
-   for j,x in J:A[j]+=a*x;B[j]+=b*x
-   for e in E:e[0]+=(y-e[0])/(e[1]+1.5);e[1]+=e[1]<25
+   for j,x,e in J:A[j]+=a*x;B[j]+=b*x;e[0]+=(y-e[0])/(e[1]+1.4);e[1]+=e[1]<25
    c=c*2+y
   o+=chr(c-128)
  return o
 """
-ENCODING = {"v=v<<8|next(g,0)": "v<<=8;s+=1", "y=v<m": "y=next(g)", "v-=m": "v+=m", "o=''": "o='',s=0"}
+ENCODING = {"v=v*253+next(g,0)": "v*=253;s+=1", "y=v<m": "y=next(g)", "v-=m": "v+=m", "o=''": "o='',s=0"}
 ENCODING |= {"return o": "return v,r,s"}
+DIGITS = [byte for byte in range(256) if byte not in b"\0\r\\"]  # what needs no escape in a string
 
 
 def mixed(text: str) -> bytes:
-    """The stream from which MIXER makes an ASCII text."""
+    """The stream from which MIXER makes an ASCII text: digits to the base 253, each as its DIGITS."""
     source = functools.reduce(lambda code, change: code.replace(*change), ENCODING.items(), MIXER)
     space: dict[str, Any] = {}
     exec(source, space)
     low, span, size = space["f"](
         (code >> place & 1 for code in text.encode("ascii") for place in range(6, -1, -1)), len(text)
     )
-    free = span.bit_length() - 1  # so many bits at the end may be anything
-    return ((low + span - 1) >> free << free).to_bytes(size, "big").rstrip(b"\0")
+    unit = 253 ** int(math.log(span, 253))  # digits at the end that may be anything are zeros, which need not be told
+    number, digits = (low + span - 1) // unit * unit if (low + span - 1) // unit * unit >= low else low, list[int]()
+    for _ in range(size):
+        number, digit = divmod(number, 253)
+        digits.append(DIGITS[digit])
+    return bytes(digits[::-1]).rstrip(b"\1")
 
 
 def wrap_mixed(text: str) -> bytes:
@@ -3769,7 +3818,7 @@ def wrap_mixed(text: str) -> bytes:
     if ast.dump(ast.parse(plain)) != ast.dump(ast.parse(text)):
         raise BuildError("the wrapper `mixed` is for ASCII outside of plain strings; take --wrapper latin1")
     decoder = f"import zlib\nexec(zlib.decompress({quoted(deflated(MIXER))},-15))\n"
-    made = f"s=f(iter({quoted(mixed(plain))}),{len(plain)})\n"
+    made = f"s=f((c-1-(c>13)-(c>92)for c in {quoted(mixed(plain))}),{len(plain)})\n"
     return f"#coding:l1\n{decoder}{made}{started(is_listed(text))}".encode("latin-1")
 
 
@@ -4320,6 +4369,7 @@ def build(options: Any) -> list[str]:
 
 def main(argv: list[str]) -> int:
     """Build; returns the exit code, 2 for what cannot or must not be built."""
+    gc.disable()  # trees of a program are many small objects that live long
     try:
         for line in build(options_of(argv)):
             print(line)

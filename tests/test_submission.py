@@ -266,6 +266,13 @@ RULES: dict[str, tuple[str, list[str], list[str]]] = {
     "two statements are one": (
         "def noisy(x: int) -> int:\n    print('noisy', x)\n    return x\n\ndef main(h: Hyperparameters) -> None:\n    a = noisy(h.seed)\n    print(a, noisy(2))\n    b = noisy(3)\n    print(noisy(4), b)\n"
         "    c = noisy(5)\n    for i in (6, 7):\n        print(c, i)\n    d = noisy(8)\n    e = lambda: d\n    print('before', e(), e())\n", ["a = "], ["b = ", "c = ", "d = ", "print(noisy(h.seed), noisy(2))"]),
+    "two statements of a name with several values": (
+        "def main(h: Hyperparameters) -> None:\n    def grow(x: int) -> tuple[int, int]:\n        x = x + h.seed\n        x = x * 2\n        return x, h.seed\n"
+        "    def kept(x: int) -> tuple:\n        x = x + h.seed\n        y = lambda: x\n        x = x * 2\n        return x, y()\n"
+        "    a, b = grow(h.seed)\n    (a, b) = (a, b)\n    print(grow(h.seed), kept(h.seed), a, b)\n", ["a, b = (a, b)"], ["return ((x + h.seed) * 2, h.seed)", "x = x * 2"]),
+    "attributes and methods that another module's classes do not have": (
+        "import argparse\n\nclass Parser(argparse.ArgumentParser):\n    def __init__(self, h: Hyperparameters) -> None:\n        super().__init__()\n        self.index, self.usage = 3, str(h.seed)\n\n    def gather(self) -> int:\n        return 4\n\n"
+        "    def format_help(self) -> str:\n        return 'help'\n\ndef main(h: Hyperparameters) -> None:\n    print(Parser(h).format_usage())\n", ["gather"], ["usage", "format_help"]),
     "a method that every object has another of": (
         "class Base:\n    def f(self, x: int) -> int:\n        raise NotImplementedError\n\n    def g(self, x: int) -> int:\n        print('Base')\n        return x\n\n"
         "class A(Base):\n    def f(self, x: int) -> int:\n        print('A')\n        return x\n\n    def g(self, x: int) -> int:\n        return super().g(x) + 1\n\n"
@@ -398,7 +405,9 @@ def test_a_stream_is_quoted_as_it_is(stream: bytes) -> None:
 def test_what_is_mixed_comes_out_again(text: str) -> None:
     space: dict[str, Any] = {}
     exec(b.MIXER, space)
-    assert space["f"](iter(b.mixed(text)), len(text)) == text
+    stream = b.mixed(text)
+    assert space["f"]((b.DIGITS.index(byte) for byte in stream), len(text)) == text
+    assert b.quoted(stream).count("\\") <= 1 + stream.count(b"'''")
 
 
 def test_mixing_needs_no_function_that_another_machine_rounds_otherwise() -> None:
