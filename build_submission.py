@@ -12,6 +12,11 @@ knows no function of the script by name; what it relies on is written in the sou
 - `PACKAGED`, a constant that is set to True: code that a submission does not need stands behind it.
 - `UserError`: a mistake of the user's. A packaged script runs where the full one ran, and does not look for them.
 - No dynamic attributes, no changing globals; properties and assertions have no effects beside their value.
+- Annotations are true: what mypy accepts is taken for the type of a name, a field, a result and of what a loop goes
+  through. `strict=True` of zip is an assertion.
+
+What is left is given short names (`Naming`) and wrapped: by LZMA, or as digits that a decoder of 500 bytes turns into
+the text again (`MIXER`; it takes some seconds of a core at each start).
 """
 
 from __future__ import annotations

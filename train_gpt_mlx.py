@@ -8874,13 +8874,16 @@ def train_loop(s: Session, state: TrainState) -> None:
         state.carry = s.model.init_state(stage_at(h.stages, 0.0) // h.train_seq_len)
         reread(s, step, state)
     window, health, fresh = LossWindow(state), Health(log, s.model.ranges()), state.step
-    skips, vitals, s.guard.working = Skips(s), Vitals(health), True
+    skips, vitals = Skips(s), Vitals(health)
+    if not PACKAGED:
+        s.guard.working = True
     clock.start()
     while True:
         tokens = stage_at(h.stages, progress_of(h, state.step, clock.seconds()))
         now, margin, size = agree(rt, clock.seconds(), pace.margin(tokens), tokens)
-        s.guard.signal = largest_of(rt, s.guard.signal) or s.guard.signal
-        if s.guard.signal or finished(h, state.step, now, margin):
+        if not PACKAGED:
+            s.guard.signal = largest_of(rt, s.guard.signal) or s.guard.signal
+        if (not PACKAGED and s.guard.signal) or finished(h, state.step, now, margin):
             break
         if state.step > fresh:
             pause_for(s, state, clock)
