@@ -575,8 +575,9 @@ class Hyperparameters:
 
     @property
     def carries(self) -> bool:
-        """Whether sites ever begin from a state: a packaged script writes no text."""
-        return not PACKAGED or self.carry_train or self.carry_eval or self.rmt_segment > 0
+        """Whether sites ever begin from a state: a packaged script writes no text but GPTQ's."""
+        writes = self.export_mode == "competition_gptq" and self.gptq_source == "self"
+        return not PACKAGED or writes or self.carry_train or self.carry_eval or self.rmt_segment > 0
 
     @property
     def attention_backends(self) -> tuple[str, ...]:
@@ -6527,7 +6528,7 @@ def gather(values: np.ndarray, grid: tuple[int, int, list[slice]]) -> np.ndarray
 
 
 def spans_of(grid_list: list[np.ndarray], form: tuple[int, int, int, int]) -> list[np.ndarray]:
-    """Start and span of each value in the order of coding, an array (2, n) uint32 a step."""
+    """Start and span of each value in the order of coding, an array (2, n) uint16 a step."""
     model, found = Frequencies(2 * form[0] + 1), []
 
     def step(context: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -6543,7 +6544,7 @@ def spans_of(grid_list: list[np.ndarray], form: tuple[int, int, int, int]) -> li
 
 def code_length(spans: list[np.ndarray]) -> float:
     """-sum log2 p, in bits."""
-    return sum(float((16 - np.log2(span)).sum()) for _, span in spans)
+    return sum(float((16 - np.log2(span, dtype=np.float64)).sum()) for _, span in spans)
 
 
 def pack_context(values: np.ndarray, shapes: list[list[int]]) -> bytes:
@@ -6983,11 +6984,15 @@ def decode_artifact(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]
         # A packaged script reads what it has written itself.
         base = load_config({}) if PACKAGED else Hyperparameters(**check_header(header, len(data)))
         streams = read_streams(header, payload, most_elements(header["config"], len(data)), base)
-        weights, used = {}, dict[str, int]()
+        weights, used, tables = (
+            {},
+            dict[str, int](),
+            not PACKAGED or base.ngram_orders,
+        )  # others had such rows, too, once
         for name, codec_name, *shape in header["tensors"]:
             codec = CODECS[codec_name](base)
             count, scale_shape = math.prod(shape[:-1]), codec.scale_shape(shape)
-            live = take(streams, used, "rows", count) > 0 if base.ngram_orders and "rows" in streams else None
+            live = take(streams, used, "rows", count) > 0 if tables and "rows" in streams else None
             codes, scales = take_live(streams, used, codec.stream, shape, live), None
             if scale_shape:
                 bits = take_live(streams, used, "scales", scale_shape, live).astype(np.uint32)
@@ -9501,7 +9506,7 @@ def finish(s: Session, state: TrainState) -> int:
     log.line(f"training done: steps:{state.step} train_time:{state.seconds * 1e3:.0f}ms averaged:{int(averaged)}")
     in_memory = report_validation(s, state, calibration)
     path = export(s, calibration)
-    if whole and not PACKAGED:
+    if whole and not PACKAGED and h.export_mode != "competition_gptq":  # which has settled tables' codes already
         report_pruned(s, whole)
     began = time.monotonic()
     # Nodes may have disks of their own: rank 0 reads, all decode.

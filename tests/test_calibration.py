@@ -305,6 +305,22 @@ def test_pruned_rows_are_zero_and_bounded(
     assert final["val_loss_nats"] == pytest.approx(final["in_memory_val_loss_nats"], abs=1e-6)
 
 
+def test_tables_are_pruned_before_gptq(run_job: Run, tiny_env: dict[str, str], read_metrics: Callable) -> None:
+    """With corrections in the file, whose names are no weights'."""
+    env = {
+        **tiny_env,
+        **SHORT,
+        **TABLES,
+        "MATRIX_CODEC": "bf16",
+        "FP_STORAGE": "bf16",
+        "EXPORT_MODE": "competition_gptq",
+    }
+    env |= {"ENGRAM_PRUNE": "0.5", "ENGRAM_PRUNE_MAX_LOSS": "1000", "GPTQ_RESERVE_SECONDS": "0"}
+    _, arrays = t.decode_artifact(finished(run_job, env))
+    (told,) = read_metrics(folder_of(env), "engram_prune")
+    assert told["share"] == 0.5 and (~arrays["embed.ngrams.weight"].any(-1)).sum() >= told["rows"] > 0
+
+
 def test_rare_and_small_rows_are_pruned_first(tiny_env: dict[str, str]) -> None:
     weights = weights_of(tiny_env, **TABLES)
     bank, _ = weights.where["embed.ngrams.weight"]

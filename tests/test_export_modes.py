@@ -382,3 +382,9 @@ def test_frontier_trains_exports_reloads_and_is_scored_by_sliding_windows_that_l
     assert found == pytest.approx(final["val_loss_nats"], abs=1e-6)
     still = run_job({**env, "TTT_SCOPE": "off", "RUN_ID": "still"}, ["eval", str(folder_of(env) / "model.pgz")])
     assert float(still.out.split("final_eval val_loss:")[1].split()[0]) != pytest.approx(found, abs=1e-6)
+
+
+def test_a_packaged_script_that_writes_text_for_gptq_keeps_what_that_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(t, "PACKAGED", True)
+    assert t.load_config({**TINY, **GPTQ, "GPTQ_SOURCE": "self"}).carries
+    assert not t.load_config({**TINY, **GPTQ}).carries
