@@ -3762,9 +3762,13 @@ def started(listed: bool) -> str:
 
 def quoted(stream: bytes) -> str:
     """A Latin-1 string literal of a stream: what ends it, or is no character of a source, is escaped."""
-    text = stream.decode("latin-1").replace("\\", "\\\\").replace("\r", "\\r").replace("'''", "''\\'")
+    text = stream.decode("latin-1").replace("\\", "\\\\").replace("\r", "\\r")
+    body = text.rstrip("'")
+    ends = ("'" * (len(text) - len(body))).replace("'''", "''\\'")  # the last of them may not meet the literal's end
+    ends = ends[:-1] + "\\'" if (len(text) - len(body)) % 3 else ends
+    text = body.replace("'''", "''\\'") + ends
     text = re.sub("\0(?=[0-7])", r"\\x00", text).replace("\0", "\\0")
-    return "'''" + (text[:-1] + "\\'" if text.endswith("'") else text) + "'''.encode('l1')"
+    return "'''" + text + "'''.encode('l1')"
 
 
 def wrap_latin1(text: str) -> bytes:
