@@ -6984,15 +6984,13 @@ def decode_artifact(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]
         # A packaged script reads what it has written itself.
         base = load_config({}) if PACKAGED else Hyperparameters(**check_header(header, len(data)))
         streams = read_streams(header, payload, most_elements(header["config"], len(data)), base)
-        weights, used, tables = (
-            {},
-            dict[str, int](),
-            not PACKAGED or base.ngram_orders,
-        )  # others had such rows, too, once
+        weights, used = {}, dict[str, int]()
+        # Older files have marks of rows without tables, too.
+        marked = (not PACKAGED or bool(base.ngram_orders)) and "rows" in streams
         for name, codec_name, *shape in header["tensors"]:
             codec = CODECS[codec_name](base)
             count, scale_shape = math.prod(shape[:-1]), codec.scale_shape(shape)
-            live = take(streams, used, "rows", count) > 0 if tables and "rows" in streams else None
+            live = take(streams, used, "rows", count) > 0 if marked else None
             codes, scales = take_live(streams, used, codec.stream, shape, live), None
             if scale_shape:
                 bits = take_live(streams, used, "scales", scale_shape, live).astype(np.uint32)
@@ -9515,7 +9513,7 @@ def finish(s: Session, state: TrainState) -> int:
     model = build_model(s.h, s.rt, s.tokenizer.bos, fill=False)
     load_weights(model, arrays)
     scorer = Scorer(s.h, s.rt, model, s.table, header["calibration"])
-    if h.max_eval_seconds:
+    if not PACKAGED or h.max_eval_seconds:
         scorer.say, scorer.limit, scorer.began = log.line, h.max_eval_seconds, began
     if not PACKAGED:
         scorer.asked = functools.partial(s.guard.beat, True)

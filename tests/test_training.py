@@ -849,3 +849,10 @@ def test_preset_of_full_size_trains_exports_within_its_limit_and_reloads(preset:
         table = t.ByteTable(np.ones(h.vocab_size, np.int64), *[np.zeros(h.vocab_size, bool)] * 2)
         scores.append(t.Scorer(h, rt, network, table).score(tokens[0].numpy()).loss)
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+
+
+def test_memory_of_adapters_is_told_before_the_final_score(run_job: Run, tiny_env: dict[str, str]) -> None:
+    done = run_job({**tiny_env, "ITERATIONS": "1", "NGRAM_CACHE": "1", "SAMPLE_TOKENS": "0"})
+    told = done.out.splitlines()
+    (memory,) = (i for i, line in enumerate(told) if "MiB for" in line)
+    assert done.code == 0 and memory < next(i for i, line in enumerate(told) if line.startswith("final_roundtrip "))
