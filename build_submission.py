@@ -48,6 +48,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from keyword import iskeyword
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -2872,7 +2873,9 @@ def shrink_fields(facts: Facts, purity: Purity, name: str, kind: ast.ClassDef) -
     selfless = [n for n in walk(kind) if isinstance(n, ast.Name) and n.id == "self" and isinstance(n.ctx, ast.Load)]
     based = {id(n.value) for n in walk(kind) if isinstance(n, ast.Attribute)}
     derived = any(name in facts.ancestors(c)[1:] for c in facts.classes)
-    whole = any(facts.loads[n] for n in (".asdict", ".astuple", "._asdict", "._fields", "asdict"))  # read by no name
+    listed = (dotted(n.value) for n in facts.nodes if isinstance(n, ast.Attribute) and n.attr == "_fields")
+    whole = any(facts.loads[n] for n in (".asdict", ".astuple", "._asdict", "asdict"))  # read by no name
+    whole = whole or any(one not in facts.classes or name in facts.family(one) for one in listed)
     if (
         whole
         or not fields
@@ -3417,6 +3420,9 @@ PLAIN_VALUES = (
 )
 
 
+GIVES_NAMES = {"setup_context"}  # keywords of a library's function that calls what it is given with names
+
+
 class Place:
     """A scope: names that it binds, and the scope around it."""
 
@@ -3453,6 +3459,8 @@ class Naming:
             set[str](),
         )
         self.module = Place(tree, None, set(bindings(tree)))
+        self.named_by_others = [dotted(k.value) or k.value for n in self.facts.nodes if isinstance(n, ast.Call)
+                                for k in n.keywords if k.arg in GIVES_NAMES]  # fmt: skip
         self.members = self.own_members() - self.pinned
         self.look_at(tree.body, self.module)
         self.members = (self.members | self.keywords) - self.loose - self.pinned
@@ -3520,6 +3528,8 @@ class Naming:
         args = [*parameters(node.args), *starred(node.args)]
         free = {n for one in inside(node) if isinstance(one, ast.Global | ast.Nonlocal) for n in one.names}
         place = Place(node, outer, (set(bindings(node)) | {a.arg for a in args} | walrus(node)) - free)
+        if getattr(node, "name", node) in self.named_by_others:
+            place.pinned |= {a.arg for a in args}
         if isinstance(node, Function) and is_opaque(node):
             place.pinned |= {n.id for n in walk(node) if isinstance(n, ast.Name)} | {a.arg for a in args}
         for arg in args:
@@ -3729,8 +3739,8 @@ def minified(text: str, named: bool = False) -> str:
         raise BuildError(
             "minifying needs python-minifier: pip install -r requirements-dev.txt, or --no-minify"
         ) from None
-    kept = python_minifier.RemoveAnnotationsOptions(  # an operator reads those that are left
-        remove_return_annotations=False, remove_argument_annotations=False
+    kept = python_minifier.RemoveAnnotationsOptions(  # operators and kernels read those that are left
+        remove_return_annotations=False, remove_argument_annotations=False, remove_variable_annotations=False
     )
     return python_minifier.minify(
         text,
@@ -3981,6 +3991,69 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+# Runs a script on a CPU up to the end of its first backward pass. Where it would launch a kernel on a GPU it builds it
+# for a Hopper GPU, from the arguments that it is given; what a kernel would write stays as it was.
+BUILDER = """
+import os, runpy, sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+class Hopper:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+    def get_current_device(self):
+        return 0
+    get_current_stream = lambda self, device: 0
+driver.set_active(Hopper())
+run, backward = JITFunction.run, torch.Tensor.backward
+def build(self, *args, grid, warmup, **options):
+    run(self, *args, grid=grid, warmup=True, **options)
+    print("built", self.fn.__name__, flush=True)
+def last(self, *args, **options):
+    backward(self, *args, **options)
+    sys.stdout.flush()
+    os._exit(0)
+JITFunction.run, torch.Tensor.backward = build, last
+triton.JITFunction = ()  # nothing is one: this is no machine where kernels are missing
+runpy.run_path("train_gpt.py", run_name="__main__")
+"""
+
+
+def launched(text: str) -> set[str]:
+    """Names of the kernels that a script launches."""
+    tree = ast.parse(text)
+    jitted = {n.name for n in walk(tree) if isinstance(n, Function) and is_opaque(n)}
+    calls = (n.func.value for n in walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Subscript))
+    return {dotted(value) for value in calls} & jitted
+
+
+def build_kernels(folder: Path, text: str, environ: dict[str, str]) -> str:
+    """Build a script's kernels for sm_90; what was built. Raises BuildError with the compiler's words."""
+    if not (wanted := launched(text)):
+        return ""
+    if find_spec("triton") is None:
+        return f"{len(wanted)} not built, triton is not installed"
+    folder.mkdir(parents=True)
+    (folder / "train_gpt.py").write_text(text.replace(".is_cuda", ".is_cpu"))
+    (folder / "driver.py").write_text(BUILDER)
+    environ = {**os.environ, **environ, "RUN_ID": "kernels", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "driver.py"], cwd=folder, env=environ, capture_output=True, text=True, timeout=JOB_SECONDS
+    )
+    if done.returncode:
+        raise BuildError(f"a kernel of the shipped script cannot be built for sm_90: {done.stderr.strip()[-1500:]}")
+    built = set(re.findall(r"^built (\w+)$", done.stdout, re.MULTILINE))
+    return f"{len(built)} built for sm_90; not launched by the small job: {', '.join(sorted(wanted - built)) or 'none'}"
+
+
+def with_kernels(source: Source, small: dict[str, str], made: Extracted, options: Any) -> Extracted:
+    """The small job's script, with sparse attention by kernels where it may choose what to compute by."""
+    if small.get("NSA_IMPL") != "auto" or "NSA_BACKENDS" not in made.text:
+        return made
+    return extract(source, {**small, "NSA_IMPL": "triton"}, argparse.Namespace(**{**vars(options), "wrapper": "none"}))
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What a job left: each loss to the last bit, its log without times, its artifact."""
@@ -4053,13 +4126,12 @@ def covered(folder: Path) -> tuple[float, list[str]]:
     command = [sys.executable, "-m", "coverage", "json", "-q", "-o", "coverage.json"]
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
     (found,) = json.loads((folder / "coverage.json").read_text())["files"].values()
-    missing: dict[str, int] = Counter()
-    lines = (folder / "train_gpt.py").read_text().splitlines()
-    places = {n: node for node in walk(ast.parse("\n".join(lines))) if isinstance(node, Function)
+    places = {n: node for node in walk(ast.parse((folder / "train_gpt.py").read_text())) if isinstance(node, Function)
               for n in range(node.lineno, (node.end_lineno or node.lineno) + 1)}  # fmt: skip
-    for line in found["missing_lines"]:
-        missing[places[line].name if line in places else "module"] += 1
-    return found["summary"]["percent_covered"], [f"{name} ({count})" for name, count in missing.items()]
+    there = [n for n in found["missing_lines"] if n not in places or not is_opaque(places[n])]  # kernels are built
+    missing = Counter(places[n].name if n in places else "module" for n in there)
+    run = found["summary"]["covered_lines"]
+    return 100 * run / (run + len(there)), [f"{name} ({count})" for name, count in missing.items()]
 
 
 def job_environment(source: Source, h: Any, options: Any) -> dict[str, str]:
@@ -4088,11 +4160,13 @@ def prove(source: Source, environ: dict[str, str], whole: Extracted, options: An
                 blamed = ", ".join(suspects(made.text, whole.text)) or "unknown: compare the scripts' definitions"
                 raise BuildError(f"the {kind} script is not the full one: {difference}; suspected: {blamed}")
         share, missing = covered(folder / "readable")
+        kernels = build_kernels(folder / "kernels", with_kernels(source, small, made, options).short, keeps)
     apart = suspects(made.text, whole.text)
     told = [
         f"proof: {len(full.losses) or 'the log of'} losses, scores and artifact ({len(full.artifact)} bytes) of the "
         "full and the extracted script agree to the last bit on a small job"
     ]
+    told += [f"kernels: {kernels}"] if kernels else []
     told.append(f"coverage: {share:.1f}% of the extracted script's lines; not run: {', '.join(missing) or 'none'}")
     told.append(
         f"the small job's script and the shipped one differ in numbers alone, but for: {', '.join(apart) or 'nothing'}"

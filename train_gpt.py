@@ -10340,7 +10340,8 @@ def input_hessians(s: Session, names: set[str], seconds: Callable[[], float], li
     def observe(name: str, x: Tensor) -> None:
         if name in names:
             flat = x.detach().flatten(0, -2).float()
-            product = (flat.mT @ flat).to(torch.device("cpu") if x.device.type == "mps" else x.device).double()
+            with torch.autocast(x.device.type, enabled=False):  # in bf16 it would be no sum of squares any more
+                product = (flat.mT @ flat).to(torch.device("cpu") if x.device.type == "mps" else x.device).double()
             found[name] = found[name] + product if name in found else product
 
     for history, tokens in calibration_batches(s, seconds, (seconds() + limit) / 2):
@@ -10364,7 +10365,8 @@ def solve_bank(
         known = [hessians[name] for name in names if name in hessians]
         if isinstance(inner, IntCodec) and len(known) == len(names) and before + 2 * slowest < limit:
             weights = bank.latent[at : at + len(names)].to(known[0].device)
-            coded, solved = gptq(bank.codec, weights, torch.stack(known)), solved + len(names)
+            with suppress(torch.linalg.LinAlgError):  # rounding has made it indefinite
+                coded, solved = gptq(bank.codec, weights, torch.stack(known)), solved + len(names)
             slowest = max(slowest, seconds() - before)
         parts.append(coded.map(Tensor.cpu))
     scales = [part.scales for part in parts if part.scales is not None]

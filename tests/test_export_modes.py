@@ -172,6 +172,18 @@ def test_singular_hessians_are_solved(group: int) -> None:
     assert (losses[0][:2] < 0.7 * losses[1][:2]).all() and losses[0][2] < 1.05 * losses[1][2]
 
 
+def test_weights_of_an_indefinite_hessian_are_rounded(tiny_env: dict[str, str], tmp_path: Path) -> None:
+    s = session_of({**tiny_env, **GPTQ}, tmp_path)
+    bank = next(bank for bank in s.weights.banks.values() if bank.role.export in t.INT_CODECS)
+    bank.settle(s.h)
+    columns = bank.latent.shape[-1]
+    good = {name: torch.eye(columns, dtype=torch.float64) for name in bank.names}
+    assert t.solve_bank(bank, good, lambda: 0.0, 1.0)[1] == len(bank.names)
+    bad = {name: hessian - 3 * torch.ones_like(hessian) for name, hessian in good.items()}
+    codes, solved = t.solve_bank(bank, bad, lambda: 0.0, 1.0)
+    assert solved == 0 and torch.equal(codes.codes, torch.cat([coded.codes for _, coded in bank.coded()]).cpu())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_hessian_that_is_not_finite_is_an_error_of_gptq(value: float) -> None:
     hessian = inputs_hessian(12, 1)
@@ -334,13 +346,14 @@ def test_weight_whose_inputs_are_not_finite_is_rounded(tiny_env: dict[str, str],
     assert torch.equal(s.model.get_parameter("blocks.1.mlp.down.weight").detach(), rounded)
 
 
-def test_hessians_are_those_of_the_inputs(tiny_env: dict[str, str], tmp_path: Path) -> None:
-    """The tied head's from logits' hidden states; a batch more adds its own."""
-    s = session_of({**tiny_env, **GPTQ, "GPTQ_BATCHES": "1"}, tmp_path)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_hessians_are_those_of_the_inputs(precision: str, tiny_env: dict[str, str], tmp_path: Path) -> None:
+    """The tied head's from logits' hidden states; a batch more adds its own. Sums have float32's digits."""
+    s = session_of({**tiny_env, **GPTQ, "GPTQ_BATCHES": "1", "PRECISION": precision}, tmp_path)
     seen = dict[str, Tensor]()
     history, tokens = next(t.calibration_batches(s, lambda: 0.0, 1.0))
     assert tuple(tokens.shape) == (8, 32) and tokens[0].tolist() == t.read_holdout(s.h)[:32].tolist()
-    with torch.no_grad():
+    with torch.no_grad(), s.rt.precision():
         variant = t.scoring_variant(s.h)
         s.model.logits(tokens, variant, s.model.start_state(history), observe=lambda n, x: seen.update({n: x}))
     found = t.input_hessians(s, set(seen) - {"blocks.0.mlp.up.weight"}, lambda: 0.0, 1.0)

@@ -280,6 +280,9 @@ RULES: dict[str, tuple[str, list[str], list[str]]] = {
     "an unread field": (
         "class Pair(NamedTuple):\n    a: int\n    b: int = 0\n\n"
         "def main(h: Hyperparameters) -> None:\n    print(Pair(h.seed, 5).a)\n", ["b: "], ["Pair"]),
+    "an unread field beside a class whose fields are listed": (
+        "class Pair(NamedTuple):\n    a: int\n    b: int = 0\n\nclass Other(NamedTuple):\n    c: int = 1\n    d: int = 2\n\n"
+        "def main(h: Hyperparameters) -> None:\n    print(Pair(h.seed, 5).a, Other._fields)\n", ["b: "], ["Pair", "d: "]),
 }  # fmt: skip
 
 
@@ -353,6 +356,14 @@ NAMES: dict[str, tuple[str, list[str], list[str]]] = {
         "import argparse\nclass Parser(argparse.ArgumentParser):\n    def __init__(self):\n        super().__init__()\n        self.usage = 'usage'\n        self.mine = Parser.made()\n"
         "    @staticmethod\n    def made():\n        return argparse.Namespace(word=1)\n    def error(self, message):\n        print('bad')\n\n"
         "p = Parser()\nprint(p.format_usage(), p.mine.word)\np.error(message='x')\n", ["usage", "error", "mine", "word"], ["made"]),
+    "what an operator calls by name": (
+        "import torch\n@torch.library.custom_op('short::scaled', mutates_args=())\ndef scaled(x: torch.Tensor, by: float) -> torch.Tensor:\n    return x * by\n"
+        "def kept(ctx, inputs, **rest):\n    ctx.by = inputs[1]\ndef back(ctx, slope):\n    return slope * ctx.by, None\n"
+        "scaled.register_autograd(back, setup_context=kept)\n"
+        "@torch.library.custom_op('short::turned', mutates_args=())\ndef turned(x: torch.Tensor) -> torch.Tensor:\n    return -x\n"
+        "turned.register_autograd(lambda ctx, slope: -slope, setup_context=lambda ctx, inputs, output: None)\n"
+        "start = torch.ones(2, requires_grad=True)\nturned(scaled(start, 3.0)).sum().backward()\nprint(start.grad)\n",
+        ["(ctx, inputs, **rest)", "lambda ctx, inputs, output"], ["slope", "start", "kept"]),
     "exceptions, imports, globals": (
         "import math as mathematics\ncount = 0\ndef step():\n    global count\n    import json\n    try:\n        count += mathematics.floor(1.5)\n        json.loads('{')\n    except ValueError as problem:\n"
         "        return type(problem).__name__\n\nprint(step(), count)\n", ["json", "global"], ["count", "mathematics", "problem"]),
@@ -423,6 +434,42 @@ def test_kernels_find_their_source(how: str, tmp_path: Path) -> None:
     path.write_bytes(b.wrapped(text, how)[1])
     said = subprocess.run([sys.executable, path], capture_output=True, text=True)
     assert "return x+1" in said.stdout, said.stderr
+
+
+KERNEL = """
+import torch, triton
+import triton.language as tl
+@triton.jit
+def twice(x, y, size, SIZE: tl.constexpr):
+    place = tl.arange(0, {width})
+    tl.store(y + place, 2 * tl.load(x + place))
+@triton.jit
+def never(x):
+    tl.store(x, 0.0)
+def main():
+    x = torch.ones(8, requires_grad=True)
+    if x.is_cuda:
+        twice[(1,)](x, torch.empty(8), 8, 8)
+    if len(x) > 8:
+        never[(1,)](x)
+    x.sum().backward()
+    raise SystemExit("the job is ended after its backward pass")
+main()
+"""
+
+
+@pytest.mark.skipif(b.find_spec("triton") is None, reason="triton is not installed")
+def test_kernels_are_built_for_the_gpu_that_is_not_there(tmp_path: Path) -> None:
+    told = b.build_kernels(tmp_path / "good", KERNEL.format(width="SIZE"), {})
+    assert told == "1 built for sm_90; not launched by the small job: never"
+    with pytest.raises(b.BuildError, match="arange's arguments must be of type tl.constexpr"):
+        b.build_kernels(tmp_path / "bad", KERNEL.format(width="size"), {})
+    assert b.build_kernels(tmp_path / "none", "print(1)", {}) == ""
+
+
+def test_what_a_kernel_says_of_its_variables_is_kept() -> None:
+    text = "@triton.jit\ndef kernel(xs, n):\n    count: tl.constexpr = len(xs)\n    return count + n\n"
+    assert "count:tl.constexpr=len(xs)" in b.minified(text, named=True)
 
 
 # ---- the proof, on the real script ----
