@@ -1658,7 +1658,9 @@ class Fold(Rewriter):
             if is_empty(node) or (isinstance(node, ast.Name) and node.id in self.empties()):
                 return False
             if not isinstance(node, ast.BoolOp):
-                return True if isinstance(node, ast.Tuple | ast.List) and node.elts else None
+                parts = node.elts if isinstance(node, ast.Tuple | ast.List) else []
+                there = any(not isinstance(part, ast.Starred) for part in parts)
+                return True if there and all(map(self.purity.expression, parts)) else None
         deciding, truths = isinstance(node.op, ast.Or), [self.truth(part) for part in node.values]
         if deciding in truths and all(map(self.purity.expression, node.values)):
             return deciding
@@ -2370,6 +2372,8 @@ class Fold(Rewriter):
             handler.body = self.block(handler.body)
             self.flows(dict(before))
         handlers = [h for h in handlers if not self.complains(h.body)]
+        if all(isinstance(h.body[0], ast.Raise) and h.body[0].exc is None for h in handlers):
+            handlers = []
         self.changes += len(node.handlers) - len(handlers)
         node.handlers = handlers
         node.orelse = self.block(node.orelse) if node.orelse else []

@@ -686,6 +686,16 @@ class Hyperparameters:
         return self.eval_seq_len or self.train_seq_len
 
     @property
+    def score_phases(self) -> int:
+        """Parts in which spans are scored; between two of them test-time training of all spans takes its steps."""
+        return self.ttt_phases if self.ttt_scope == "global" else 1
+
+    @property
+    def spans_apart(self) -> bool:
+        """Whether test-time training gives every span weights of its own."""
+        return self.ttt_scope not in ("off", "lora", "global")
+
+    @property
     def adapting(self) -> dict[str, bool]:
         """Evaluation's adapters, in the order in which they act, and whether this configuration has them."""
         there = {"ttt": self.ttt_scope != "off", "temperature": self.temp_scaling}
@@ -2219,10 +2229,10 @@ class ByteTokenizer:
         self.bos = 1 if self.first else BYTE_BOS
         self.fingerprint = f"byte{vocab_size}" if self.first else "byte"
 
-    def encode(self, text: str) -> list[int]:
+    def tokens_of(self, text: str) -> list[int]:
         return [self.first + byte for byte in text.encode("utf-8")]
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def text_of(self, tokens: Sequence[int]) -> str:
         return bytes(t - self.first for t in tokens if t >= self.first and t != self.bos).decode("utf-8", "replace")
 
     def byte_table(self) -> ByteTable:
@@ -2253,10 +2263,10 @@ class SentencePieceTokenizer:
             raise UserError(f"TOKENIZER_PATH={path} has {self.model.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
         self.bos = self.model.bos_id()
 
-    def encode(self, text: str) -> list[int]:
+    def tokens_of(self, text: str) -> list[int]:
         return self.model.encode(text)
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def text_of(self, tokens: Sequence[int]) -> str:
         return self.model.decode([int(t) for t in tokens])
 
     def drops_first_space(self) -> bool:
@@ -2302,11 +2312,11 @@ class FoldingTokenizer:
             if not np.array_equal(counts, table.base[shard]):
                 raise UserError(f"{side_car} is missing or not of this shard and tokenizer; make the data again")
 
-    def encode(self, text: str) -> list[int]:
-        return self.inner.encode(fold_case(text))
+    def tokens_of(self, text: str) -> list[int]:
+        return self.inner.tokens_of(fold_case(text))
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        return unfold_case(self.inner.decode(tokens))
+    def text_of(self, tokens: Sequence[int]) -> str:
+        return unfold_case(self.inner.text_of(tokens))
 
     def byte_table(self) -> ByteTable:
         """Marks count nothing."""
@@ -2346,7 +2356,7 @@ def check_text(h: Hyperparameters, tokenizer: SentencePieceTokenizer) -> None:
     """
     stream = TokenStream(h.data_path, "val", h.vocab_size)
     tokens = [token for token in stream.read(0, min(4096, stream.tokens)).tolist() if token != tokenizer.bos]
-    again = Counter(tokenizer.encode(tokenizer.decode(tokens)))
+    again = Counter(tokenizer.tokens_of(tokenizer.text_of(tokens)))
     kept = (again & Counter(tokens)).total() / max(1, len(tokens))
     if kept < 0.97:  # measured: 0.996 to 1 with the right one of six tokenizers, 0.46 to 0.94 with a wrong one
         raise UserError(
@@ -6368,7 +6378,7 @@ class Trace(NamedTuple):
     def add(self, site: Site, out: Out) -> Trace:
         """This trace and what one more site left; losses of what is visited again are means over the visits."""
         losses = {n: loss / site.visits + self.losses.get(n, 0.0) for n, loss in out.losses.items()}
-        metrics = {f"{site.label}.{name}": value for name, value in out.metrics.items()}
+        metrics = {f"{site.label}.{name}": value for name, value in out.metrics.items() if not PACKAGED}
         return Trace({**self.states, site.id: out.state}, {**self.losses, **losses}, {**self.metrics, **metrics})
 
 
@@ -6586,7 +6596,7 @@ class GPT(Module):
                 sizes = watched(ctx, branch=y, stream=stream)
                 if sizes:
                     sizes["branch_over_stream"] = sizes["branch_rms"] / (sizes["stream_rms"] + 1e-12)
-                out = out._replace(metrics={**out.metrics, **sizes})
+                    out = out._replace(metrics={**out.metrics, **sizes})
                 r = self.residual.write(r, site, self.thinned(site, y, ctx), link)
             ctx = ctx._replace(v0=ctx.v0 if out.v0 is None else out.v0, memory={**ctx.memory, **out.memory})
             trace = trace.add(site, out)
@@ -6632,7 +6642,8 @@ class GPT(Module):
         else:
             top, ctx, trace = self.stack(x0, e2, ctx, state if carried else None)
             after = self.next_sites(trace, state) if state is not None and carried else ()
-        trace = trace._replace(metrics={**{f"embed.{n}": m for n, m in metrics.items()}, **trace.metrics})
+        if not PACKAGED:
+            trace = trace._replace(metrics={**{f"embed.{n}": m for n, m in metrics.items()}, **trace.metrics})
         return top, (self.next_stream(ctx, state[0]), *after) if state is not None and carried else None, trace
 
     def next_sites(self, trace: Trace, state: tuple) -> tuple:
@@ -6696,8 +6707,10 @@ class GPT(Module):
             r, ctx, trace = self.run(part, saved, ctx, states, trace)
             x, measured = self.residual.close(r)
             ctx = self.after_pass(rms_norm(x), ctx)
-        named = {f"residual.{name}": value for name, value in measured.items()}
-        return ctx.memory["top"], ctx, trace._replace(metrics={**trace.metrics, **named})
+        if not PACKAGED:
+            named = {f"residual.{name}": value for name, value in measured.items()}
+            trace = trace._replace(metrics={**trace.metrics, **named})
+        return ctx.memory["top"], ctx, trace
 
     def after_pass(self, top: Tensor, ctx: Ctx) -> Ctx:
         """The context of the next pass: the top of this one; and in evaluation, which blocks stop here.
@@ -7146,7 +7159,7 @@ class Weights:
                 bank.materialize(quantized=not early)
 
     @torch.no_grad()
-    def copy(self, source: str, target: str, noise: float = 0.0) -> None:
+    def copy_weight(self, source: str, target: str, noise: float = 0.0) -> None:
         """Let one weight start again as a copy of another, with noise of so many standard deviations, its running
         average (if any) as the other's."""
         (old, i), (new, j) = self.where[source], self.where[target]
@@ -7344,10 +7357,11 @@ class Optimizer:
         moved, before = {}, ternary_codes(banks) if measures else []
         for (key, bank), (grad, has) in zip(self.weights.banks.items(), grads, strict=True):
             group = self.groups[bank.role.group]
-            fading = tapered(self.h.engram_taper_start, progress) if bank.role.group == "table" else 1.0
-            rate = rate_scale * group.rate * bank.role.lr_mult * fading
+            rate = rate_scale * group.rate * bank.role.lr_mult
+            if self.h.engram_taper_start < 1 and bank.role.group == "table":
+                rate *= tapered(self.h.engram_taper_start, progress)
             decay = group.decay * bank.role.decay
-            if group.rule == "muon":
+            if self.h.muon_wd_taper_start < 1 and group.rule == "muon":
                 decay *= tapered(self.h.muon_wd_taper_start, progress)
             group = group._replace(rate=rate, decay=decay)
             RULES[group.rule](self, bank, grad, has, group._replace(momentum=momentum))
@@ -8356,12 +8370,10 @@ class Adapter:
     has been scored, with what `wrap` returned, unless it was its span's last. All that an adapter remembers is in these
     states, of numbers, arrays, tensors, and dicts and tuples of them, which the audit compares. An adapter that learns
     across spans sets `phases` > 1: the spans are then walked in that many parts, and between two parts `merge` sees
-    what all spans of all ranks `offer` of their states, on the CPU. One that gives every span weights of its own sets
-    `together` to 1.
+    what all spans of all ranks `offer` of their states, on the CPU.
     """
 
     phases: int = 1
-    together: int = 2**30  # most spans of one chunk
 
     def memory(self, scorer: Scorer) -> int:
         """Bytes that a span's state will take, where they matter."""
@@ -8568,7 +8580,7 @@ class NgramAdapter(Adapter):
             if not there.any():
                 break
             slot = at % size
-            same = there & ((state.checks[order, slot] == hashes) | (not self.kind.exact))
+            same = there & (state.checks[order, slot] == hashes) if self.kind.exact else there
             found[..., step] = np.where(same, state.tokens[slot], -1)
             at = np.where(there, state.before[order, slot], -1)
         return found, order
@@ -8716,9 +8728,15 @@ class TestTimeTraining(Adapter):
 
     def __init__(self, h: Hyperparameters) -> None:
         self.h = h
-        self.pairs, shared = h.ttt_scope == "lora", h.ttt_scope == "global"
-        self.phases = h.ttt_phases if shared else 1
-        self.together = 2**30 if shared or self.pairs else 1
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether low-rank pairs learn, and not weights."""
+        return self.h.ttt_scope == "lora"
+
+    @property
+    def phases(self) -> int:  # type: ignore[override]
+        return self.h.score_phases
 
     def begin(self, scorer: Scorer) -> Adapted:
         self.scorer = scorer
@@ -8728,7 +8746,7 @@ class TestTimeTraining(Adapter):
         """Nothing learned yet: the model's own values, or pairs whose product is zero."""
         own = dict(self.scorer.model.named_parameters())
         values = {name: own[name].detach() for name in ttt_names(self.h, self.scorer.model)}
-        if self.pairs:
+        if self.low_rank:
             values = {n: part for name, weight in values.items() for n, part in self.first_pair(name, weight).items()}
         zeros = {name: value.new_zeros(()).expand_as(value) for name, value in values.items()}  # which take no memory
         return Adapted(values, zeros, zeros, 0, ())
@@ -8746,10 +8764,10 @@ class TestTimeTraining(Adapter):
         return {name: (values[name + ":in"], values[name + ":out"]) for name in names}
 
     def lora(self, states: list[Adapted], chunk: Chunk) -> dict[str, tuple[Tensor, Tensor]] | None:
-        return self.split(stack_values(states)) if self.pairs and any(state.steps for state in states) else None
+        return self.split(stack_values(states)) if self.low_rank and any(state.steps for state in states) else None
 
     def weights(self, states: list[Adapted], chunk: Chunk) -> dict[str, Tensor] | None:
-        return None if self.pairs or not states[0].steps else states[0].values
+        return None if self.low_rank or not states[0].steps else states[0].values
 
     def learn(self, states: list[Adapted], chunk: Chunk, given: Distribution) -> list[Adapted]:
         states = [self.keep(state, chunk_rows(chunk, [i])) for i, state in enumerate(states)]
@@ -8764,7 +8782,8 @@ class TestTimeTraining(Adapter):
 
     def enough(self, state: Adapted) -> bool:
         """Whether a span has scored as many tokens as it waits for."""
-        return sum(sample.targets.shape[1] for sample in state.kept) >= self.h.ttt_chunk_tokens
+        wanted = self.h.ttt_chunk_tokens
+        return not wanted or sum(sample.targets.shape[1] for sample in state.kept) >= wanted
 
     def keep(self, state: Adapted, row: Chunk) -> Adapted:
         """The state with one more sample, begun anew where a document begins."""
@@ -8773,7 +8792,7 @@ class TestTimeTraining(Adapter):
             return state
         targets, kept = row.targets.clone(), state.kept
         targets[:, : -row.scored] = -100
-        starts = (targets[0] == self.scorer.model.bos).nonzero().flatten().tolist() if self.pairs else []
+        starts = (targets[0] == self.scorer.model.bos).nonzero().flatten().tolist() if self.low_rank else []
         if starts:
             state, kept = self.fresh(), ()
             targets[:, : starts[-1] + 1] = -100
@@ -8814,22 +8833,22 @@ class TestTimeTraining(Adapter):
     def step(self, states: list[Adapted], samples: Sequence[Sample]) -> list[Adapted]:
         """One step of each state on its own sample, or of one state on all of them."""
         model, rt = self.scorer.model, self.scorer.rt
-        values = stack_values(states) if self.pairs else states[0].values
+        values = stack_values(states) if self.low_rank else states[0].values
         leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
         tokens = torch.cat([sample.tokens for sample in samples])
         targets = torch.cat([sample.targets for sample in samples])
         carry = join_rows([sample.carry for sample in samples])
-        call = (tokens, self.scorer.variant, carry, 0, self.split(leaves) if self.pairs else None)
+        call = (tokens, self.scorer.variant, carry, 0, self.split(leaves) if self.low_rank else None)
         with torch.enable_grad(), rt.precision():
-            logits, _ = torch.func.functional_call(model, {} if self.pairs else leaves, call)
+            logits, _ = torch.func.functional_call(model, {} if self.low_rank else leaves, call)
             losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
             means = losses.sum(1) / (targets >= 0).sum(1).clamp(min=1)  # of each row
-            total = means.sum() if self.pairs else means.mean()
+            total = means.sum() if self.low_rank else means.mean()
         found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         grads = {n: torch.zeros_like(leaves[n]) if g is None else g.to_dense() if g.is_sparse else g
             for n, g in zip(leaves, found, strict=True)}  # fmt: skip
         return [
-            self.update(state, {n: g[i] for n, g in grads.items()} if self.pairs else grads)
+            self.update(state, {n: g[i] for n, g in grads.items()} if self.low_rank else grads)
             for i, state in enumerate(states)
         ]
 
@@ -8863,13 +8882,6 @@ ADAPTERS: dict[str, Callable[[Hyperparameters], Adapter]] = {
 }
 
 
-def plain_evaluation(h: Hyperparameters) -> Hyperparameters:
-    """A configuration without adapters and overlapping windows, for validation during training."""
-    return dataclasses.replace(
-        h, sliding_eval=False, temp_scaling=False, eval_engram=False, ngram_cache=False, ttt_scope="off"
-    )
-
-
 class Score(NamedTuple):
     """Sums over scored tokens."""
 
@@ -8901,14 +8913,24 @@ MAX_LOGITS = {"cuda": 2**28, "mps": 2**25, "cpu": 2**24}
 
 
 class Scorer:
-    """Scores token streams with one model and the adapters of a configuration."""
+    """Scores token streams with one model and the adapters of a configuration.
+
+    `plain`: without adapters and overlapping windows, for validation during training.
+    """
 
     def __init__(
-        self, h: Hyperparameters, rt: Runtime, model: GPT, table: ByteTable, calibration: dict[str, float] | None = None
+        self,
+        h: Hyperparameters,
+        rt: Runtime,
+        model: GPT,
+        table: ByteTable,
+        calibration: dict[str, float] | None = None,
+        plain: bool = False,
     ) -> None:
         self.h, self.rt, self.model, self.table, self.calibration = h, rt, model, table, calibration or {}
+        self.plain = plain
         self.variant = scoring_variant(h)
-        adapters = tuple(ADAPTERS[name](h) for name, there in h.adapting.items() if there)
+        adapters = () if plain else tuple(ADAPTERS[name](h) for name, there in h.adapting.items() if there)
         self.adapters: Sequence[Adapter] = adapters if PACKAGED else list(adapters)
         self.say: Callable[[str], None] = lambda text: None  # told before memory is taken, and how long it will take
         self.limit = 0.0  # seconds; 0: unbounded
@@ -8938,7 +8960,7 @@ class Scorer:
         count, rt = len(self.spans), self.rt
         mine = range(rt.rank * count // rt.world, (rt.rank + 1) * count // rt.world)
         rows = max(1, min(self.h.val_batch_size, MAX_LOGITS[rt.device.type] // self.h.vocab_size) // self.h.eval_window)
-        rows = min([rows, *(adapter.together for adapter in self.adapters)])
+        rows = 1 if self.h.spans_apart and not self.plain else rows
         groups = [list(mine[at : at + rows]) for at in range(0, len(mine), rows)]
         self.foresee_memory(-(-count // rt.world), rows)
         states = {span: [adapter.begin(self) for adapter in self.adapters] for span in mine}
@@ -8947,7 +8969,8 @@ class Scorer:
         if not PACKAGED:
             pace.asked = self.asked
         carries = [Carry(g, self.model.init_state(len(g)) if self.h.carry_eval else None) for g in groups]
-        phases = max([adapter.phases for adapter in self.adapters], default=1)
+        known = 1 if self.plain else self.h.score_phases
+        phases = known if PACKAGED else max([adapter.phases for adapter in self.adapters], default=1)
         turns = max(-(-(stop - start) // self.step) for start, stop in self.spans)
         sums = np.zeros(6)
         for phase in range(phases):
@@ -8957,7 +8980,8 @@ class Scorer:
                 if report:
                     report((phase + (g + 1) / len(groups)) / phases)
             states = self.merge(states) if phase + 1 < phases else states
-        sums[3:] = pace.late(), checked and kept != fingerprint(self.model), not PACKAGED and self.asked()
+        if not PACKAGED or self.limit:
+            sums[3:] = pace.late(), checked and kept != fingerprint(self.model), not PACKAGED and self.asked()
         if rt.world > 1:
             dist.all_reduce(torch.from_numpy(sums), group=rt.control)
         if not PACKAGED and sums[5]:
@@ -8993,12 +9017,12 @@ class Scorer:
     @property
     def checked(self) -> bool:
         """Whether the model's weights are compared before and after."""
-        return self.h.ttt_scope != "off" and self.h.freeze_check_strict
+        return self.h.ttt_scope != "off" and not self.plain and self.h.freeze_check_strict
 
     @property
     def step(self) -> int:
         """Tokens scored at a time."""
-        return self.h.sliding_eval_stride if self.h.sliding_eval else self.h.eval_window
+        return self.h.sliding_eval_stride if self.h.sliding_eval and not self.plain else self.h.eval_window
 
     def merge(self, states: dict[int, list]) -> dict[int, list]:
         """The barrier between two phases: adapters that learn across spans see what all of them offer."""
@@ -9352,7 +9376,7 @@ def check_bytes(tokenizer: Tokenizer, table: ByteTable, tokens: np.ndarray, part
     if len(cuts) < 2:
         return Finding("bytes", False, "no whole document among the tokens")
     parts = [tokens[a + 1 : b].tolist() for a, b in itertools.pairwise(cuts)]
-    decoded = sum(len(tokenizer.decode(part).encode()) for part in parts)
+    decoded = sum(len(tokenizer.text_of(part).encode()) for part in parts)
     total = int(table.count(tokens[cuts[0] : cuts[-1]], tokens[cuts[0] + 1 : cuts[-1] + 1]).sum())
     due = int(table.count(part[:-1], part[1:]).sum())
     found = f"{total} counted, {decoded} decoded, {len(parts)} stretches of text; {used} of {due} in the audited score"
@@ -9809,7 +9833,8 @@ def make_step(s: Session) -> Callable[[Batch, TrainState, float], StepOut]:
                 loss = loss + auxiliary / (rows * rt.world)
             (loss * (1 + 0 * loss.detach())).backward()  # times 1, but times NaN if it is not finite: gradients tell it
             total += out.total.detach()
-            carries.append(map_state(out.state, Tensor.detach))
+            if h.carry_train:
+                carries.append(map_state(out.state, Tensor.detach))
             for name, value in out.metrics.items() if state.variant.measures else ():
                 metrics[name] = metrics.get(name, 0.0) + value.detach().float() * len(batch.tokens[part]) / rows
         if state.variant.measures and metrics:
@@ -10151,10 +10176,10 @@ def switch_variant(s: Session, state: TrainState, progress: float) -> None:
     if new == old:
         return
     if new.untied and not old.untied:
-        s.weights.copy("embed.weight", "head.weight")
+        s.weights.copy_weight("embed.weight", "head.weight")
     if new.experts and not old.experts and s.h.moe_start_fraction:
         for name in [name for name in s.weights.where if ".experts." in name and ".experts.0." not in name]:
-            s.weights.copy(re.sub(r"experts\.\d+", "experts.0", name), name, noise=0.01)
+            s.weights.copy_weight(re.sub(r"experts\.\d+", "experts.0", name), name, noise=0.01)
     state.variant = new
     s.weights.materialize(progress)
     on = [name for name, before, now in zip(Variant._fields, old, new, strict=True) if now and not before]
@@ -10462,8 +10487,7 @@ def report_validation(s: Session, state: TrainState, calibration: dict[str, floa
     During training (no calibration) without what is for the final score alone: adapters and overlapping windows.
     """
     began = time.monotonic()
-    h = s.h if calibration is not None else plain_evaluation(s.h)
-    scorer = Scorer(h, s.rt, s.model, s.table, calibration)
+    scorer = Scorer(s.h, s.rt, s.model, s.table, calibration, plain=calibration is None)
     if not PACKAGED:
         scorer.asked = functools.partial(s.guard.beat, True)
     report = None if PACKAGED else lambda share: s.log.progress(share, "validating")
@@ -10627,8 +10651,8 @@ def closing_summary(s: Session, state: TrainState, model: GPT, score: Score, bud
         prompt = s.validation[: min(64, s.h.train_seq_len // 2)].tolist()
         limit = max(1, s.h.sample_tokens)
         written = list(generate(model, s.rt, prompt, limit, 0.8, 0.95, s.h.seed))
-        log.line(f"{'prompt':<12}{s.tokenizer.decode(prompt)!r}")
-        log.line(f"{'sample':<12}{s.tokenizer.decode(written)!r}")
+        log.line(f"{'prompt':<12}{s.tokenizer.text_of(prompt)!r}")
+        log.line(f"{'sample':<12}{s.tokenizer.text_of(written)!r}")
     log.line("-" * 72)
 
 
@@ -11480,12 +11504,12 @@ def generate_command(path: str, options: Any, environ: dict[str, str]) -> int:
         return 0
     if options.prompt != options.prompt.encode(errors="replace").decode():
         raise UserError("--prompt is not text in UTF-8")
-    shown, tokens = "", [tokenizer.bos, *tokenizer.encode(options.prompt)]
+    shown, tokens = "", [tokenizer.bos, *tokenizer.tokens_of(options.prompt)]
     written: list[int] = []
     print(options.prompt, end="", flush=True)
     for token in generate(model, rt, tokens, options.tokens, options.temperature, options.top_p, options.seed):
         written.append(token)
-        text = tokenizer.decode(tokens[1:] + written)[len(tokenizer.decode(tokens[1:])) :]
+        text = tokenizer.text_of(tokens[1:] + written)[len(tokenizer.text_of(tokens[1:])) :]
         if text.startswith(shown) and not text.endswith("\ufffd"):  # wait for the rest of a split character
             print(text[len(shown) :], end="", flush=True)
             shown = text

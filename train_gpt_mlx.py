@@ -684,6 +684,16 @@ class Hyperparameters:
         return self.eval_seq_len or self.train_seq_len
 
     @property
+    def score_phases(self) -> int:
+        """Parts in which spans are scored; between two of them test-time training of all spans takes its steps."""
+        return self.ttt_phases if self.ttt_scope == "global" else 1
+
+    @property
+    def spans_apart(self) -> bool:
+        """Whether test-time training gives every span weights of its own."""
+        return self.ttt_scope not in ("off", "lora", "global")
+
+    @property
     def adapting(self) -> dict[str, bool]:
         """Evaluation's adapters, in the order in which they act, and whether this configuration has them."""
         there = {"ttt": self.ttt_scope != "off", "temperature": self.temp_scaling}
@@ -2204,10 +2214,10 @@ class ByteTokenizer:
         self.bos = 1 if self.first else BYTE_BOS
         self.fingerprint = f"byte{vocab_size}" if self.first else "byte"
 
-    def encode(self, text: str) -> list[int]:
+    def tokens_of(self, text: str) -> list[int]:
         return [self.first + byte for byte in text.encode("utf-8")]
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def text_of(self, tokens: Sequence[int]) -> str:
         return bytes(t - self.first for t in tokens if t >= self.first and t != self.bos).decode("utf-8", "replace")
 
     def byte_table(self) -> ByteTable:
@@ -2238,10 +2248,10 @@ class SentencePieceTokenizer:
             raise UserError(f"TOKENIZER_PATH={path} has {self.model.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
         self.bos = self.model.bos_id()
 
-    def encode(self, text: str) -> list[int]:
+    def tokens_of(self, text: str) -> list[int]:
         return self.model.encode(text)
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def text_of(self, tokens: Sequence[int]) -> str:
         return self.model.decode([int(t) for t in tokens])
 
     def drops_first_space(self) -> bool:
@@ -2287,11 +2297,11 @@ class FoldingTokenizer:
             if not np.array_equal(counts, table.base[shard]):
                 raise UserError(f"{side_car} is missing or not of this shard and tokenizer; make the data again")
 
-    def encode(self, text: str) -> list[int]:
-        return self.inner.encode(fold_case(text))
+    def tokens_of(self, text: str) -> list[int]:
+        return self.inner.tokens_of(fold_case(text))
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        return unfold_case(self.inner.decode(tokens))
+    def text_of(self, tokens: Sequence[int]) -> str:
+        return unfold_case(self.inner.text_of(tokens))
 
     def byte_table(self) -> ByteTable:
         """Marks count nothing."""
@@ -2331,7 +2341,7 @@ def check_text(h: Hyperparameters, tokenizer: SentencePieceTokenizer) -> None:
     """
     stream = TokenStream(h.data_path, "val", h.vocab_size)
     tokens = [token for token in stream.read(0, min(4096, stream.tokens)).tolist() if token != tokenizer.bos]
-    again = Counter(tokenizer.encode(tokenizer.decode(tokens)))
+    again = Counter(tokenizer.tokens_of(tokenizer.text_of(tokens)))
     kept = (again & Counter(tokens)).total() / max(1, len(tokens))
     if kept < 0.97:  # measured: 0.996 to 1 with the right one of six tokenizers, 0.46 to 0.94 with a wrong one
         raise UserError(
@@ -5225,7 +5235,7 @@ class Trace(NamedTuple):
     def add(self, site: Site, out: Out) -> Trace:
         """This trace and what one more site left; losses of what is visited again are means over the visits."""
         losses = {n: loss / site.visits + self.losses.get(n, 0.0) for n, loss in out.losses.items()}
-        metrics = {f"{site.label}.{name}": value for name, value in out.metrics.items()}
+        metrics = {f"{site.label}.{name}": value for name, value in out.metrics.items() if not PACKAGED}
         return Trace({**self.states, site.id: out.state}, {**self.losses, **losses}, {**self.metrics, **metrics})
 
 
@@ -6041,7 +6051,7 @@ class Weights:
         """Compute what is still a graph: parameters, latents, moments."""
         mx.eval([(b.latent, b.state) for b in self.banks.values()], dict(self.model.named_parameters()))
 
-    def copy(self, source: str, target: str, noise: float = 0.0) -> None:
+    def copy_weight(self, source: str, target: str, noise: float = 0.0) -> None:
         """Let one weight start again as a copy of another, with noise of so many standard deviations, its running
         average (if any) as the other's."""
         (old, i), (new, j) = self.where[source], self.where[target]
@@ -7243,12 +7253,10 @@ class Adapter:
     has been scored, with what `wrap` returned, unless it was its span's last. All that an adapter remembers is in these
     states, of numbers, arrays, tensors, and dicts and tuples of them, which the audit compares. An adapter that learns
     across spans sets `phases` > 1: the spans are then walked in that many parts, and between two parts `merge` sees
-    what all spans of all ranks `offer` of their states, on the CPU. One that gives every span weights of its own sets
-    `together` to 1.
+    what all spans of all ranks `offer` of their states, on the CPU.
     """
 
     phases: int = 1
-    together: int = 2**30  # most spans of one chunk
 
     def memory(self, scorer: Scorer) -> int:
         """Bytes that a span's state will take, where they matter."""
@@ -7607,9 +7615,15 @@ class TestTimeTraining(Adapter):
 
     def __init__(self, h: Hyperparameters) -> None:
         self.h = h
-        self.pairs, shared = h.ttt_scope == "lora", h.ttt_scope == "global"
-        self.phases = h.ttt_phases if shared else 1
-        self.together = 2**30 if shared or self.pairs else 1
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether low-rank pairs learn, and not weights."""
+        return self.h.ttt_scope == "lora"
+
+    @property
+    def phases(self) -> int:  # type: ignore[override]
+        return self.h.score_phases
 
     def begin(self, scorer: Scorer) -> Adapted:
         self.scorer = scorer
@@ -7619,7 +7633,7 @@ class TestTimeTraining(Adapter):
         """Nothing learned yet: the model's own values, or pairs whose product is zero."""
         own = dict(self.scorer.model.named_parameters())
         values = {name: own[name] for name in ttt_names(self.h, self.scorer.model)}
-        if self.pairs:
+        if self.low_rank:
             values = {n: part for name, weight in values.items() for n, part in self.first_pair(name, weight).items()}
         zeros = {name: mx.broadcast_to(mx.zeros(()), value.shape) for name, value in values.items()}
         return Adapted(values, zeros, zeros, 0, ())
@@ -7639,10 +7653,10 @@ class TestTimeTraining(Adapter):
         return {name: (values[name + ":in"], values[name + ":out"]) for name in names}
 
     def lora(self, states: list[Adapted], chunk: Chunk) -> dict[str, tuple[Tensor, Tensor]] | None:
-        return self.split(stack_values(states)) if self.pairs and any(state.steps for state in states) else None
+        return self.split(stack_values(states)) if self.low_rank and any(state.steps for state in states) else None
 
     def weights(self, states: list[Adapted], chunk: Chunk) -> dict[str, Tensor] | None:
-        return None if self.pairs or not states[0].steps else states[0].values
+        return None if self.low_rank or not states[0].steps else states[0].values
 
     def learn(self, states: list[Adapted], chunk: Chunk, given: Distribution) -> list[Adapted]:
         states = [self.keep(state, chunk_rows(chunk, [i])) for i, state in enumerate(states)]
@@ -7666,7 +7680,7 @@ class TestTimeTraining(Adapter):
             return state
         targets, kept = np.array(row.targets), state.kept
         targets[:, : -row.scored] = -100
-        starts = np.flatnonzero(targets[0] == self.scorer.model.bos).tolist() if self.pairs else []
+        starts = np.flatnonzero(targets[0] == self.scorer.model.bos).tolist() if self.low_rank else []
         if starts:
             state, kept = self.fresh(), ()
             targets[:, : starts[-1] + 1] = -100
@@ -7703,10 +7717,10 @@ class TestTimeTraining(Adapter):
 
     def step(self, states: list[Adapted], samples: Sequence[Sample]) -> list[Adapted]:
         """One step of each state on its own sample, or of one state on all of them."""
-        values = stack_values(states) if self.pairs else states[0].values
+        values = stack_values(states) if self.low_rank else states[0].values
         grads = mx.grad(functools.partial(self.loss, samples))(values)
         found = [
-            self.update(state, {n: g[i] for n, g in grads.items()} if self.pairs else grads)
+            self.update(state, {n: g[i] for n, g in grads.items()} if self.low_rank else grads)
             for i, state in enumerate(states)
         ]
         mx.eval([(state.values, state.mean, state.square) for state in found])
@@ -7718,11 +7732,13 @@ class TestTimeTraining(Adapter):
         tokens = mx.concatenate([sample.tokens for sample in samples])
         targets = mx.concatenate([sample.targets for sample in samples])
         carry = join_rows([sample.carry for sample in samples])
-        with model.holding({} if self.pairs else values):
-            logits, _ = model.logits(tokens, self.scorer.variant, carry, 0, self.split(values) if self.pairs else None)
+        with model.holding({} if self.low_rank else values):
+            logits, _ = model.logits(
+                tokens, self.scorer.variant, carry, 0, self.split(values) if self.low_rank else None
+            )
         losses = -Distribution(log_softmax(logits)).log_prob(mx.maximum(targets, 0)) * (targets >= 0)
         means = losses.sum(1) / mx.maximum((targets >= 0).sum(1), 1)  # of each row
-        return means.sum() if self.pairs else means.mean()
+        return means.sum() if self.low_rank else means.mean()
 
     def update(self, state: Adapted, grads: dict[str, Tensor]) -> Adapted:
         """SGD with momentum, or Adam, on a gradient of bounded norm."""
@@ -7751,13 +7767,6 @@ ADAPTERS: dict[str, Callable[[Hyperparameters], Adapter]] = {
     "engram": eval_engram,
     "ngram": ngram_cache,
 }
-
-
-def plain_evaluation(h: Hyperparameters) -> Hyperparameters:
-    """A configuration without adapters and overlapping windows, for validation during training."""
-    return dataclasses.replace(
-        h, sliding_eval=False, temp_scaling=False, eval_engram=False, ngram_cache=False, ttt_scope="off"
-    )
 
 
 class Score(NamedTuple):
@@ -7792,14 +7801,24 @@ MAX_LOGITS = {"cuda": 2**28, "mps": 2**25, "cpu": 2**24}
 
 
 class Scorer:
-    """Scores token streams with one model and the adapters of a configuration."""
+    """Scores token streams with one model and the adapters of a configuration.
+
+    `plain`: without adapters and overlapping windows, for validation during training.
+    """
 
     def __init__(
-        self, h: Hyperparameters, rt: Runtime, model: GPT, table: ByteTable, calibration: dict[str, float] | None = None
+        self,
+        h: Hyperparameters,
+        rt: Runtime,
+        model: GPT,
+        table: ByteTable,
+        calibration: dict[str, float] | None = None,
+        plain: bool = False,
     ) -> None:
         self.h, self.rt, self.model, self.table, self.calibration = h, rt, model, table, calibration or {}
+        self.plain = plain
         self.variant = scoring_variant(h)
-        self.adapters = [ADAPTERS[name](h) for name, there in h.adapting.items() if there]
+        self.adapters = [] if plain else [ADAPTERS[name](h) for name, there in h.adapting.items() if there]
         self.say: Callable[[str], None] = lambda text: None  # told before memory is taken, and how long it will take
         self.limit = 0.0  # seconds; 0: unbounded
         self.began: float | None = None  # time.monotonic() from which they count; None: when scoring begins
@@ -7829,8 +7848,7 @@ class Scorer:
         mine = range(rt.rank * count // rt.world, (rt.rank + 1) * count // rt.world)
         widest = max(self.h.vocab_size, round(self.h.mlp_mult * self.h.model_dim))  # numbers that a token becomes
         limit = min(self.h.val_batch_size, MAX_LOGITS[device_name(rt)] // widest)
-        rows = max(1, limit // self.h.eval_window)
-        rows = min([rows, *(adapter.together for adapter in self.adapters)])
+        rows = 1 if self.h.spans_apart and not self.plain else max(1, limit // self.h.eval_window)
         groups = [list(mine[at : at + rows]) for at in range(0, len(mine), rows)]
         self.foresee_memory(count, rows)
         states = {span: [adapter.begin(self) for adapter in self.adapters] for span in mine}
@@ -7879,12 +7897,12 @@ class Scorer:
     @property
     def checked(self) -> bool:
         """Whether the model's weights are compared before and after."""
-        return self.h.ttt_scope != "off" and self.h.freeze_check_strict
+        return self.h.ttt_scope != "off" and not self.plain and self.h.freeze_check_strict
 
     @property
     def step(self) -> int:
         """Tokens scored at a time."""
-        return self.h.sliding_eval_stride if self.h.sliding_eval else self.h.eval_window
+        return self.h.sliding_eval_stride if self.h.sliding_eval and not self.plain else self.h.eval_window
 
     def merge(self, states: dict[int, list]) -> dict[int, list]:
         """The barrier between two phases: adapters that learn across spans see what all of them offer."""
@@ -8252,7 +8270,7 @@ def check_bytes(tokenizer: Tokenizer, table: ByteTable, tokens: np.ndarray, part
     if len(cuts) < 2:
         return Finding("bytes", False, "no whole document among the tokens")
     parts = [tokens[a + 1 : b].tolist() for a, b in itertools.pairwise(cuts)]
-    decoded = sum(len(tokenizer.decode(part).encode()) for part in parts)
+    decoded = sum(len(tokenizer.text_of(part).encode()) for part in parts)
     total = int(table.count(tokens[cuts[0] : cuts[-1]], tokens[cuts[0] + 1 : cuts[-1] + 1]).sum())
     due = int(table.count(part[:-1], part[1:]).sum())
     found = f"{total} counted, {decoded} decoded, {len(parts)} stretches of text; {used} of {due} in the audited score"
@@ -9096,10 +9114,10 @@ def switch_variant(s: Session, state: TrainState, progress: float) -> None:
     if new == old:
         return
     if new.untied and not old.untied:
-        s.weights.copy("embed.weight", "head.weight")
+        s.weights.copy_weight("embed.weight", "head.weight")
     if new.experts and not old.experts and s.h.moe_start_fraction:
         for name in [name for name in s.weights.where if ".experts." in name and ".experts.0." not in name]:
-            s.weights.copy(re.sub(r"experts\.\d+", "experts.0", name), name, noise=0.01)
+            s.weights.copy_weight(re.sub(r"experts\.\d+", "experts.0", name), name, noise=0.01)
     state.variant = new
     s.weights.materialize(progress)
     on = [name for name, before, now in zip(Variant._fields, old, new, strict=True) if now and not before]
@@ -9404,8 +9422,7 @@ def report_validation(s: Session, state: TrainState, calibration: dict[str, floa
     During training (no calibration) without what is for the final score alone: adapters and overlapping windows.
     """
     began = time.monotonic()
-    h = s.h if calibration is not None else plain_evaluation(s.h)
-    scorer = Scorer(h, s.rt, s.model, s.table, calibration)
+    scorer = Scorer(s.h, s.rt, s.model, s.table, calibration, plain=calibration is None)
     if not PACKAGED:
         scorer.asked = functools.partial(s.guard.beat, True)
     report = None if PACKAGED else lambda share: s.log.progress(share, "validating")
@@ -9567,8 +9584,8 @@ def closing_summary(s: Session, state: TrainState, model: GPT, score: Score, bud
         prompt = s.validation[: min(64, s.h.train_seq_len // 2)].tolist()
         limit = max(1, s.h.sample_tokens)
         written = list(generate(model, s.rt, prompt, limit, 0.8, 0.95, s.h.seed))
-        log.line(f"{'prompt':<12}{s.tokenizer.decode(prompt)!r}")
-        log.line(f"{'sample':<12}{s.tokenizer.decode(written)!r}")
+        log.line(f"{'prompt':<12}{s.tokenizer.text_of(prompt)!r}")
+        log.line(f"{'sample':<12}{s.tokenizer.text_of(written)!r}")
     log.line("-" * 72)
 
 
@@ -10296,12 +10313,12 @@ def generate_command(path: str, options: Any, environ: dict[str, str]) -> int:
         return 0
     if options.prompt != options.prompt.encode(errors="replace").decode():
         raise UserError("--prompt is not text in UTF-8")
-    shown, tokens = "", [tokenizer.bos, *tokenizer.encode(options.prompt)]
+    shown, tokens = "", [tokenizer.bos, *tokenizer.tokens_of(options.prompt)]
     written: list[int] = []
     print(options.prompt, end="", flush=True)
     for token in generate(model, rt, tokens, options.tokens, options.temperature, options.top_p, options.seed):
         written.append(token)
-        text = tokenizer.decode(tokens[1:] + written)[len(tokenizer.decode(tokens[1:])) :]
+        text = tokenizer.text_of(tokens[1:] + written)[len(tokenizer.text_of(tokens[1:])) :]
         if text.startswith(shown) and not text.endswith("\ufffd"):  # wait for the rest of a split character
             print(text[len(shown) :], end="", flush=True)
             shown = text

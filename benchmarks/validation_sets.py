@@ -50,7 +50,7 @@ def main() -> None:
     texts = documents(h)
     texts = texts if options.shuffle is None else shuffled(texts, options.shuffle)
     target = train_gpt.SentencePieceTokenizer(options.tokenizer, h.vocab_size)
-    stream = np.array([token for text in texts for token in (target.bos, *target.encode(text))], "<u2")
+    stream = np.array([token for text in texts for token in (target.bos, *target.tokens_of(text))], "<u2")
     header = np.zeros(256, "<i4")
     header[:3] = 20240520, 1, len(stream)
     options.out.mkdir(parents=True, exist_ok=True)

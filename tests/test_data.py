@@ -513,7 +513,7 @@ def check_byte_law(tokenizer: t.Tokenizer, documents: Sequence[Sequence[int]]) -
         stream.append(divider)
         for end in range(len(document) + 1):
             if ends_a_character(tokenizer, document[:end]):
-                lengths[len(stream) + end] = done + len(tokenizer.decode(document[:end]).encode("utf-8"))
+                lengths[len(stream) + end] = done + len(tokenizer.text_of(document[:end]).encode("utf-8"))
         stream += document
         done = lengths[len(stream)]
     tokens = np.array(stream)
@@ -525,7 +525,7 @@ def check_byte_law(tokenizer: t.Tokenizer, documents: Sequence[Sequence[int]]) -
 @pytest.mark.parametrize("name", MODELS)
 def test_counted_bytes_are_decoded_bytes(name: str, models: Callable) -> None:
     tokenizer = models(name)
-    documents = [tokenizer.encode(text) for text in TEXTS]
+    documents = [tokenizer.tokens_of(text) for text in TEXTS]
     check_byte_law(tokenizer, documents)
     check_byte_law(tokenizer, documents[::-1])
 
@@ -537,8 +537,8 @@ def test_lossless_tokenizer_counts_the_true_bytes(name: str, models: Callable) -
     for text in TEXTS:
         if "▁" in text:  # sentencepiece's own mark for a space comes back as a space
             continue
-        tokens = np.array([tokenizer.bos, *tokenizer.encode(text)])
-        assert tokenizer.decode(tokens[1:]) == text
+        tokens = np.array([tokenizer.bos, *tokenizer.tokens_of(text)])
+        assert tokenizer.text_of(tokens[1:]) == text
         assert table.count(tokens[:-1], tokens[1:]).sum() == len(text.encode("utf-8"))
 
 
@@ -547,7 +547,7 @@ def test_lossless_tokenizer_counts_the_true_bytes(name: str, models: Callable) -
 @pytest.mark.parametrize("name", ["lossless_600", "default", "dummy_prefix_keeps_spaces"])
 def test_counted_bytes_are_decoded_bytes_for_any_text(name: str, texts: list[str], models: Callable) -> None:
     tokenizer = models(name)
-    check_byte_law(tokenizer, [tokenizer.encode(text) for text in texts])
+    check_byte_law(tokenizer, [tokenizer.tokens_of(text) for text in texts])
 
 
 @settings(max_examples=150, deadline=None)
@@ -570,16 +570,16 @@ def test_counted_bytes_are_decoded_bytes_for_any_tokens(name: str, data: st.Data
 )
 def test_byte_tokenizer_counts_the_true_bytes(size: int, texts: list[str]) -> None:
     tokenizer = t.ByteTokenizer(size)
-    documents = [tokenizer.encode(text) for text in texts]
-    assert [tokenizer.decode(tokens) for tokens in documents] == texts
+    documents = [tokenizer.tokens_of(text) for text in texts]
+    assert [tokenizer.text_of(tokens) for tokens in documents] == texts
     assert all(token != tokenizer.bos for tokens in documents for token in tokens)
     check_byte_law(tokenizer, documents)
 
 
 def test_byte_tokenizer_decodes_what_a_model_may_write() -> None:
     tokens = np.array([255, 72, 105, 255, 0xC3, 255])
-    assert t.ByteTokenizer().decode(tokens.tolist()) == "Hi\ufffd"
-    assert t.ByteTokenizer(260).decode([1, 76, 0, 109, 2, 3, 1]) == "Hi"  # padding, end and unknown say nothing
+    assert t.ByteTokenizer().text_of(tokens.tolist()) == "Hi\ufffd"
+    assert t.ByteTokenizer(260).text_of([1, 76, 0, 109, 2, 3, 1]) == "Hi"  # padding, end and unknown say nothing
 
 
 def test_tokens_without_a_surface_form_count_nothing(models: Callable) -> None:
@@ -611,9 +611,9 @@ def test_published_tokenizers_count_decoded_bytes(path: Path | None) -> None:
         pytest.skip("no published tokenizers here; python data/download.py gets them, or set PGOLF_TOKENIZERS")
     tokenizer = open_model(path)
     assert tokenizer.model.vocab_size() == int(path.stem.split("_")[1])
-    documents = [tokenizer.encode(text) for text in TEXTS]
+    documents = [tokenizer.tokens_of(text) for text in TEXTS]
     check_byte_law(tokenizer, documents)
-    check_byte_law(tokenizer, [tokens for text in TEXTS for tokens in [tokenizer.encode(text * 3 + " " + TEXTS[0])]])
+    check_byte_law(tokenizer, [tokens for text in TEXTS for tokens in [tokenizer.tokens_of(text * 3 + " " + TEXTS[0])]])
 
 
 # ---- the tokenizer and the data belong together ----
@@ -645,12 +645,12 @@ def test_tokenizer_of_the_manifest_is_accepted(model_path: tuple[str, int], tmp_
     assert (
         tokenizer.fingerprint == digest
         and tokenizer.bos == 1
-        and tokenizer.decode(tokenizer.encode(" it  ")) == " it  "
+        and tokenizer.text_of(tokenizer.tokens_of(" it  ")) == " it  "
     )
     byte = data_with(tmp_path / "byte", {"kind": "byte", "file": None, "sha256": None, "vocab_size": 256})
     assert isinstance(t.load_tokenizer(t.load_config({"DATA_PATH": byte, "VOCAB_SIZE": "256"})), t.ByteTokenizer)
     bare = {"DATA_PATH": folder_of(tmp_path / "bare", [1])}  # published shards have no manifest
-    words = [tokenizer.bos, *tokenizer.encode(" the light of the old harbour and the long night")] * 20
+    words = [tokenizer.bos, *tokenizer.tokens_of(" the light of the old harbour and the long night")] * 20
     folder_of(tmp_path / "bare", words, split="val")
     assert t.load_tokenizer(t.load_config({**env, **bare})).fingerprint == digest
     assert t.load_tokenizer(t.load_config({**bare, "VOCAB_SIZE": "256"})).fingerprint == "byte"
@@ -684,7 +684,7 @@ def test_tokens_of_another_tokenizer_are_noticed_without_a_manifest(
     """Permuted pieces: every token is in the vocabulary, every text but one is gibberish."""
     path, size = model_path
     tokenizer = models("lossless_600")
-    words = [tokenizer.bos, *tokenizer.encode("She opened the window, and said: it is late; the boats are in.")] * 40
+    words = [tokenizer.bos, *tokenizer.tokens_of("She opened the window, and said: it is late; the boats are in.")] * 40
     renamed = np.arange(size)
     renamed[300:] = np.random.default_rng(0).permutation(np.arange(300, size))
     for tokens, right in ((words, True), (renamed[words].tolist(), False)):
@@ -777,8 +777,8 @@ def test_bits_per_byte_are_of_the_text_before_folding(
     written = run_job(data, ["generate", artifact, "--prompt", prompt, "--tokens", "3"])
     assert written.code == 0 and written.out.startswith(prompt)
     tokenizer = t.load_tokenizer(t.load_config(data))
-    assert tokenizer.decode(tokenizer.encode(prompt)) == prompt
-    assert tokenizer.decode(tokenizer.encode("NASA")[:1]) != "NASA"
+    assert tokenizer.text_of(tokenizer.tokens_of(prompt)) == prompt
+    assert tokenizer.text_of(tokenizer.tokens_of("NASA")[:1]) != "NASA"
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "other"])

@@ -280,6 +280,11 @@ RULES: dict[str, tuple[str, list[str], list[str]]] = {
     "an unread field": (
         "class Pair(NamedTuple):\n    a: int\n    b: int = 0\n\n"
         "def main(h: Hyperparameters) -> None:\n    print(Pair(h.seed, 5).a)\n", ["b: "], ["Pair"]),
+    "a condition that is a list": (
+        "def note(x: int) -> int:\n    print('note', x)\n    return x\n\ndef some(xs: list) -> int:\n    return 1 if [*xs] else 2\n\n"
+        "def main(h: Hyperparameters) -> None:\n    if [None, note(1)]:\n        print('yes')\n    if (h.seed, None):\n        print('two')\n    print(some([]), some([h.seed]))\n", ["if (h"], ["note()", "yes"]),
+    "a handler that raises again": (
+        "def main(h: Hyperparameters) -> None:\n    try:\n        print(h.seed)\n    except ValueError:\n        raise\n", ["try", "except"], ["print"]),
     "an unread field beside a class whose fields are listed": (
         "class Pair(NamedTuple):\n    a: int\n    b: int = 0\n\nclass Other(NamedTuple):\n    c: int = 1\n    d: int = 2\n\n"
         "def main(h: Hyperparameters) -> None:\n    print(Pair(h.seed, 5).a, Other._fields)\n", ["b: "], ["Pair", "d: "]),
@@ -307,7 +312,7 @@ def compound(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
     two = st.tuples(inner, inner)
     return st.one_of(
         two.map(lambda p: f"({p[0]} and {p[1]})"), two.map(lambda p: f"({p[0]} or {p[1]})"), inner.map(lambda p: f"(not {p})"),
-        two.map(lambda p: f"({p[0]} == {p[1]})"), two.map(lambda p: f"({p[0]} is not {p[1]})"), two.map(lambda p: f"[{p[0]}, {p[1]}]"),
+        two.map(lambda p: f"({p[0]} == {p[1]})"), inner.map(lambda p: f"({p} is not None)"), two.map(lambda p: f"[{p[0]}, {p[1]}]"),
         st.tuples(inner, inner, inner).map(lambda p: f"({p[0]} if {p[1]} else {p[2]})"), inner.map(lambda p: f"str({p})"),
         two.map(lambda p: f"({p[0]}, *[{p[1]}])"), two.map(lambda p: f"{{'a': {p[0]}, **{{'b': {p[1]}}}}}"),
     )  # fmt: skip

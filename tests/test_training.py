@@ -326,7 +326,7 @@ def test_eval_refuses_another_tokenizer(
     run_job: Run, tiny_env: dict[str, str], tmp_path: Path, byte_data: Path
 ) -> None:
     text = t.TokenStream(str(byte_data), "train", 256).read(0, 30_000)
-    lines = t.ByteTokenizer().decode(text.tolist()).replace(". ", ".\n")
+    lines = t.ByteTokenizer().text_of(text.tolist()).replace(". ", ".\n")
     models = [train_tokenizer(tmp_path, name, words) for name, words in (("one", lines), ("two", lines.upper()))]
     tokens = np.array(sentencepiece.SentencePieceProcessor(model_file=str(models[0])).encode(lines), "<u2")
     header = np.zeros(256, "<i4")
