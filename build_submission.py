@@ -3790,23 +3790,26 @@ def wrap_latin1(text: str) -> bytes:
     return ("#coding:l1\n" + loader(quoted(packed(text)), is_listed(text))).encode("latin-1")
 
 
-# A model of text as mixtures of what followed in several contexts (1 to 5 characters, words, the shape of the code)
-# gives the probability of each bit to an arithmetic decoder. Floats are added, multiplied and divided alone, which
-# comes out the same on every machine. T is the logistic function's inverse, W are weights by how often a context was
-# met, e = [probability, times met].
+# A model of text as mixtures of what followed in several contexts C (none, 1 to 6 characters, words, the shape of the
+# code, what stands before the innermost open bracket (Q), the line's begin) gives the probability of each bit to an
+# arithmetic decoder. Floats are added, multiplied and divided alone, which comes out the same on every machine. T is
+# the logistic function's inverse, W are weights by how often a context was met: A by the bits before and how long the
+# word is so far, B by the character before. e = [probability, times met].
 MIXER = r"""import re,bisect
 def f(g,n,o=''):
- T=[];h=v=0;r=1;M={};c=128;W=[[.25]*35 for k in range(256)]
+ T=[];Q=[];h=v=0;r=1;M={};c=128;W=[[.2]*36 for k in range(512)]
  for k in range(1,65536):T+=[h];h+=65536/k/(65536-k)
  S=lambda x:(bisect.bisect(T,x+h/2)+.5)/65537
  while len(o)<n:
-  t=o[-50:];B=W[c];c=1;C=['',*[t[-k:]for k in(1,2,3,5)],str(re.split('\\W+',t)[-2:]),re.sub('\\w+','a',t)[-6:]+'!']
+  t=o[-50:];x=t[-1:];w=re.split('\\W+',t)[-3:];s=re.sub('\\w+','a',t)+'!'
+  Q=[w[1:]]*(x in'([{')+Q[x in')]}':];B=W[c+256];c=1
+  C=[*map(str,['',*[t[-k:]for k in(1,2,3,4,6)],w[2:],w[::2],s[-5:],s[-9:],Q[:1]+[s[-3:]],o[o.rfind('\n'):][:8]+x])]
   while c<128:
-   A=W[c];i=a=b=0;J=[]
+   A=W[c+128*len(w[-1][:2])];i=a=b=0;J=[]
    for k in C:
-    e=M.setdefault((k,c),[.5,0]);j=i+min(4,e[1]);x=T[int(e[0]*65534)]-h/2;J+=[(j,x,e)];a+=A[j]*x;b+=B[j]*x;i+=5
+    e=M.setdefault((k,c),[.5,0]);j=i+min(2,e[1]);x=T[int(e[0]*65534)]-h/2;J+=[(j,x,e)];a+=A[j]*x;b+=B[j]*x;i+=3
    while r<1<<24:r*=253;v=v*253+next(g,0)
-   m=int(r*S((a+b)/2));y=v<m;a=(y-S(a))*.03;b=(y-S(b))*.03
+   m=int(r*S((a+b)/2));y=v<m;a=(y-S(a))*.02;b=(y-S(b))*.02
    if y:r=m
    else:r-=m;v-=m
    for j,x,e in J:A[j]+=a*x;B[j]+=b*x;e[0]+=(y-e[0])/(e[1]+1.4);e[1]+=e[1]<25
@@ -3814,8 +3817,8 @@ def f(g,n,o=''):
   o+=chr(c-128)
  return o
 """
-ENCODING = {"v=v*253+next(g,0)": "v*=253;s+=1", "y=v<m": "y=next(g)", "v-=m": "v+=m", "o=''": "o='',s=0"}
-ENCODING |= {"return o": "return v,r,s"}
+ENCODING = {"v=v*253+next(g,0)": "v*=253;l+=1", "y=v<m": "y=next(g)", "v-=m": "v+=m", "o=''": "o='',l=0"}
+ENCODING |= {"return o": "return v,r,l"}
 DIGITS = [byte for byte in range(256) if byte not in b"\0\r\\"]  # what needs no escape in a string
 
 
@@ -3836,7 +3839,7 @@ def mixed(text: str) -> bytes:
 
 
 def wrap_mixed(text: str) -> bytes:
-    """A Latin-1 source with a decoder and what it decodes; some 5 s of a core at every start."""
+    """A Latin-1 source with a decoder and what it decodes; 5 to 14 s of a core at every start."""
     plain = text.encode("ascii", "backslashreplace").decode()
     if ast.dump(ast.parse(plain)) != ast.dump(ast.parse(text)):
         raise BuildError("the wrapper `mixed` is for ASCII outside of plain strings; take --wrapper latin1")
@@ -3979,12 +3982,13 @@ def small_job(h: Any) -> dict[str, str]:
     return {name.upper(): str(int(x) if isinstance(x, bool) else x) for name, x in sizes.items() if name in v}
 
 
+RANKS = 2  # of the second small job
 JOB_SECONDS = 300  # a small job takes ten to thirty on a free core
 DRIVER = """
-import contextlib, runpy, sys
+import contextlib, os, runpy, sys
 with contextlib.suppress(ImportError):
     import torch
-    notes, backward = open("losses.txt", "w"), torch.Tensor.backward
+    notes, backward = open(f"losses{os.environ.get('RANK', '0')}.txt", "w"), torch.Tensor.backward
     def noted(self, *args, **options):
         notes.write(self.item().hex() + "\\n")
         notes.flush()
@@ -4067,13 +4071,16 @@ class Run:
     artifact: bytes
 
 
-def run_job(folder: Path, script: bytes, environ: dict[str, str], coverage: bool = False) -> Run:
+def run_job(folder: Path, script: bytes, environ: dict[str, str], coverage: bool = False, ranks: int = 1) -> Run:
     """Run a script in a folder of its own. Raises BuildError with its last words when it fails."""
     folder.mkdir(parents=True)
     (folder / "train_gpt.py").write_bytes(script)
     (folder / "driver.py").write_text(DRIVER)
-    tool = ["-m", "coverage", "run", "--include=*/train_gpt.py"] if coverage else []
+    tool = ["-m", "coverage", "run", "-p", "--include=*/train_gpt.py"] if coverage else []
     command = [sys.executable, *tool, "driver.py", "train_gpt.py"]
+    if ranks > 1:
+        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--no-python"]
+        command = [sys.executable, *start, *command]
     plain = {
         n: v for n, v in os.environ.items() if n in ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV", "OMP_NUM_THREADS")
     }
@@ -4089,7 +4096,7 @@ def run_job(folder: Path, script: bytes, environ: dict[str, str], coverage: bool
         )
     run = folder / "runs" / "proof"
     log = (run / "train.log").read_text().splitlines()
-    losses = folder / "losses.txt"
+    losses = folder / "losses0.txt"
     return Run(losses.read_text().split() if losses.is_file() else [], log, (run / "model.pgz").read_bytes())
 
 
@@ -4125,17 +4132,23 @@ def suspects(one: str, two: str) -> list[str]:
     return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
 
 
-def covered(folder: Path) -> tuple[float, list[str]]:
-    """Share of the script's lines that a job ran, and the others by the definition that they are in."""
-    command = [sys.executable, "-m", "coverage", "json", "-q", "-o", "coverage.json"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+def lines_run(folder: Path) -> tuple[set[int], set[int]]:
+    """Lines of the script in a folder that its job ran, and those that it did not."""
+    for command in (["combine", "-q"], ["json", "-q", "-o", "coverage.json"]):
+        subprocess.run([sys.executable, "-m", "coverage", *command], cwd=folder, check=True, capture_output=True)
     (found,) = json.loads((folder / "coverage.json").read_text())["files"].values()
-    places = {n: node for node in walk(ast.parse((folder / "train_gpt.py").read_text())) if isinstance(node, Function)
+    return set(found["executed_lines"]), set(found["missing_lines"])
+
+
+def covered(text: str, folders: Sequence[Path]) -> tuple[float, list[str]]:
+    """Share of a script's lines that any of its jobs ran, and the others by the definition that they are in."""
+    found = [lines_run(folder) for folder in folders]
+    run, missed = (set().union(*parts) for parts in zip(*found, strict=True))
+    places = {n: node for node in walk(ast.parse(text)) if isinstance(node, Function)
               for n in range(node.lineno, (node.end_lineno or node.lineno) + 1)}  # fmt: skip
-    there = [n for n in found["missing_lines"] if n not in places or not is_opaque(places[n])]  # kernels are built
+    there = [n for n in sorted(missed - run) if n not in places or not is_opaque(places[n])]  # kernels are built
     missing = Counter(places[n].name if n in places else "module" for n in there)
-    run = found["summary"]["covered_lines"]
-    return 100 * run / (run + len(there)), [f"{name} ({count})" for name, count in missing.items()]
+    return 100 * len(run) / (len(run) + len(there)), [f"{name} ({count})" for name, count in missing.items()]
 
 
 def job_environment(source: Source, h: Any, options: Any) -> dict[str, str]:
@@ -4163,12 +4176,19 @@ def prove(source: Source, environ: dict[str, str], whole: Extracted, options: An
             if difference := first_difference(full, run):
                 blamed = ", ".join(suspects(made.text, whole.text)) or "unknown: compare the scripts' definitions"
                 raise BuildError(f"the {kind} script is not the full one: {difference}; suspected: {blamed}")
-        share, missing = covered(folder / "readable")
+        ranks = RANKS if source.path.name == TARGETS["torch"][0] else 1
+        if ranks > 1:
+            alone, full = full, run_job(folder / "full_ranks", source.path.read_bytes(), small, ranks=ranks)
+            run = run_job(folder / "ranks", made.text.encode(), keeps, True, ranks)
+            if difference := first_difference(full, run):
+                raise BuildError(f"on {ranks} ranks the readable script is not the full one: {difference}")
+            full = alone
+        share, missing = covered(made.text, [folder / "readable", *[folder / "ranks"] * (ranks > 1)])
         kernels = build_kernels(folder / "kernels", with_kernels(source, small, made, options).short, keeps)
     apart = suspects(made.text, whole.text)
     told = [
         f"proof: {len(full.losses) or 'the log of'} losses, scores and artifact ({len(full.artifact)} bytes) of the "
-        "full and the extracted script agree to the last bit on a small job"
+        f"full and the extracted script agree to the last bit on a small job, on 1 and {ranks} ranks"
     ]
     told += [f"kernels: {kernels}"] if kernels else []
     told.append(f"coverage: {share:.1f}% of the extracted script's lines; not run: {', '.join(missing) or 'none'}")
