@@ -3918,7 +3918,13 @@ def extract(source: Source, environ: dict[str, str], options: Any) -> Extracted:
     unknown = [name for name in kept if name.lower() not in dataclasses.asdict(h)]
     if unknown:
         raise BuildError(f"--keep-env {unknown[0]} is not a variable of {source.path.name}")
-    program = Program(source, h, kept, options.devices.split(","), FOLDS=folds(h))
+    shaping = sorted(set(map(str.lower, options.keep_env)) & set(source.config.structure_fields()))
+    if shaping:
+        raise BuildError(
+            f"--keep-env {shaping[0].upper()} shapes the network, which the script and its artifacts must agree on; "
+            "build one script for each value"
+        )
+    program = Program(source, h, kept, options.devices.split(","), FOLDS=folds(h), SCORES=options.eval_only)
     text = ast.unparse(program.run()) + "\n"
     short = text if options.no_minify else minified(ast.unparse(named(text, program.external)), named=True)
     for part in (text, short):
@@ -3948,7 +3954,7 @@ def small_job(h: Any) -> dict[str, str]:
         "xsa_layers": layers if v["xsa_layers"] >= v["num_layers"] else min(v["xsa_layers"], 1), "ttt_rank": 2,
         "ngram_cache_tokens": 128, "eval_engram_tokens": 128, "eval_engram_buckets": 64, "sliding_eval_stride": 16,
         "rmt_tokens": 2,
-        "precision": "fp32", "save_every": 0,
+        "precision": "fp32", "save_every": 0, "compile": "0" if v.get("compile") == "0" else "1",
     }  # fmt: skip
     least = {
         "partial_rope_dims": 8,
@@ -3974,6 +3980,7 @@ def small_job(h: Any) -> dict[str, str]:
         "export_proxy_eval": 3,
     }
     sizes |= {name: min(value, v[name]) for name, value in least.items() if v[name]}
+    sizes |= {"warmup_steps": min(2, v.get("warmup_steps", 0))}
     sizes |= {"engram_inject_layer": 1} if v["engram_inject_layer"] > 1 else {}
     sizes |= {"backout": 1} if v["backout"] > 1 else {}
     sizes |= {"recurrence_layers": "1-2"} if v["recurrence_layers"] else {}
@@ -3988,6 +3995,7 @@ DRIVER = """
 import contextlib, os, runpy, sys
 with contextlib.suppress(ImportError):
     import torch
+    torch.compile = lambda function, **options: function  # what is done for it is done, but compiling takes minutes
     notes, backward = open(f"losses{os.environ.get('RANK', '0')}.txt", "w"), torch.Tensor.backward
     def noted(self, *args, **options):
         notes.write(self.item().hex() + "\\n")
@@ -4023,6 +4031,7 @@ def last(self, *args, **options):
     sys.stdout.flush()
     os._exit(0)
 JITFunction.run, torch.Tensor.backward = build, last
+torch.compile = lambda function, **options: function
 triton.JITFunction = ()  # nothing is one: this is no machine where kernels are missing
 runpy.run_path("train_gpt.py", run_name="__main__")
 """
@@ -4071,22 +4080,16 @@ class Run:
     artifact: bytes
 
 
-def run_job(folder: Path, script: bytes, environ: dict[str, str], coverage: bool = False, ranks: int = 1) -> Run:
-    """Run a script in a folder of its own. Raises BuildError with its last words when it fails."""
-    folder.mkdir(parents=True)
-    (folder / "train_gpt.py").write_bytes(script)
-    (folder / "driver.py").write_text(DRIVER)
-    tool = ["-m", "coverage", "run", "-p", "--include=*/train_gpt.py"] if coverage else []
-    command = [sys.executable, *tool, "driver.py", "train_gpt.py"]
-    if ranks > 1:
-        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--no-python"]
-        command = [sys.executable, *start, *command]
+def run_script(folder: Path, command: Sequence[str], environ: dict[str, str]) -> str:
+    """What a script says that is run in its folder. Raises BuildError with its last words when it fails."""
     plain = {
         n: v for n, v in os.environ.items() if n in ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV", "OMP_NUM_THREADS")
     }
     environ = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **plain, **environ, "RUN_ID": "proof"}
     try:
-        done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=JOB_SECONDS)
+        done = subprocess.run(
+            [sys.executable, *command], cwd=folder, env=environ, capture_output=True, text=True, timeout=JOB_SECONDS
+        )
     except subprocess.TimeoutExpired as error:
         said = (error.stdout or b"").decode(errors="replace").strip()[-500:]
         raise BuildError(f"{folder.name}: the job took more than {JOB_SECONDS} s; it last said: {said}") from None
@@ -4094,10 +4097,35 @@ def run_job(folder: Path, script: bytes, environ: dict[str, str], coverage: bool
         raise BuildError(
             f"{folder.name}: the job ended with {done.returncode}: {(done.stderr or done.stdout).strip()[-1500:]}"
         )
+    return done.stdout
+
+
+COVERAGE = ("-m", "coverage", "run", "-p", "--include=*/train_gpt.py")
+
+
+def run_job(folder: Path, script: bytes, environ: dict[str, str], coverage: bool = False, ranks: int = 1) -> Run:
+    """Run a script in a folder of its own. Raises BuildError with its last words when it fails."""
+    folder.mkdir(parents=True)
+    (folder / "train_gpt.py").write_bytes(script)
+    (folder / "driver.py").write_text(DRIVER)
+    command = [*(COVERAGE if coverage else ()), "driver.py", "train_gpt.py"]
+    if ranks > 1:
+        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--no-python"]
+        command = [*start, sys.executable, *command]
+    run_script(folder, command, environ)
     run = folder / "runs" / "proof"
     log = (run / "train.log").read_text().splitlines()
     losses = folder / "losses0.txt"
     return Run(losses.read_text().split() if losses.is_file() else [], log, (run / "model.pgz").read_bytes())
+
+
+def scored(folder: Path, script: bytes, words: Sequence[str], environ: dict[str, str], coverage: bool = False) -> str:
+    """The score, tokens and bytes that a script says of an artifact, without seconds."""
+    folder.mkdir(parents=True)
+    (folder / "train_gpt.py").write_bytes(script)
+    said = run_script(folder, [*(COVERAGE if coverage else ()), "train_gpt.py", *words], environ)
+    found = re.findall(r"^final_eval .*|^tokens:\d+ bytes:\d+", said, re.MULTILINE)
+    return " ".join(found) or f"no score, but {said.strip()[-300:]!r}"
 
 
 MEASURED = re.compile(r"(step:\d+/\d+ |final_\w+ )?(?:train_loss|val_loss):\S+( val_bpb:\S+)?")
@@ -4171,6 +4199,8 @@ def prove(source: Source, environ: dict[str, str], whole: Extracted, options: An
     with tempfile.TemporaryDirectory(prefix="proof_") as name:
         folder = Path(name)
         full = run_job(folder / "full", source.path.read_bytes(), small)
+        if options.eval_only:
+            return prove_scores(source, small, keeps, made, folder)
         for kind, script, coverage in (("readable", made.text.encode(), True), ("shipped", made.script, False)):
             run = run_job(folder / kind, script, keeps, coverage)
             if difference := first_difference(full, run):
@@ -4196,6 +4226,22 @@ def prove(source: Source, environ: dict[str, str], whole: Extracted, options: An
         f"the small job's script and the shipped one differ in numbers alone, but for: {', '.join(apart) or 'nothing'}"
     )
     return told
+
+
+def prove_scores(
+    source: Source, small: dict[str, str], keeps: dict[str, str], made: Extracted, folder: Path
+) -> list[str]:
+    """Score the full job's artifact by the full script and the extracted one. Raises BuildError for a difference."""
+    path = str(folder / "full" / "runs" / "proof" / "model.pgz")
+    expected = scored(folder / "eval", source.path.read_bytes(), ["eval", path], small)
+    for kind, script, coverage in (("readable", made.text.encode(), True), ("shipped", made.script, False)):
+        if (found := scored(folder / kind, script, [path], keeps, coverage)) != expected:
+            raise BuildError(f"the {kind} script scores an artifact otherwise: {found}, not {expected}")
+    share, missing = covered(made.text, [folder / "readable"])
+    return [
+        f"proof: the extracted script scores an artifact of the full one as that does: {expected}",
+        f"coverage: {share:.1f}% of the extracted script's lines; not run: {', '.join(missing) or 'none'}",
+    ]
 
 
 def dataclasses_env(source: Source, h: Any) -> dict[str, str]:
@@ -4412,6 +4458,7 @@ def options_of(argv: list[str]) -> Any:
     add(
         "--keep-env", default=[], type=lambda text: text.upper().split(","), metavar="NAMES", help="also stay variables"
     )
+    add("--eval-only", action="store_true", help="a script that scores the artifact that it is given, and cannot train")
     add("--wrapper", default="", choices=("", *WRAPPERS), help="smallest by default")
     add("--no-minify", action="store_true", help="leave the script readable")
     add("--explain", action="store_true", help="tell what was dropped, and bytes by section")
@@ -4432,7 +4479,7 @@ def options_of(argv: list[str]) -> Any:
     )
     for name in ("name", "author", "github-id", "blurb", "date"):
         add(f"--{name}", default="", help=f"{name} in submission.json")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def build(options: Any) -> list[str]:

@@ -64,6 +64,7 @@ from typing import Any, ClassVar, NamedTuple, TextIO, cast
 # bytes, and what a submission does not need stands behind `not PACKAGED`; UserError and ValueError are not looked for.
 PACKAGED = False
 FOLDS = True  # its data may be case-folded
+SCORES = False  # it trains nothing, but scores an artifact
 
 
 class UserError(Exception):
@@ -1309,6 +1310,16 @@ def least_weights(h: Hyperparameters) -> int:
     return layers * h.model_dim * hidden + h.embed_width * max(h.vocab_size, h.embed_dim and h.model_dim)
 
 
+STRUCTURE_GROUPS = ("model", "nsa", "rmt", "skc", "topology", "weights")
+
+
+def structure_fields() -> list[str]:
+    """Names of the fields that shape the network or its file."""
+    names = [s.name for s in FIELDS.values() if s.metadata["group"] in STRUCTURE_GROUPS]
+    computing = ("attn_impl", "nsa_impl", "nsa_strict", "grad_checkpoint")
+    return [n for n in [*names, "vocab_size", "train_seq_len"] if n not in computing]
+
+
 def load_config(environ: dict[str, str], base: dict[str, Any] | None = None) -> Hyperparameters:
     """Hyperparameters from `base`, then PRESET, ENV_FILE and the environment, each over the one before.
 
@@ -1691,7 +1702,8 @@ class Log:
         self.clear()
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
-        self.append(self.file, text + "\n")
+        if not SCORES:
+            self.append(self.file, text + "\n")
 
     def metric(self, kind: str, **values: Any) -> None:
         """Append one JSON object; units are part of the names."""
@@ -7798,9 +7810,6 @@ def expand_chunks(tool: str, data: bytes, size: int) -> bytes:
     return b"".join(parts)
 
 
-STRUCTURE_GROUPS = ("model", "nsa", "rmt", "skc", "topology", "weights")
-
-
 def structure_config(h: Hyperparameters) -> dict[str, Any]:
     """The fields that a reader needs to rebuild the network, as far as they are not what they are by default.
 
@@ -7808,13 +7817,6 @@ def structure_config(h: Hyperparameters) -> dict[str, Any]:
     """
     values = dataclasses.asdict(h)
     return {n: values[n] for n in structure_fields() if values[n] != FIELDS[n.upper()].default}
-
-
-def structure_fields() -> list[str]:
-    """Names of the fields that shape the network or its file."""
-    names = [s.name for s in FIELDS.values() if s.metadata["group"] in STRUCTURE_GROUPS]
-    computing = ("attn_impl", "nsa_impl", "nsa_strict", "grad_checkpoint")
-    return [n for n in [*names, "vocab_size", "train_seq_len"] if n not in computing]
 
 
 # Quantization after training. GPTQ (Frantar et al. 2022, arXiv 2210.17323) rounds a matrix column by column and moves
@@ -11436,7 +11438,7 @@ def evaluate_command(path: str, environ: dict[str, str]) -> int:
     scorer = Scorer(h, rt, model, tokenizer.byte_table(), calibration)
     scorer.say, scorer.limit, scorer.began = log.line, h.max_eval_seconds, called
     log.line(f"protocol:{h.protocol}{' (named in advance)' * h.named}")
-    score = scorer.score(validation, report=lambda share: log.progress(share, "scoring"))
+    score = scorer.score(validation, report=None if PACKAGED else lambda share: log.progress(share, "scoring"))
     seconds = time.monotonic() - began
     log.line(f"final_eval val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
     log.line(
@@ -11676,8 +11678,10 @@ def leave_code(code: int, environ: dict[str, str]) -> int:
 
 
 def run_packaged(environ: dict[str, str]) -> int:
-    """All that a packaged script does: train."""
+    """All that a packaged script does: train, or score the artifact that it is given."""
     try:
+        if SCORES:
+            return evaluate_command([*sys.argv[1:], "model.pgz"][0], environ)
         h = load_config(environ)
         return train(h, start_runtime(h))
     finally:

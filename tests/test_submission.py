@@ -528,3 +528,30 @@ def record_of(source: b.Source, made: b.Extracted, out: Path, options: Any) -> N
     (run / "model.pgz.audit.json").write_text(json.dumps({**audit, "artifact_sha256": "0"}))
     with pytest.raises(b.BuildError, match="audit: it was of another artifact"):
         b.write_record(out, [run], made, [], options)
+
+
+@pytest.mark.slow  # as above
+def test_script_that_only_scores_does_it_as_the_whole_one(tmp_path: Path, byte_data: Path) -> None:
+    source = b.Source(ROOT / "train_gpt.py")
+    options = b.options_of(["--dce", "--eval-only", "--out", str(tmp_path / "record"), "--proof-data", str(byte_data)])
+    small = b.job_environment(source, source.load({"PRESET": "tiny", "VOCAB_SIZE": "256"}), options)
+    made = b.extract(source, small, options)
+    assert "def train_loop" not in made.text and len(made.script) < 9000
+    keeps = {name: small[name] for name in b.ALWAYS_KEPT if name in small}
+    b.run_job(tmp_path / "full", source.path.read_bytes(), small)
+    told = b.prove_scores(source, small, keeps, made, tmp_path)
+    assert "final_eval val_loss:" in told[0]
+    wrong = b.dataclasses.replace(made, text=made.text.replace("self.nats / 0.693", "self.nats / 0.593"))
+    assert wrong.text != made.text
+    for name in ("eval", "readable", "shipped"):
+        b.subprocess.run(["rm", "-r", tmp_path / name], check=True)
+    with pytest.raises(b.BuildError, match="the readable script scores an artifact otherwise"):
+        b.prove_scores(source, small, keeps, wrong, tmp_path)
+
+
+def test_variables_that_shape_the_network_cannot_stay_variables(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--dce", "PRESET=tiny", "--out", "nowhere", "--keep-env", "ITERATIONS,MODEL_DIM", "VOCAB_SIZE=256"]
+    assert b.options_of(words).assignments == ["PRESET=tiny", "VOCAB_SIZE=256"]
+    assert b.main(words) == 2
+    said = capsys.readouterr()
+    assert "--keep-env MODEL_DIM shapes the network" in said.out + said.err and not Path("nowhere").exists()
