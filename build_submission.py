@@ -4007,6 +4007,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+COVERAGE = ("-m", "coverage", "run", "-p", "--include=*/train_gpt.py")
 # Runs a script on a CPU up to the end of its first backward pass. Where it would launch a kernel on a GPU it builds it
 # for a Hopper GPU, from the arguments that it is given; what a kernel would write stays as it was.
 BUILDER = """
@@ -4029,6 +4030,8 @@ def build(self, *args, grid, warmup, **options):
 def last(self, *args, **options):
     backward(self, *args, **options)
     sys.stdout.flush()
+    if "coverage" in sys.modules:
+        sys.modules["coverage"].Coverage.current().save()
     os._exit(0)
 JITFunction.run, torch.Tensor.backward = build, last
 torch.compile = lambda function, **options: function
@@ -4045,7 +4048,7 @@ def launched(text: str) -> set[str]:
     return {dotted(value) for value in calls} & jitted
 
 
-def build_kernels(folder: Path, text: str, environ: dict[str, str]) -> str:
+def build_kernels(folder: Path, text: str, environ: dict[str, str], coverage: bool = False) -> str:
     """Build a script's kernels for sm_90; what was built. Raises BuildError with the compiler's words."""
     if not (wanted := launched(text)):
         return ""
@@ -4055,9 +4058,8 @@ def build_kernels(folder: Path, text: str, environ: dict[str, str]) -> str:
     (folder / "train_gpt.py").write_text(text.replace(".is_cuda", ".is_cpu"))
     (folder / "driver.py").write_text(BUILDER)
     environ = {**os.environ, **environ, "RUN_ID": "kernels", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "driver.py"], cwd=folder, env=environ, capture_output=True, text=True, timeout=JOB_SECONDS
-    )
+    command = [sys.executable, *(COVERAGE if coverage else ()), "driver.py"]
+    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=JOB_SECONDS)
     if done.returncode:
         raise BuildError(f"a kernel of the shipped script cannot be built for sm_90: {done.stderr.strip()[-1500:]}")
     built = set(re.findall(r"^built (\w+)$", done.stdout, re.MULTILINE))
@@ -4098,9 +4100,6 @@ def run_script(folder: Path, command: Sequence[str], environ: dict[str, str]) ->
             f"{folder.name}: the job ended with {done.returncode}: {(done.stderr or done.stdout).strip()[-1500:]}"
         )
     return done.stdout
-
-
-COVERAGE = ("-m", "coverage", "run", "-p", "--include=*/train_gpt.py")
 
 
 def run_job(folder: Path, script: bytes, environ: dict[str, str], coverage: bool = False, ranks: int = 1) -> Run:
@@ -4213,8 +4212,12 @@ def prove(source: Source, environ: dict[str, str], whole: Extracted, options: An
             if difference := first_difference(full, run):
                 raise BuildError(f"on {ranks} ranks the readable script is not the full one: {difference}")
             full = alone
-        share, missing = covered(made.text, [folder / "readable", *[folder / "ranks"] * (ranks > 1)])
-        kernels = build_kernels(folder / "kernels", with_kernels(source, small, made, options).short, keeps)
+        on_gpu, folders = with_kernels(source, small, made, options), ["readable", *["ranks"] * (ranks > 1)]
+        kernels = build_kernels(folder / "kernels", on_gpu.short, keeps)
+        if kernels and on_gpu is made:
+            build_kernels(folder / "kernels_readable", made.text, keeps, coverage=True)
+            folders += ["kernels_readable"] * (folder / "kernels_readable").is_dir()
+        share, missing = covered(made.text, [folder / name for name in folders])
     apart = suspects(made.text, whole.text)
     told = [
         f"proof: {len(full.losses) or 'the log of'} losses, scores and artifact ({len(full.artifact)} bytes) of the "
