@@ -2879,7 +2879,8 @@ def shrink_fields(facts: Facts, purity: Purity, name: str, kind: ast.ClassDef) -
     derived = any(name in facts.ancestors(c)[1:] for c in facts.classes)
     listed = (dotted(n.value) for n in facts.nodes if isinstance(n, ast.Attribute) and n.attr == "_fields")
     whole = any(facts.loads[n] for n in (".asdict", ".astuple", "._asdict", "asdict"))  # read by no name
-    whole = whole or any(one not in facts.classes or name in facts.family(one) for one in listed)
+    iterated = "NamedTuple" in map(dotted, kind.bases)  # and may be walked beside another's names
+    whole = whole or any(iterated or one not in facts.classes or name in facts.family(one) for one in listed)
     if (
         whole
         or not fields
@@ -4008,7 +4009,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 COVERAGE = ("-m", "coverage", "run", "-p", "--include=*/train_gpt.py")
-# Runs a script on a CPU up to the end of its first backward pass. Where it would launch a kernel on a GPU it builds it
+# Runs a script on a CPU up to the end of its first backward pass, if it has one. Where it would launch a kernel on a GPU
+# it builds it for a Hopper GPU, from the arguments that it is given; what a kernel would write stays as it was.
 # for a Hopper GPU, from the arguments that it is given; what a kernel would write stays as it was.
 BUILDER = """
 import os, runpy, sys
@@ -4036,19 +4038,26 @@ def last(self, *args, **options):
 JITFunction.run, torch.Tensor.backward = build, last
 torch.compile = lambda function, **options: function
 triton.JITFunction = ()  # nothing is one: this is no machine where kernels are missing
-runpy.run_path("train_gpt.py", run_name="__main__")
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+def is_kernel(node: Definition) -> bool:
+    return "triton.jit" in map(dotted, node.decorator_list)
 
 
 def launched(text: str) -> set[str]:
     """Names of the kernels that a script launches."""
     tree = ast.parse(text)
-    jitted = {n.name for n in walk(tree) if isinstance(n, Function) and is_opaque(n)}
+    jitted = {n.name for n in walk(tree) if isinstance(n, Function) and is_kernel(n)}
     calls = (n.func.value for n in walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Subscript))
     return {dotted(value) for value in calls} & jitted
 
 
-def build_kernels(folder: Path, text: str, environ: dict[str, str], coverage: bool = False) -> str:
+def build_kernels(
+    folder: Path, text: str, environ: dict[str, str], words: Sequence[str] = (), coverage: bool = False
+) -> str:
     """Build a script's kernels for sm_90; what was built. Raises BuildError with the compiler's words."""
     if not (wanted := launched(text)):
         return ""
@@ -4057,13 +4066,15 @@ def build_kernels(folder: Path, text: str, environ: dict[str, str], coverage: bo
     folder.mkdir(parents=True)
     (folder / "train_gpt.py").write_text(text.replace(".is_cuda", ".is_cpu"))
     (folder / "driver.py").write_text(BUILDER)
-    environ = {**os.environ, **environ, "RUN_ID": "kernels", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *(COVERAGE if coverage else ()), "driver.py"]
-    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=JOB_SECONDS)
-    if done.returncode:
-        raise BuildError(f"a kernel of the shipped script cannot be built for sm_90: {done.stderr.strip()[-1500:]}")
-    built = set(re.findall(r"^built (\w+)$", done.stdout, re.MULTILINE))
-    return f"{len(built)} built for sm_90; not launched by the small job: {', '.join(sorted(wanted - built)) or 'none'}"
+    try:
+        said = run_script(folder, [*(COVERAGE if coverage else ()), "driver.py", "train_gpt.py", *words], environ)
+    except BuildError as error:
+        raise BuildError(f"kernels of the shipped script cannot be built for sm_90: {error}") from None
+    built = set(re.findall(r"^built (\w+)$", said, re.MULTILINE))
+    if not built:
+        raise BuildError(f"the small job launched none of the script's kernels: {', '.join(sorted(wanted))}")
+    left = ", ".join(sorted(wanted - built)) or "none"
+    return f"{len(built)} built for sm_90 as the small job launches them; not launched by it: {left}"
 
 
 def with_kernels(source: Source, small: dict[str, str], made: Extracted, options: Any) -> Extracted:
@@ -4114,8 +4125,8 @@ def run_job(folder: Path, script: bytes, environ: dict[str, str], coverage: bool
     run_script(folder, command, environ)
     run = folder / "runs" / "proof"
     log = (run / "train.log").read_text().splitlines()
-    losses = folder / "losses0.txt"
-    return Run(losses.read_text().split() if losses.is_file() else [], log, (run / "model.pgz").read_bytes())
+    losses = [word for path in sorted(folder.glob("losses*.txt")) for word in path.read_text().split()]
+    return Run(losses, log, (run / "model.pgz").read_bytes())
 
 
 def scored(folder: Path, script: bytes, words: Sequence[str], environ: dict[str, str], coverage: bool = False) -> str:
@@ -4124,7 +4135,9 @@ def scored(folder: Path, script: bytes, words: Sequence[str], environ: dict[str,
     (folder / "train_gpt.py").write_bytes(script)
     said = run_script(folder, [*(COVERAGE if coverage else ()), "train_gpt.py", *words], environ)
     found = re.findall(r"^final_eval .*|^tokens:\d+ bytes:\d+", said, re.MULTILINE)
-    return " ".join(found) or f"no score, but {said.strip()[-300:]!r}"
+    if not found:
+        raise BuildError(f"{folder.name}: the script told no score, but: {said.strip()[-300:]}")
+    return " ".join(found)
 
 
 MEASURED = re.compile(r"(step:\d+/\d+ |final_\w+ )?(?:train_loss|val_loss):\S+( val_bpb:\S+)?")
@@ -4173,7 +4186,7 @@ def covered(text: str, folders: Sequence[Path]) -> tuple[float, list[str]]:
     run, missed = (set().union(*parts) for parts in zip(*found, strict=True))
     places = {n: node for node in walk(ast.parse(text)) if isinstance(node, Function)
               for n in range(node.lineno, (node.end_lineno or node.lineno) + 1)}  # fmt: skip
-    there = [n for n in sorted(missed - run) if n not in places or not is_opaque(places[n])]  # kernels are built
+    there = [n for n in sorted(missed - run) if n not in places or not is_kernel(places[n])]  # which are built
     missing = Counter(places[n].name if n in places else "module" for n in there)
     return 100 * len(run) / (len(run) + len(there)), [f"{name} ({count})" for name, count in missing.items()]
 
@@ -4207,26 +4220,25 @@ def prove(source: Source, environ: dict[str, str], whole: Extracted, options: An
                 raise BuildError(f"the {kind} script is not the full one: {difference}; suspected: {blamed}")
         ranks = RANKS if source.path.name == TARGETS["torch"][0] else 1
         if ranks > 1:
-            alone, full = full, run_job(folder / "full_ranks", source.path.read_bytes(), small, ranks=ranks)
-            run = run_job(folder / "ranks", made.text.encode(), keeps, True, ranks)
-            if difference := first_difference(full, run):
-                raise BuildError(f"on {ranks} ranks the readable script is not the full one: {difference}")
-            full = alone
+            apart = run_job(folder / "full_ranks", source.path.read_bytes(), small, ranks=ranks)
+            for kind, script, coverage in (("ranks", made.text.encode(), True), ("shipped_ranks", made.script, False)):
+                if difference := first_difference(apart, run_job(folder / kind, script, keeps, coverage, ranks)):
+                    raise BuildError(f"on {ranks} ranks the {kind} script is not the full one: {difference}")
         on_gpu, folders = with_kernels(source, small, made, options), ["readable", *["ranks"] * (ranks > 1)]
         kernels = build_kernels(folder / "kernels", on_gpu.short, keeps)
         if kernels and on_gpu is made:
             build_kernels(folder / "kernels_readable", made.text, keeps, coverage=True)
             folders += ["kernels_readable"] * (folder / "kernels_readable").is_dir()
         share, missing = covered(made.text, [folder / name for name in folders])
-    apart = suspects(made.text, whole.text)
+    other, more = suspects(made.text, whole.text), f", and on {ranks} ranks" if ranks > 1 else ""
     told = [
         f"proof: {len(full.losses) or 'the log of'} losses, scores and artifact ({len(full.artifact)} bytes) of the "
-        f"full and the extracted script agree to the last bit on a small job, on 1 and {ranks} ranks"
+        f"full and the extracted script agree to the last bit on a small job{more}"
     ]
     told += [f"kernels: {kernels}"] if kernels else []
     told.append(f"coverage: {share:.1f}% of the extracted script's lines; not run: {', '.join(missing) or 'none'}")
     told.append(
-        f"the small job's script and the shipped one differ in numbers alone, but for: {', '.join(apart) or 'nothing'}"
+        f"the small job's script and the shipped one differ in numbers alone, but for: {', '.join(other) or 'nothing'}"
     )
     return told
 
@@ -4241,8 +4253,10 @@ def prove_scores(
         if (found := scored(folder / kind, script, [path], keeps, coverage)) != expected:
             raise BuildError(f"the {kind} script scores an artifact otherwise: {found}, not {expected}")
     share, missing = covered(made.text, [folder / "readable"])
+    kernels = build_kernels(folder / "kernels", made.short, keeps, [path])
     return [
         f"proof: the extracted script scores an artifact of the full one as that does: {expected}",
+        *([f"kernels: {kernels}"] if kernels else []),
         f"coverage: {share:.1f}% of the extracted script's lines; not run: {', '.join(missing) or 'none'}",
     ]
 
@@ -4417,16 +4431,26 @@ def seed_of(run: Path, whole: Extracted) -> int:
     return int(found[1]) if found else whole.h.seed
 
 
+def gpus() -> int:
+    """GPUs of this machine."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def launch(source: Source, out: Path, whole: Extracted, seeds: list[str]) -> list[Path]:
     """Run the extracted script once for each seed, from the record folder, and audit what it made with the full one.
 
     Returns the runs' folders. Raises BuildError.
     """
     runs = [out / whole.h.out_dir / f"seed_{seed}" for seed in seeds]
-    data = {"DATA_PATH": whole.h.data_path, "TOKENIZER_PATH": whole.h.tokenizer_path}
+    paths = {"DATA_PATH": whole.h.data_path, "TOKENIZER_PATH": whole.h.tokenizer_path}
+    data = {name: str(Path(path).resolve()) for name, path in paths.items()}
+    ranks = gpus() if source.path.name == TARGETS["torch"][0] else 1
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     for seed in seeds:
-        own = {**os.environ, "SEED": seed, "RUN_ID": f"seed_{seed}"}
-        if subprocess.run([sys.executable, source.path.name], cwd=out, env=own).returncode:
+        own = {**os.environ, **data, "SEED": seed, "RUN_ID": f"seed_{seed}"}
+        if subprocess.run([sys.executable, *start, source.path.name], cwd=out, env=own).returncode:
             raise BuildError(f"the run with SEED={seed} failed; see {out}/{whole.h.out_dir}/seed_{seed}")
     for run in runs:
         command = [sys.executable, str(source.path), "audit", str(run / "model.pgz")]
@@ -4495,6 +4519,8 @@ def build(options: Any) -> list[str]:
         raise BuildError(f"{[w for w in options.assignments if '=' not in w][0]} is not VARIABLE=value")
     if options.run:
         environ["ENV_FILE"] = str(Path(options.run) / "config.env")
+    if options.eval_only and (options.seeds or options.run or not options.dce):
+        raise BuildError("--eval-only wants --dce, and neither --from nor --seeds: such a script trains nothing")
     whole = extract(source, environ, options)
     told = [
         f"{source.path.name}: {len(source.text)} bytes; {len(whole.text.splitlines())} lines and "

@@ -10413,8 +10413,9 @@ def find_corrections(
     costs = {n: float(hessian_error(e[None].to(where[n]).double(), hessians[n][None])) for n, e in errors.items()}
     for name in sorted(costs, key=lambda name: (-costs[name], name))[: s.h.lqer_tensors]:
         if seconds() < limit:
-            low = low_rank(codec, errors[name].to(where[name]).double(), hessians[name], s.h.lqer_rank)
-            found |= {name: low} if low is not None else {}
+            with suppress(torch.linalg.LinAlgError):
+                low = low_rank(codec, errors[name].to(where[name]).double(), hessians[name], s.h.lqer_rank)
+                found |= {name: low} if low is not None else {}
     return found
 
 
@@ -11401,6 +11402,8 @@ def open_artifact(
     tokenizer = load_tokenizer(h)
     if header["prints"].get("tokenizer") != tokenizer.fingerprint:
         raise UserError(f"{path} was trained with another tokenizer than TOKENIZER_PATH={h.tokenizer_path}")
+    if SCORES and (header["config"], header["prints"]["tokenizer"]) != (structure_config(h), tokenizer.fingerprint):
+        sys.exit(f"{path} is of another network or tokenizer than this script's")
     h, _ = with_backends(h, rt)
     model = build_model(h, rt, tokenizer.bos, fill=False)
     load_weights(model, arrays)

@@ -9329,7 +9329,8 @@ def solve_bank(
         known = [hessians[name] for name in names if name in hessians]
         if isinstance(inner, IntCodec) and len(known) == len(names) and before + 2 * slowest < limit:
             weights = np.array(bank.latent[at : at + len(names)])
-            coded, solved = gptq(bank.codec, weights, np.stack(known)), solved + len(names)
+            with suppress(np.linalg.LinAlgError):  # rounding has made it indefinite
+                coded, solved = gptq(bank.codec, weights, np.stack(known)), solved + len(names)
             slowest = max(slowest, seconds() - before)
         parts.append(coded)
     scales = [part.scales for part in parts if part.scales is not None]
@@ -9348,8 +9349,9 @@ def find_corrections(
     costs = {n: hessian_error(e[None], hessians[n][None]).item() for n, e in errors.items()}
     for name in sorted(costs, key=lambda name: (-costs[name], name))[: s.h.lqer_tensors]:
         if seconds() < limit:
-            low = low_rank(codec, errors[name], hessians[name], s.h.lqer_rank)
-            found |= {name: low} if low is not None else {}
+            with suppress(np.linalg.LinAlgError):
+                low = low_rank(codec, errors[name], hessians[name], s.h.lqer_rank)
+                found |= {name: low} if low is not None else {}
     return found
 
 
@@ -10210,6 +10212,8 @@ def open_artifact(
     tokenizer = load_tokenizer(h)
     if header["prints"].get("tokenizer") != tokenizer.fingerprint:
         raise UserError(f"{path} was trained with another tokenizer than TOKENIZER_PATH={h.tokenizer_path}")
+    if SCORES and (header["config"], header["prints"]["tokenizer"]) != (structure_config(h), tokenizer.fingerprint):
+        sys.exit(f"{path} is of another network or tokenizer than this script's")
     h, _ = with_backends(h, rt)
     model = build_model(h, rt, tokenizer.bos, fill=False)
     load_weights(model, arrays)

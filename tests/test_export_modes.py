@@ -182,6 +182,10 @@ def test_weights_of_an_indefinite_hessian_are_rounded(tiny_env: dict[str, str], 
     bad = {name: hessian - 3 * torch.ones_like(hessian) for name, hessian in good.items()}
     codes, solved = t.solve_bank(bank, bad, lambda: 0.0, 1.0)
     assert solved == 0 and torch.equal(codes.codes, torch.cat([coded.codes for _, coded in bank.coded()]).cpu())
+    bank.settle(s.h, codes)
+    some = s._replace(h=dataclasses.replace(s.h, lqer_rank=2, lqer_tensors=2))
+    assert len(t.find_corrections(some, good, lambda: 0.0, 1.0)) == 2
+    assert t.find_corrections(some, bad, lambda: 0.0, 1.0) == {}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

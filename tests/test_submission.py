@@ -286,8 +286,11 @@ RULES: dict[str, tuple[str, list[str], list[str]]] = {
     "a handler that raises again": (
         "def main(h: Hyperparameters) -> None:\n    try:\n        print(h.seed)\n    except ValueError:\n        raise\n", ["try", "except"], ["print"]),
     "an unread field beside a class whose fields are listed": (
-        "class Pair(NamedTuple):\n    a: int\n    b: int = 0\n\nclass Other(NamedTuple):\n    c: int = 1\n    d: int = 2\n\n"
+        "@dataclass\nclass Pair:\n    a: int\n    b: int = 0\n\nclass Other(NamedTuple):\n    c: int = 1\n    d: int = 2\n\n"
         "def main(h: Hyperparameters) -> None:\n    print(Pair(h.seed, 5).a, Other._fields)\n", ["b: "], ["Pair", "d: "]),
+    "fields of one class that name another's": (
+        "class Pair(NamedTuple):\n    a: int\n    b: int = 0\n\nclass Other(NamedTuple):\n    a: int = 1\n    b: int = 2\n\n"
+        "def main(h: Hyperparameters) -> None:\n    p = Pair(h.seed, 5)\n    print([(n, x) for n, x in zip(Other._fields, p)])\n", [], ["Pair"]),
 }  # fmt: skip
 
 
@@ -466,10 +469,15 @@ main()
 @pytest.mark.skipif(b.find_spec("triton") is None, reason="triton is not installed")
 def test_kernels_are_built_for_the_gpu_that_is_not_there(tmp_path: Path) -> None:
     told = b.build_kernels(tmp_path / "good", KERNEL.format(width="SIZE"), {})
-    assert told == "1 built for sm_90; not launched by the small job: never"
+    assert told == "1 built for sm_90 as the small job launches them; not launched by it: never"
     with pytest.raises(b.BuildError, match="arange's arguments must be of type tl.constexpr"):
         b.build_kernels(tmp_path / "bad", KERNEL.format(width="size"), {})
     assert b.build_kernels(tmp_path / "none", "print(1)", {}) == ""
+    late = KERNEL.replace("    x.sum().backward()\n", "").replace(
+        "    if x.is_cuda:", "    x.sum().backward()\n    if x.is_cuda:"
+    )
+    with pytest.raises(b.BuildError, match="launched none of the script's kernels: never, twice"):
+        b.build_kernels(tmp_path / "late", late.format(width="SIZE"), {})
 
 
 def test_what_a_kernel_says_of_its_variables_is_kept() -> None:
@@ -542,10 +550,13 @@ def test_script_that_only_scores_does_it_as_the_whole_one(tmp_path: Path, byte_d
     assert "final_eval val_loss:" in told[0]
     wrong = b.dataclasses.replace(made, text=made.text.replace("self.nats / 0.693", "self.nats / 0.593"))
     assert wrong.text != made.text
-    for name in ("eval", "readable", "shipped"):
-        b.subprocess.run(["rm", "-r", tmp_path / name], check=True)
+    (tmp_path / "again").mkdir()
+    (tmp_path / "full").rename(tmp_path / "again" / "full")
     with pytest.raises(b.BuildError, match="the readable script scores an artifact otherwise"):
-        b.prove_scores(source, small, keeps, wrong, tmp_path)
+        b.prove_scores(source, small, keeps, wrong, tmp_path / "again")
+    other = b.extract(source, {**small, "ROPE_BASE": "5000"}, options)
+    with pytest.raises(b.BuildError, match="is of another network or tokenizer than this script's"):
+        b.scored(tmp_path / "other", other.script, [str(tmp_path / "again/full/runs/proof/model.pgz")], keeps)
 
 
 def test_variables_that_shape_the_network_cannot_stay_variables(capsys: pytest.CaptureFixture[str]) -> None:
