@@ -4009,9 +4009,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 COVERAGE = ("-m", "coverage", "run", "-p", "--include=*/train_gpt.py")
-# Runs a script on a CPU up to the end of its first backward pass, if it has one. Where it would launch a kernel on a GPU
-# it builds it for a Hopper GPU, from the arguments that it is given; what a kernel would write stays as it was.
-# for a Hopper GPU, from the arguments that it is given; what a kernel would write stays as it was.
+# Runs a script on a CPU up to the end of its first backward pass, if it has one. Where it would launch a kernel on a
+# GPU it builds it for a Hopper GPU, from the arguments that it is given; what a kernel would write stays as it was.
 BUILDER = """
 import os, runpy, sys
 import torch, triton

@@ -184,7 +184,7 @@ def test_weights_of_an_indefinite_hessian_are_rounded(tiny_env: dict[str, str], 
     assert solved == 0 and torch.equal(codes.codes, torch.cat([coded.codes for _, coded in bank.coded()]).cpu())
     bank.settle(s.h, codes)
     some = s._replace(h=dataclasses.replace(s.h, lqer_rank=2, lqer_tensors=2))
-    assert len(t.find_corrections(some, good, lambda: 0.0, 1.0)) == 2
+    assert set(t.find_corrections(some, good, lambda: 0.0, 1.0)) == set(bank.names)
     assert t.find_corrections(some, bad, lambda: 0.0, 1.0) == {}
 
 
