@@ -4106,9 +4106,10 @@ def run_script(folder: Path, command: Sequence[str], environ: dict[str, str]) ->
         said = (error.stdout or b"").decode(errors="replace").strip()[-500:]
         raise BuildError(f"{folder.name}: the job took more than {JOB_SECONDS} s; it last said: {said}") from None
     if done.returncode:
-        raise BuildError(
-            f"{folder.name}: the job ended with {done.returncode}: {(done.stderr or done.stdout).strip()[-1500:]}"
-        )
+        said = (
+            re.split(r"^E\d{4} ", done.stderr, flags=re.MULTILINE)[0].strip() or done.stdout.strip()
+        )  # not torchrun's
+        raise BuildError(f"{folder.name}: the job ended with {done.returncode}: {said[-1500:]}")
     return done.stdout
 
 
