@@ -123,7 +123,7 @@ class Readers:
     def tokenizer(self, data: bytes) -> None:
         found = t.SentencePieceTokenizer(str(self.put("x.model", data)), 400)
         found.byte_table()
-        found.decode(found.encode("A line of text."))
+        found.text_of(found.tokens_of("A line of text."))
 
     def forged(self, name: str, draw: st.DrawFn) -> bytes:
         """A damaged file, for half of them with the checksums that its bytes should have."""

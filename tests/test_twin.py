@@ -279,8 +279,8 @@ def courses_of(
 def test_training_takes_the_same_course(case: str, byte_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found: at most 2e-5, without the noise on copies of experts, for which each library has its own generator."""
     for program in (t, m):
-        copy = program.Weights.copy
-        monkeypatch.setattr(program.Weights, "copy", lambda self, a, b, noise=0.0, copy=copy: copy(self, a, b))
+        copy = program.Weights.copy_weight
+        monkeypatch.setattr(program.Weights, "copy_weight", lambda self, a, b, noise=0.0, copy=copy: copy(self, a, b))
     want, found = courses_of({**CASES[case], "DATA_PATH": str(byte_data), "PRECISION": "fp64"})
     assert want[-1] < want[0] - 0.5
     np.testing.assert_allclose(found, want, atol=1e-3, rtol=0)
