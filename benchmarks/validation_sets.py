@@ -28,7 +28,7 @@ def documents(h: train_gpt.Hyperparameters) -> list[str]:
     """The texts between document starts of the validation split."""
     tokenizer, tokens = train_gpt.load_tokenizer(h), train_gpt.read_validation(h)
     cuts = [*np.flatnonzero(tokens == tokenizer.bos).tolist(), len(tokens)]
-    return [tokenizer.decode(tokens[a + 1 : b].tolist()) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [tokenizer.text_of(tokens[a + 1 : b].tolist()) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
 
 
 def shuffled(texts: list[str], seed: int) -> list[str]:
