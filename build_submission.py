@@ -4043,7 +4043,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def is_kernel(node: Definition) -> bool:
-    return "triton.jit" in map(dotted, node.decorator_list)
+    """Whether a function is Triton's; the module may have another name in a minified script."""
+    return any(dotted(mark).endswith(".jit") for mark in node.decorator_list)
 
 
 def launched(text: str) -> set[str]:

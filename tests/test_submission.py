@@ -472,6 +472,8 @@ def test_kernels_are_built_for_the_gpu_that_is_not_there(tmp_path: Path) -> None
     assert told == "1 built for sm_90 as the small job launches them; not launched by it: never"
     with pytest.raises(b.BuildError, match="arange's arguments must be of type tl.constexpr"):
         b.build_kernels(tmp_path / "bad", KERNEL.format(width="size"), {})
+    renamed = KERNEL.replace("import torch, triton", "import torch, triton as t").replace("@triton", "@t")
+    assert b.launched(renamed) == {"twice", "never"}
     assert b.build_kernels(tmp_path / "none", "print(1)", {}) == ""
     late = KERNEL.replace("    x.sum().backward()\n", "").replace(
         "    if x.is_cuda:", "    x.sum().backward()\n    if x.is_cuda:"
