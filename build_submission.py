@@ -105,7 +105,17 @@ PURE_BUILTINS = frozenset(
         "zip",
     ]
 )
-PURE_MODULES = {"math", "itertools", "operator", "functools", "re", "fnmatch", "collections", "dataclasses"}
+PURE_MODULES = {
+    "math",
+    "itertools",
+    "operator",
+    "functools",
+    "re",
+    "fnmatch",
+    "collections",
+    "dataclasses",
+    "contextlib",
+}
 # Methods of builtin values, arrays and tensors that only look; a method of the program's own is judged by its body.
 PURE_METHODS = frozenset(
     [
@@ -180,6 +190,7 @@ PURE_METHODS = frozenset(
         "unsqueeze",
         "squeeze",
         "hexdigest",
+        "digest",
         "with_name",
         "with_suffix",
     ]
@@ -188,7 +199,16 @@ PURE_METHODS = frozenset(
 NAMERS = {"getattr", "setattr", "hasattr", "delattr", "attrgetter", "methodcaller", "register_buffer", "get_submodule"}
 NAMERS |= {"register_parameter", "register_module", "add_module", "get_parameter", "get_buffer"}
 EATERS = ("tuple", "list", "dict", "set", "any", "all", "sum", "sorted", "max", "min", "frozenset")  # of iterables
-PURE_CALLS = {"time.monotonic", "time.perf_counter", "time.time", "Path", "slice", "zlib.crc32", "hashlib.sha256"}
+PURE_CALLS = {
+    "int.from_bytes",
+    "time.monotonic",
+    "time.perf_counter",
+    "time.time",
+    "Path",
+    "slice",
+    "zlib.crc32",
+    "hashlib.sha256",
+}
 SOMETHING = {"Tensor", "tuple", "list", "dict", "set", "int", "float", "bool", "str", "bytes", "Path"}  # is not None
 PURE_CALLS |= {"torch.cuda." + name for name in ("device_count", "is_available", "get_device_name", "memory_allocated")}
 
@@ -454,23 +474,28 @@ def stores(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr | None]]:
             yield from pairs(target, None)
 
 
+HOLDERS = {ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda}
+
+
 def inside(node: ast.AST) -> Iterator[ast.AST]:
     """Nodes of a scope's own code: not of functions, classes and lambdas in it, whose first node is given."""
     body = [node.body] if isinstance(node, ast.Lambda) else getattr(node, "body", [node])
     work: list[Any] = list(body)
     while work:
         one = work.pop()
+        if one is None:
+            continue
         yield one
         kind = one.__class__
-        if kind in (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda):
+        if kind in HOLDERS:
             work += [] if kind is ast.Lambda else one.decorator_list
-            work += [*one.args.defaults, *filter(None, one.args.kw_defaults)]
+            work += [*one.args.defaults, *one.args.kw_defaults]
             continue
         held = one.__dict__
         for name in ("decorator_list", "bases") if kind is ast.ClassDef else PARTS[kind]:
             part = held.get(name)
             if part.__class__ is list:
-                work += [p for p in part if p is not None]
+                work += part
             elif part is not None:
                 work.append(part)
 
@@ -554,8 +579,10 @@ def own_attributes(kind: Any) -> set[str]:
     return found
 
 
-def is_tuple_class(node: ast.ClassDef) -> bool:
+def is_tuple_class(node: ast.ClassDef | None) -> bool:
     """Whether a class is a NamedTuple or a dataclass: its annotated names are the parameters of its constructor."""
+    if node is None:
+        return False
     marks = [dotted(d.func if isinstance(d, ast.Call) else d) for d in node.decorator_list]
     return "dataclass" in [m.split(".")[-1] for m in marks] or "NamedTuple" in map(dotted, node.bases)
 
@@ -572,6 +599,17 @@ def class_fields(node: ast.ClassDef) -> dict[str, ast.expr | None]:
     return {n.target.id: n.value for n in own if isinstance(n.target, ast.Name)}
 
 
+def steps(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+    """Statements of a block and of those in it, but not of functions and classes in it."""
+    for node in body:
+        yield node
+        if not isinstance(node, Definition):
+            for part in ("body", "orelse", "finalbody"):
+                yield from steps(getattr(node, part, ()))
+            for handler in getattr(node, "handlers", ()):
+                yield from steps(handler.body)
+
+
 def definitions(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
     """Statements of a module, those under its conditions included."""
     for node in body:
@@ -584,6 +622,8 @@ def definitions(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
 
 FOREIGN = "."  # the class of an object that certainly is none of the program's
 FOREIGN_TYPES = {
+    "Foreign",  # of a class of another module
+    "Tensorial",  # a tensor or an array, or what such a one, or a function of torch and numpy, gives
     "Tensor",
     "Path",
     "str",
@@ -597,6 +637,23 @@ FOREIGN_TYPES = {
     "defaultdict",
     "Counter",
 }
+
+
+TENSORS = {"Tensor", "Tensorial", "np.ndarray"}
+CHANGES = {
+    "backward",
+    "retain_grad",
+    "record_stream",
+    "register_hook",
+    "tofile",
+    "random",
+    "fill",
+    "sort",
+    "resize",
+    "put",
+    "partition",
+}
+TENSORIAL, FOREIGN_OBJECT = ast.Name("Tensorial", ast.Load()), ast.Name("Foreign", ast.Load())
 
 
 class Facts:
@@ -642,7 +699,8 @@ class Facts:
         self.owner = {id(n): name for name, kind in self.classes.items() for n in walk(kind)}  # node -> its class
         self.modules: dict[str, str] = {}
         self.pure_imports: set[str] = set()
-        self.looks = {id(part) for node in self.nodes for part in looked_at(node)}
+        self.foreign_classes: set[str] = set()  # imported names of classes
+        self.looks = {id(part) for node in self.nodes if node.__class__ in LOOKING for part in looked_at(node)}
         self.reads: dict[str, list[ast.Attribute]] = defaultdict(list)
         for node in self.nodes:
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
@@ -666,8 +724,10 @@ class Facts:
                 self.note_call(node)
             elif isinstance(node, ast.Import):
                 self.modules |= {a.asname or a.name.split(".")[0]: a.name for a in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module in PURE_MODULES:
-                self.pure_imports |= {a.asname or a.name for a in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported = {a.asname or a.name for a in node.names}
+                self.foreign_classes |= {n for n in imported if n[0].isupper()} - set(self.defs)
+                self.pure_imports |= imported if node.module in PURE_MODULES else set()
             elif isinstance(node, ast.arg):
                 local.add(node.arg)
             elif isinstance(node, Function):
@@ -680,6 +740,10 @@ class Facts:
                 elif isinstance(target, ast.Name):
                     local.add(target.id)
                     self.bound[target.id].append(value)
+        self.inner: dict[int, list[tuple[ast.Call, int]] | None] = {}  # functions in functions -> their calls
+        for outer in [n for n in self.nodes if isinstance(n, Function)]:
+            for inner in (n for n in steps(outer.body) if isinstance(n, Function)):
+                self.inner[id(inner)] = self.calls_inside(outer, inner, called)
         self.shadowed = local & set(self.defs)  # local names that hide a definition
         called |= self.follow_aliases(called)
         for node in self.nodes:
@@ -696,6 +760,16 @@ class Facts:
                 if isinstance(node, ast.Attribute) and id(node) not in called:
                     self.escapees[node.attr].add(node.__dict__.get("receiver", ""))
         return self
+
+    def calls_inside(self, outer: Function, one: Function, called: set[int]) -> list[tuple[ast.Call, int]] | None:
+        """All calls of a function that is defined in another one; None if it is read in another way."""
+        names = [n for n in walk(outer) if isinstance(n, ast.Name) and n.id == one.name]
+        again = any(one.name in {a.arg for a in parameters(f.args)} for f in walk(outer) if hasattr(f, "args")
+                    and isinstance(f.args, ast.arguments))  # fmt: skip
+        if one.decorator_list or again or len(bindings(outer)[one.name]) > 1 or any(id(n) not in called for n in names):
+            return None
+        aims = {id(n) for n in names}
+        return [(c, 0) for c in self.calls[one.name] if id(c.func) in aims]
 
     def follow_aliases(self, called: set[int]) -> set[int]:
         """`name = f` or `name = torch.compile(f)`, for a name that is only called: its calls are f's.
@@ -735,6 +809,10 @@ class Facts:
             [m for _, m in self.methods.get(method, ())] if method else [self.defs[n] for n in [name] if n in self.defs]
         )
         receiver = node.func.__dict__.get("receiver", "")
+        if receiver in self.classes:
+            called = [m for c, m in self.methods.get(method, ()) if c in self.family(receiver)]
+        if (promised := node.__dict__.get("promised")) and ast.unparse(promised)[:6] == "tuple[":
+            return True
         if (
             method
             and not called
@@ -835,6 +913,8 @@ class Facts:
 
     def sites(self, function: Function) -> list[tuple[ast.Call, int]] | None:
         """All calls of a function, with the number of its first parameters that they do not pass; None if unknown."""
+        if id(function) in self.inner:
+            return self.inner[id(function)]
         if self.defs.get(function.name) is function:
             known = not self.escaped[function.name] and function.name not in self.shadowed
             plain = known and not is_opaque(function)
@@ -926,13 +1006,33 @@ class Facts:
 
     def constants(self, function: Function) -> dict[str, ast.expr]:
         """Parameters for which every call passes the same static value."""
-        sites = self.sites(function)
+        sites = self.sites(function) or self.registry_sites(function)
         if not sites:
             return {}
         calls = [self.passed(call, function.args, skip) for call, skip in sites]
         names = [a.arg for a in parameters(function.args)]
         agreed = {name: self.agreed([call.get(name) for call in calls]) for name in names}
         return {name: value for name, value in agreed.items() if value is not None}
+
+    def registry_sites(self, function: Function) -> list[tuple[ast.Call, int]]:
+        """All calls of a function that is an entry of one registry, and nothing else, as `REGISTRY[key](...)`."""
+        if self.defs.get(function.name) is not function or function.name in self.shadowed or is_opaque(function):
+            return []
+        held = [n for n in self.tree.body if isinstance(n, ast.Assign | ast.AnnAssign) and isinstance(n.value, ast.Dict)
+                and any(isinstance(v, ast.Name) and v.id == function.name for v in n.value.values)]  # fmt: skip
+        if len(held) != 1 or self.escaped[function.name] != 1:
+            return []
+        name = dotted(next(target for target, _ in stores(held[0])))
+        if "registries" not in self.cache:
+            calls = [n for n in self.nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Subscript)]
+            looked = [part for n in self.nodes if isinstance(n, ast.Compare) for part in n.comparators]
+            looked += [n.iter for n in self.nodes if isinstance(n, ast.comprehension | ast.For)]
+            self.cache["registries"] = calls, Counter(n.id for n in looked if isinstance(n, ast.Name))
+        calls, looks = self.cache["registries"]
+        its = [call for call in calls if isinstance(call.func, ast.Subscript) and dotted(call.func.value) == name]
+        if self.loads[name] != len(its) + looks[name] or name in self.shadowed:
+            return []
+        return [(call, 0) for call in [*its, *self.calls[function.name]]]
 
     # -- attributes --
 
@@ -976,6 +1076,8 @@ class Facts:
         made = self.defs.get(made_kind(node))
         if isinstance(made, Function):
             return made.returns
+        if made_kind(node) in self.foreign_classes:
+            return FOREIGN_OBJECT
         return ast.Name(made.name, ast.Load()) if made else self.arguments.get(id(node))
 
     def stays_empty(self, kind: str, name: str) -> bool:
@@ -1075,6 +1177,11 @@ def is_none(node: ast.AST | None) -> bool:
     return isinstance(node, ast.Constant) and node.value is None
 
 
+def is_tensorial(kind: ast.expr | None) -> bool:
+    """Whether a type is a tensor's or an array's, or of what such ones give."""
+    return kind is not None and dotted(plain_type(kind)) in TENSORS
+
+
 SERIES = {"list", "set", "frozenset", "Iterator", "Iterable", "Sequence", "deque", "Generator"}
 
 
@@ -1140,6 +1247,10 @@ def is_empty_set(node: ast.AST | None) -> bool:
 
 def is_empty(node: ast.AST | None) -> bool:
     return is_empty_dict(node) or (isinstance(node, ast.List) and not node.elts)
+
+
+def is_not(node: ast.expr) -> bool:
+    return isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
 
 
 def is_load(node: ast.Name) -> bool:
@@ -1223,9 +1334,13 @@ class Purity:
         if name in PURE_CALLS or (module.split(".")[0] in PURE_MODULES and rest):
             return True
         if module in ("torch", "numpy") and "." not in rest:
-            return rest.islower() and not rest.startswith(("set_", "manual", "save", "load", "use_", "compile", "no_"))
+            return rest.islower() and not rest.startswith(
+                ("set_", "manual", "save", "load", "use_", "compile", "no_", "rand")
+            )
         if not isinstance(node.func, ast.Attribute) or (module and module not in ("torch", "numpy")):
             return False
+        if node.func.__dict__.get("tensorial"):  # numpy's own that change an array, and torch's that end in _
+            return node.func.attr not in CHANGES and not re.search("^set|_$", node.func.attr)
         own = [method for _, method in facts.methods[node.func.attr]]
         return all(map(self.definition, own)) if own else node.func.attr in PURE_METHODS
 
@@ -1238,7 +1353,9 @@ class Purity:
 
     def judge(self, node: ast.AST) -> bool:
         if isinstance(node, ast.ClassDef):
-            return is_tuple_class(node) or not self.facts.foreign_bases(node.name) and self.construction(node)
+            bases = {dotted(b) for kind in self.facts.ancestors(node.name) for b in self.facts.classes[kind].bases}
+            harmless = not self.facts.foreign_bases(node.name) or bases - set(self.facts.classes) == {"nn.Module"}
+            return is_tuple_class(node) or harmless and self.construction(node)
         assert isinstance(node, Function)
         own = {a.arg for a in parameters(node.args)}
         plain = set(marks_of(node)) <= {"property", "staticmethod", "torch.no_grad"}
@@ -1252,7 +1369,7 @@ class Purity:
         mine = all(
             dotted(t).startswith("self.") for one in sets for t, _ in stores(one) if isinstance(t, ast.Attribute)
         )
-        rest = [one for body in bodies for one in body if one not in sets]
+        rest = [one for body in bodies for one in body if one not in sets and ast.unparse(one) != "super().__init__()"]
         return mine and all(self.expression(one.value) for one in sets) and self.block(rest, {"self"})
 
     def statement(self, node: ast.stmt, foreign: set[str]) -> bool:
@@ -1303,6 +1420,7 @@ class Fold(Rewriter):
         self.program, self.facts, self.purity = program, facts, Purity(facts)
         self.scopes = [Scope(bindings(facts.tree), {}, set())]
         self.changes, self.asking, self.results = 0, set[str](), dict[int, ast.expr | None]()
+        self.typing: dict[int, ast.expr | None] = {}  # types of the parts of what is asked for
         self.owners = list[str]()  # classes around
         self.around = list[str]()  # functions around
 
@@ -1502,8 +1620,25 @@ class Fold(Rewriter):
         methods = [m for c, m in self.facts.methods.get(name, ()) if kinds is None or c in kinds]
         if methods:
             results = [self.constant_result(m) if marks_of(m) == ["property"] else None for m in methods]
-            return self.facts.agreed(results) if all(results) and not self.facts.stored[name] else None
+            stored = any(kinds is None or self.facts.holder(t) in ("", *kinds) for t, _ in self.facts.stored[name])
+            return self.facts.agreed(results) if all(results) and not stored else None
         return self.facts.attribute(name, kinds)
+
+    def looked_up(self, node: ast.Attribute) -> ast.expr | None:
+        """What a property returns, if that is an expression, in place of its name."""
+        own = self.kind_of(node.value)
+        found = [m for c, m in self.facts.methods.get(node.attr, ()) if own and c in self.facts.family(own)]
+        if len(found) != 1 or marks_of(found[0]) != ["property"] or isinstance(node.ctx, ast.Store):
+            return None
+        function, name = found[0], found[0].args.args[0].arg
+        if own == CONFIG_CLASS or not self.lends(function) or not self.fits(function.body[0].value, {name: node.value}):  # type: ignore
+            return None
+        body = function.body[0].value  # type: ignore[attr-defined]
+        if sum(1 for _ in walk(body)) > 7 and self.facts.loads["." + node.attr] > 1:
+            return None
+        made = Replace({name: node.value}).visit(cloned(body))
+        made.__dict__.setdefault("promised", function.returns)
+        return made
 
     def kind_of(self, node: ast.AST | None) -> str:
         """The program's class of an expression, or nothing: by its construction, or as annotations say."""
@@ -1511,8 +1646,15 @@ class Fold(Rewriter):
 
     def type_of(self, node: ast.AST | None) -> ast.expr | None:
         """The type of an expression, as an annotation; None if unknown."""
-        rule = getattr(self, "type_of_" + type(node).__name__, None)
-        return rule(node) if rule else None
+        if node is None or (rule := TYPE_RULES.get(node.__class__)) is None:
+            return node.__dict__.get("promised") if node else None
+        first, key = not self.typing, id(node)
+        if key not in self.typing:
+            self.typing[key] = rule(self, node) or node.__dict__.get("promised")  # said by a function put there
+        found = self.typing[key]
+        if first:
+            self.typing.clear()  # the tree may change before the next question
+        return found
 
     def type_of_Name(self, node: ast.Name) -> ast.expr | None:
         if node.id == "self" and self.owners and self.owners[-1]:
@@ -1537,11 +1679,26 @@ class Fold(Rewriter):
         return found
 
     def type_of_Attribute(self, node: ast.Attribute) -> ast.expr | None:
-        own = self.kind_of(node.value)
+        if is_tensorial(kind := self.type_of(node.value)):
+            return TENSORIAL
+        own = self.facts.class_of(kind)
         return self.facts.attribute_type(own, node.attr) if own else None
 
     def type_of_Subscript(self, node: ast.Subscript) -> ast.expr | None:
-        return part_type(self.type_of(node.value), node.slice)
+        kind = self.type_of(node.value)
+        return TENSORIAL if is_tensorial(kind) else part_type(kind, node.slice)
+
+    def type_of_BinOp(self, node: ast.BinOp) -> ast.expr | None:
+        return TENSORIAL if any(is_tensorial(self.type_of(part)) for part in (node.left, node.right)) else None
+
+    def type_of_Compare(self, node: ast.Compare) -> ast.expr | None:
+        return TENSORIAL if any(is_tensorial(self.type_of(part)) for part in (node.left, *node.comparators)) else None
+
+    def of_arrays(self, node: ast.expr) -> bool:
+        """Whether a function is one of torch or numpy that gives no object of the program."""
+        head, _, name = dotted(node).partition(".")
+        known = self.facts.modules.get(head) in ("torch", "numpy", "torch.nn.functional")
+        return known and name.isidentifier() and name != "compile" and self.find(head) is self.scopes[0]
 
     def type_of_IfExp(self, node: ast.IfExp) -> ast.expr | None:
         return agreed_type([self.type_of(part) for part in (node.body, node.orelse) if not is_none(part)])
@@ -1571,6 +1728,12 @@ class Fold(Rewriter):
         name, args = dotted(node.func), node.args
         if name in self.facts.classes and name not in self.facts.shadowed:
             return ast.Name(name, ast.Load())
+        if name in self.facts.foreign_classes:
+            return FOREIGN_OBJECT
+        if self.of_arrays(node.func) or (
+            isinstance(node.func, ast.Attribute) and is_tensorial(self.type_of(node.func.value))
+        ):
+            return TENSORIAL
         if is_replace(node):
             return self.type_of(args[0])
         if isinstance(node.func, ast.Name) and args and self.find(name) is None:
@@ -1705,12 +1868,20 @@ class Fold(Rewriter):
         head = dotted(node).split(".")[0]
         other = self.facts.foreign_type(kind) or (head in self.facts.modules and self.find(head) is self.scopes[0])
         node.receiver = self.facts.class_of(kind) or FOREIGN * other  # type: ignore[attr-defined]
+        node.tensorial = is_tensorial(kind)  # type: ignore[attr-defined]
         return node
 
     def simplify_Attribute(self, node: ast.Attribute) -> ast.expr | None:
         value = self.attribute_symbol(node)
         known = value is not None and (is_literal(value) or is_empty_dict(value) or self.visible(value))
-        return cloned(value) if known else None
+        if known and self.purity.expression(node.value):
+            return cloned(value)
+        if (kind := made_kind(node.value)) in self.facts.fields and isinstance(node.value, ast.Call):
+            given = self.facts.passed(node.value, self.facts.field_args(kind), 0)  # a field of what is just made
+            parts = [*node.value.args, *(k.value for k in node.value.keywords)]
+            if given.get(node.attr) and all(p is given[node.attr] or self.purity.expression(p) for p in parts):
+                return given[node.attr]
+        return self.looked_up(node)
 
     def simplify_BoolOp(self, node: ast.BoolOp) -> ast.expr | None:
         is_or, parts = isinstance(node.op, ast.Or), list[ast.expr]()
@@ -1756,11 +1927,16 @@ class Fold(Rewriter):
             return truth
         if isinstance(op, ast.Is | ast.IsNot) and isinstance(right, ast.Constant) and right.value is None:
             return isinstance(op, ast.IsNot) if self.something(left) else None
-        if isinstance(op, ast.Eq | ast.NotEq) and isinstance(right, ast.Constant) and isinstance(left, ast.Attribute):
-            absent = left.attr == "type" and right.value in self.program.absent
-            return isinstance(op, ast.NotEq) if absent else None
+        kind = left.attr if isinstance(left, ast.Attribute) else ""
+        known = isinstance(right, ast.Constant) and right.value in self.program.absent
+        if isinstance(op, ast.Eq | ast.NotEq) and kind == "type" and known:  # a device's
+            return isinstance(op, ast.NotEq)
         if isinstance(op, ast.In | ast.NotIn) and isinstance(right, ast.Name | ast.Dict | ast.Tuple | ast.List):
             return isinstance(op, ast.NotIn) if self.is_empty(right) else None
+        if isinstance(left, ast.Attribute) and is_literal(right) and (own := self.kind_of(left.value)):
+            found = self.facts.values(left.attr, self.facts.family(own))
+            truths = {self.truth(ast.Compare(v, [op], [right])) if v and is_literal(v) else None for v in found}
+            return truths.pop() if len(truths) == 1 and not self.facts.methods.get(left.attr) else None
         return None
 
     def is_empty(self, node: ast.expr) -> bool:
@@ -1785,6 +1961,10 @@ class Fold(Rewriter):
             return self.something_named(node.id, depth)
         if isinstance(node, ast.IfExp):
             return self.something(node.body, depth + 1) and self.something(node.orelse, depth + 1)
+        if isinstance(node, ast.Attribute) and (own := self.kind_of(node.value)) and self.facts.fields.get(own):
+            values = self.facts.values(node.attr, self.facts.family(own))
+            if values and all(v and (v.__dict__.get("there") or self.something(v, depth + 1)) for v in values):
+                return True
         if isinstance(node, ast.Attribute) and not self.facts.outside(node.attr):
             values = self.facts.values(node.attr)
             return bool(values) and all(
@@ -1811,16 +1991,29 @@ class Fold(Rewriter):
         """The entry of a dict that is written out, or of a registry, for a known key."""
         key = node.slice
         if not is_literal(key):
-            return None
+            alike = isinstance(node.value, ast.Attribute | ast.BinOp | ast.Constant | ast.Tuple)
+            return self.any_part(node.value) if alike and not isinstance(key, ast.Slice) else None
         if isinstance(node.value, ast.Name) and self.visible(node.value):
             entry = self.program.entry(node.value.id, literal(key))
             fit = isinstance(entry, ast.Name | ast.Attribute) or (
                 isinstance(entry, ast.Lambda) and self.closed_lambda(entry)
             )
             return cloned(entry) if entry is not None and fit else None
+        if isinstance(node.value, ast.Tuple) and isinstance(key, ast.Constant) and isinstance(key.value, int):
+            plain = all(map(self.purity.expression, node.value.elts)) and key.value < len(node.value.elts)
+            plain &= not any(isinstance(one, ast.Starred) for one in node.value.elts)
+            return node.value.elts[key.value] if plain else None
         if isinstance(node.value, ast.Dict) and all(is_literal(k) for k in node.value.keys):
             found = [v for k, v in zip(node.value.keys, node.value.values) if same(literal(k), literal(key))]
             return found[-1] if found and all(map(self.purity.expression, node.value.values)) else None
+        return None
+
+    def any_part(self, node: ast.expr) -> ast.expr | None:
+        """The literal that every part of a sequence is."""
+        with suppress(Unknown):
+            value = self.value(node)
+            if isinstance(value, tuple | list | str) and value and all(same(part, value[0]) for part in value):
+                return lifted(value[0])
         return None
 
     def closed_lambda(self, node: ast.Lambda) -> bool:
@@ -1834,6 +2027,18 @@ class Fold(Rewriter):
             return node.args[1]
         if (inner := self.inlined(node)) is not None:
             return inner
+        if dotted(node.func) in self.facts.fields:
+            for given in [*node.args, *(k.value for k in node.keywords)]:
+                given.__dict__["there"] = self.something(given)
+        if (made := self.facts.classes.get(dotted(node.func))) and self.says_nothing(made):
+            return ast.Tuple([ast.Constant(None)], ast.Load())
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "_replace" and not node.args:
+            alike = [k for k in node.keywords if k.arg and self.is_own(k.value, node.func.value, k.arg)]
+            if len(alike) == len(node.keywords):  # of none, or of what it is anyway
+                return node.func.value
+            if alike:
+                node.keywords = [k for k in node.keywords if k not in alike]
+                return node
         if isinstance(node.func, ast.Attribute) and node.func.attr == "get" and is_empty_dict(node.func.value):
             return ast.Constant(None) if len(node.args) == 1 and self.purity.expression(node.args[0]) else None
         if dotted(node.func) == "zip" and any(k.arg == "strict" for k in node.keywords):
@@ -1843,7 +2048,9 @@ class Fold(Rewriter):
             return self.applied(node.func, node)
         if isinstance(node.func, ast.Subscript) and isinstance(node.func.value, ast.Name) and not node.args:
             empty_ones = {"dict": ast.Dict([], []), "list": ast.List([], ast.Load())}  # dict[str, int]() is {}
-            return cloned(empty_ones.get(node.func.value.id))
+            if empty_one := cloned(empty_ones.get(node.func.value.id)):
+                empty_one.promised = node.func
+            return empty_one
         if is_replace(node) and self.is_config(node.args[0]):
             kept = [k for k in node.keywords if k.arg in self.program.open]
             if len(kept) < len(node.keywords):
@@ -1880,6 +2087,18 @@ class Fold(Rewriter):
             return None
         return ast.Dict([], []) if is_empty_dict(result) else ast.Constant(literal(result))
 
+    def says_nothing(self, kind: ast.ClassDef) -> bool:
+        """Whether a class is a NamedTuple without methods that has lost its last field, too: a tuple serves as well."""
+        alone = "NamedTuple" in map(dotted, kind.bases) and all(isinstance(one, ast.Pass) for one in kind.body)
+        return alone and kind.name not in self.facts.shadowed and not self.facts.escaped[kind.name]
+
+    def is_own(self, value: ast.expr, node: ast.expr, name: str) -> bool:
+        """Whether a value is an object's field, or a copy of that dict, which nobody changes."""
+        if isinstance(value, ast.Dict) and len(value.keys) == 1 and value.keys[0] is None:
+            value = value.values[0]
+        same_ = isinstance(value, ast.Attribute) and value.attr == name and isinstance(node, ast.Name)
+        return same_ and dotted(value.value) == node.id  # type: ignore[attr-defined]
+
     def inlined(self, node: ast.Call) -> ast.expr | None:
         """The expression that a function of the program returns, if that is all it does, with the arguments put in."""
         called = self.called(node)
@@ -1896,14 +2115,28 @@ class Fold(Rewriter):
             given[function.args.args[0].arg] = node.func.value if named else node.func  # type: ignore[attr-defined]
         sites = self.facts.calls["." * method + function.name] if not method or named else [node, node]
         small = sum(1 for _ in walk(body)) <= 5 + 2 * len(given)
-        if (len(sites) > 1 and not small) or not self.fits(body, given):
+        small |= len(sites) < 4 and method and is_tuple_class(self.facts.classes.get(self.kind_of(node.func.value)))  # type: ignore[attr-defined]
+        if (len(sites) > 1 and not small) or not (self.fits(body, given) or self.passes_on(function, body, node)):
             return None
-        return Replace({name: value for name, value in given.items() if value}).visit(cloned(body))
+        made = Replace({name: value for name, value in given.items() if value}).visit(cloned(body))
+        made.__dict__.setdefault("promised", function.returns)
+        return made
+
+    def passes_on(self, function: Function, body: ast.expr, node: ast.Call) -> bool:
+        """Whether a function only hands its arguments, in their order, to another one."""
+        if not isinstance(body, ast.Call) or body.keywords or node.keywords:
+            return False
+        method = isinstance(node.func, ast.Attribute)
+        names, given = [a.arg for a in function.args.args], [dotted(a) for a in body.args]
+        own = method and isinstance(body.func, ast.Attribute) and dotted(body.func.value) == names[0]
+        plain = isinstance(body.func, ast.Name) and body.func.id not in names
+        known = not method or isinstance(node.func.value, ast.Name)  # type: ignore[attr-defined]
+        return known and (own or plain) and given == names[int(method) :] and len(given) == len(node.args)
 
     def lends(self, function: Function) -> bool:
         """Whether a function is one expression, of its parameters and what everybody sees."""
         own = {a.arg for a in parameters(function.args)}
-        plain = len(function.body) == 1 and not function.decorator_list and not starred(function.args)
+        plain = len(function.body) == 1 and set(marks_of(function)) <= {"property"} and not starred(function.args)
         if not plain or function.body[0].value is None or function.name.startswith("__"):  # type: ignore[attr-defined]
             return False
         nodes = list(walk(function.body[0]))
@@ -2090,6 +2323,10 @@ class Fold(Rewriter):
             configs.add(node.args.args[0].arg)
         noted = [n for n in inside(node) if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
         types_ = {dotted(n.target): n.annotation for n in noted}
+        for item in (n for n in inside(node) if isinstance(n, ast.withitem)):
+            kind, name = made_kind(item.context_expr), dotted(item.optional_vars) if item.optional_vars else ""
+            if kind in self.facts.foreign_classes and len(bound[name]) == 1:
+                types_[name] = FOREIGN_OBJECT
         inner = [n for n in walk(node) if isinstance(n, Function | ast.Lambda) and n is not node]
         captured = frozenset(n.id for one in inner for n in walk(one) if isinstance(n, ast.Name))
         flow = {name: value for name, value in flow.items() if name not in known}
@@ -2151,12 +2388,27 @@ class Fold(Rewriter):
             if hasattr(node, part):
                 setattr(node, part, self.visit(getattr(node, part)))
         self.scopes.pop()
+        if not isinstance(node, ast.GeneratorExp) and (single := self.one_pass(node)):
+            return self.changed(single)
         iter_ = node.generators[0].iter
         if self.purity.expression(iter_) and (self.truth_of_loop(iter_) or self.none_pass(node.generators[0])):
             if isinstance(node, ast.DictComp):
                 return self.changed(ast.Dict([], []))
             return self.changed(ast.List([], ast.Load())) if isinstance(node, ast.ListComp) else node
         return node
+
+    def one_pass(self, node: Any) -> ast.expr | None:
+        """What a comprehension makes whose loops each go through one literal."""
+        given = dict[str, ast.expr]()
+        for one in node.generators:
+            alone = isinstance(one.iter, ast.Tuple | ast.List) and len(one.iter.elts) == 1 and not one.ifs
+            if not alone or not isinstance(one.target, ast.Name) or not is_literal(one.iter.elts[0]):
+                return None
+            given[one.target.id] = one.iter.elts[0]
+        made = [Replace(given).visit(getattr(node, part)) for part in ("key", "value", "elt") if hasattr(node, part)]
+        if isinstance(node, ast.DictComp):
+            return ast.Dict(made[:1], made[1:])
+        return ast.Set(made) if isinstance(node, ast.SetComp) else ast.List(made, ast.Load())
 
     def visit_Starred(self, node: ast.Starred) -> ast.Starred:
         node.value = one = self.visit(node.value)
@@ -2279,6 +2531,8 @@ class Fold(Rewriter):
 
     def condition(self, node: ast.expr) -> ast.expr:
         """A condition without parts that do not change its truth."""
+        if is_not(node) and is_not(node.operand):  # type: ignore[attr-defined]
+            return self.changed(node.operand.operand)  # type: ignore[attr-defined]
         if isinstance(node, ast.BoolOp):
             neutral = isinstance(node.op, ast.And)
             parts = list(map(self.condition, node.values))
@@ -2396,6 +2650,11 @@ class Fold(Rewriter):
         self.generic_visit(node)
         self.note(node)
         value, target = node.value, node.targets[0]
+        if isinstance(value, ast.Attribute) and isinstance(value.value, ast.Call):
+            known = self.attribute_symbol(value)  # which then is not read of what the call gives
+            if known is not None and (is_literal(known) or is_empty_dict(known)):
+                node.value = cloned(known)
+                return [ast.Expr(value.value), self.changed(node)]
         names = [target, *(target.elts if isinstance(target, ast.Tuple) else [])]
         plain = all(isinstance(name, ast.Name | ast.Tuple) for name in names) and len(node.targets) == 1
         alike = plain and ast.unparse(target) == ast.unparse(value)
@@ -2421,6 +2680,9 @@ class Fold(Rewriter):
         nothing = isinstance(node.value, ast.Dict) and not node.value.keys and isinstance(node.op, ast.BitOr)
         nothing |= isinstance(node.value, ast.List) and not node.value.elts and isinstance(node.op, ast.Add)
         return self.changed(None) if nothing and isinstance(node.target, ast.Name) else node
+
+
+TYPE_RULES = {kind: rule for kind in PARTS if (rule := getattr(Fold, "type_of_" + kind.__name__, None))}
 
 
 def early(node: Any, modules: Container[str]) -> tuple[list[ast.Name], bool]:
@@ -2484,6 +2746,10 @@ LOOKERS = {
     "zip",
     "map",
 }
+
+
+LOOKING = {ast.Call, ast.Compare, ast.For, ast.comprehension, ast.Subscript, ast.If, ast.While, ast.IfExp, ast.Dict}
+LOOKING |= {ast.Starred, ast.keyword}
 
 
 def looked_at(node: ast.AST) -> list[ast.AST]:
@@ -2643,9 +2909,9 @@ class Sweep(Rewriter):
         if dotted(target.value).split(".")[0] in self.facts.modules:  # another module may read it
             return False
         own_self = isinstance(target.value, ast.Name) and target.value.id == "self" and kind in self.facts.classes
-        if own_self and not self.facts.foreign_bases(kind):
-            return True
-        return not self.facts.outside(target.attr) and (own_self or self.purity.expression(target.value))
+        if own_self:  # a base of another module reads what it knows
+            return not (self.facts.foreign_bases(kind) and target.attr in self.facts.bases)
+        return not self.facts.outside(target.attr) and self.purity.expression(target.value)
 
     def visit_FunctionDef(self, node: Any) -> Any:
         if is_opaque(node):
@@ -2653,6 +2919,7 @@ class Sweep(Rewriter):
         if self.local and not self.local[-1][1][node.name] and not node.decorator_list:
             self.changes += 1
             return None
+        self.drop_results(node)
         reads = Counter(n.id for n in walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load))
         free = {name for n in walk(node) if isinstance(n, ast.Global | ast.Nonlocal) for name in n.names}
         self.local.append((set(bindings(node)) | {a.arg for a in parameters(node.args)} - free, reads))
@@ -2664,26 +2931,54 @@ class Sweep(Rewriter):
 
     visit_AsyncFunctionDef = visit_FunctionDef
 
+    def drop_results(self, node: Function) -> None:
+        """Results that no call takes are not made."""
+        if "taken" not in self.facts.cache:
+            self.facts.cache["taken"] = {id(n.value) for n in self.facts.nodes if isinstance(n, ast.Expr)}
+        sites = [] if self.local else self.facts.sites(node)
+        if sites and all(id(call) in self.facts.cache["taken"] for call, _ in sites):
+            for one in (n for n in inside(node) if isinstance(n, ast.Return) and n.value):
+                if not is_none(one.value) and self.purity.expression(one.value):
+                    one.value, self.changes = None, self.changes + 1
+
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
         fields, outer, self.local = class_fields(node), self.local, []
         node.body = [one for one in node.body if not (isinstance(one, Function) and self.hidden(node, one))]
-        node.body = [one for one in node.body if not self.idle(one, fields)]
+        node.body = [one for one in node.body if not self.idle(node, one, fields)]
         self.generic_visit(node)
         self.local = outer
         node.body = node.body or [ast.Pass()]
+        node.bases = [base for base in node.bases if not self.empty(dotted(base))]
         return node
+
+    def empty(self, name: str) -> bool:
+        """Whether a class of the program says nothing at all, but who its heirs are."""
+        kind = self.facts.classes.get(name)
+        if kind is None or kind.bases or kind.keywords or not isinstance(kind.body[0], ast.Pass):
+            return False
+        bases = {id(base) for heir in self.facts.classes.values() for base in heir.bases}
+        return all(id(n) in bases for n in self.facts.nodes if isinstance(n, ast.Name) and n.id == name)
 
     def hidden(self, kind: ast.ClassDef, method: Function) -> bool:
         """Whether every object of a class has another method under this one's name."""
         facts, name = self.facts, method.name
-        if facts.defs.get(kind.name) is not kind or name.startswith("__") or facts.foreign_bases(kind.name):
+        if facts.defs.get(kind.name) is not kind or name.startswith("__") or facts.foreign(kind.name, name):
             return False
         owners, above = {owner for owner, _ in facts.methods[name]}, {made_kind(n.value) for n in facts.reads[name]}
         above = "super" in above or any(dotted(n.value) in facts.classes for n in facts.reads[name])  # type: ignore
-        heirs = [c for c in facts.classes if kind.name in facts.ancestors(c) and (facts.calls[c] or facts.escaped[c])]
+        if "bare" not in facts.cache:
+            owners_ = [n.value for n in facts.nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
+            facts.cache["bare"] = Counter(n.id for n in owners_)
+        bare = facts.cache["bare"]
+        heirs = [c for c in facts.classes if kind.name in facts.ancestors(c)]
+        heirs = [c for c in heirs if facts.calls[c] or facts.escaped[c] > bare[c]]  # `c.name` makes no object
         return not above and all(next(a for a in facts.ancestors(c) if a in owners) != kind.name for c in heirs)
 
-    def idle(self, node: ast.stmt, fields: dict[str, Any]) -> bool:
+    def given_by(self, kind: str) -> set[str]:
+        """Names that a class's body gives values."""
+        return {dotted(t) for one in self.facts.classes[kind].body for t, v in stores(one) if v is not None}
+
+    def idle(self, kind: ast.ClassDef, node: ast.stmt, fields: dict[str, Any]) -> bool:
         """Whether a statement of a class's body gives nothing: a declaration, or a value that nobody reads."""
         if not isinstance(node, ast.Assign | ast.AnnAssign):
             return False
@@ -2691,10 +2986,15 @@ class Sweep(Rewriter):
         names = [t.id for t in targets if isinstance(t, ast.Name)]
         if any(name in fields or self.facts.loads["." + name] or name.startswith("__") for name in names):
             return False
-        reads = any(self.facts.loads[name] for name in names)
-        return (isinstance(node, ast.AnnAssign) and node.value is None) or not (
-            reads or any(map(self.facts.outside, names))
-        )
+        if isinstance(node, ast.AnnAssign) and node.value is None:
+            return True
+        known = self.facts.bases if self.facts.foreign_bases(kind.name) else frozenset()
+        heirs = [c for c in self.facts.classes if kind.name in self.facts.ancestors(c) and self.facts.calls[c]]
+        escaped = any(self.facts.escaped[c] for c in self.facts.classes if kind.name in self.facts.ancestors(c))
+        ups = [next((a for a in self.facts.ancestors(c) if names[0] in self.given_by(a)), "") for c in heirs]
+        if len(names) == 1 and heirs and not known and not escaped and kind.name not in ups:
+            return True
+        return not any(self.facts.loads[name] or name in known for name in names)
 
     def visit_Assign(self, node: ast.Assign) -> Any:
         self.generic_visit(node)
@@ -2707,9 +3007,7 @@ class Sweep(Rewriter):
         if all(self.dead(target) for target, _ in parts):
             self.changes += 1
             return None if self.purity.expression(node.value) else ast.Expr(node.value)
-        if not all(
-            value is not None and not isinstance(value, ast.Subscript) or value is node.value for _, value in parts
-        ):
+        if any(value is None for _, value in parts):
             return node
         if len(parts) == 1 or not isinstance(node.value, ast.Tuple) or len(parts) != len(node.value.elts):
             return node
@@ -2767,13 +3065,14 @@ class Joined:
 
     def __init__(self, function: Function, modules: Container[str]) -> None:
         self.changes, self.modules, bound = 0, modules, bindings(function)
-        functions = [f for f in walk(function) if isinstance(f, Function | ast.Lambda) and f is not function]
-        inner = {id(n) for f in functions for n in walk(f)}
-        counts = Counter(n.id for n in walk(function) if isinstance(n, ast.Name) and is_load(n))
-        kept = {name for n in walk(function) if isinstance(n, ast.Global | ast.Nonlocal) for name in n.names}
+        nodes = list(walk(function))
+        functions = [f for f in nodes if isinstance(f, Function | ast.Lambda) and f is not function]
+        inner = {id(n) for f in functions for n in walk(f) if n is not f}
+        counts = Counter(n.id for n in nodes if n.__class__ is ast.Name and is_load(n))  # type: ignore[arg-type,attr-defined]
+        kept = {name for n in nodes if isinstance(n, ast.Global | ast.Nonlocal) for name in n.names}
         self.own = set(bound) - kept - {n.id for f in functions for n in walk(f) if isinstance(n, ast.Name)}
         self.once = {n for n, values in bound.items() if len(values) == 1 and counts[n] == 1} - kept
-        for node in walk(function):
+        for node in (n for n in nodes if isinstance(n, ast.stmt | ast.ExceptHandler)):
             for part in ("body", "orelse", "finalbody"):
                 body = getattr(node, part, None)
                 if isinstance(body, list) and body and id(body[0]) not in inner:
@@ -2809,6 +3108,7 @@ def shrink(facts: Facts) -> int:
     """Drop parameters and fields that nothing reads, and what calls pass for them; how many. Changes the tree."""
     purity, dropped = Purity(facts), 0
     functions = [f for f in facts.defs.values() if isinstance(f, Function)]
+    functions += [f for f in facts.nodes if isinstance(f, Function) and id(f) in facts.inner]
     groups = [[f] for f in functions] + [[f] for _, f in facts.methods["__init__"]]
     for name, named in facts.methods.items():
         groups += facts.related(named) if named and not name.startswith("__") else []
@@ -2878,7 +3178,7 @@ def shrink_fields(facts: Facts, purity: Purity, name: str, kind: ast.ClassDef) -
     selfless = [n for n in walk(kind) if isinstance(n, ast.Name) and n.id == "self" and isinstance(n.ctx, ast.Load)]
     based = {id(n.value) for n in walk(kind) if isinstance(n, ast.Attribute)}
     derived = any(name in facts.ancestors(c)[1:] for c in facts.classes)
-    listed = (dotted(n.value) for n in facts.nodes if isinstance(n, ast.Attribute) and n.attr == "_fields")
+    listed = [dotted(n.value) for n in facts.reads["_fields"]]
     whole = any(facts.loads[n] for n in (".asdict", ".astuple", "._asdict", "asdict"))  # read by no name
     iterated = "NamedTuple" in map(dotted, kind.bases)  # and may be walked beside another's names
     whole = whole or any(iterated or one not in facts.classes or name in facts.family(one) for one in listed)
@@ -2903,13 +3203,15 @@ def shrink_fields(facts: Facts, purity: Purity, name: str, kind: ast.ClassDef) -
         read = facts.read(field, name) or not all(one and name not in facts.family(one) for one in holders)
         if read or any(k.arg is None for c in changes for k in c.keywords) or not all(map(purity.expression, given)):
             continue
-        if not unpassed(calls, args, field, purity) or len(class_fields(kind)) == 1:
+        alone = "NamedTuple" in map(dotted, kind.bases) and len(kind.body) == 1  # see Fold.says_nothing
+        if not unpassed(calls, args, field, purity) or (len(class_fields(kind)) == 1 and not alone):
             continue
         for call, skip in calls:
             strip_call(call, args, field, skip)
         for call in changes:
             call.keywords = [k for k in call.keywords if k.arg != field]
         kind.body = [n for n in kind.body if not (isinstance(n, ast.AnnAssign) and dotted(n.target) == field)]
+        kind.body = kind.body or [ast.Pass()]
         facts.fields[name] = class_fields(kind)
         dropped += 1
     return dropped
@@ -3055,6 +3357,638 @@ def dotted_future(node: ast.Import | ast.ImportFrom) -> bool:
     return isinstance(node, ast.ImportFrom) and node.module == "__future__"
 
 
+# ==== unfolding: a function that one place calls is put there ====
+
+
+class Unfold:
+    """Put functions that are called at one place only into that place, where nothing but their name is lost.
+
+    A function may go where its call is the first thing of a statement that has an effect. What it binds gets names
+    that nobody has there; a parameter becomes the argument, or a name that is bound to it.
+    """
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts, self.purity, self.changes = facts, Purity(facts), 0
+        self.touched = set[int]()
+        held = [
+            n for n in facts.tree.body if isinstance(n, ast.Assign | ast.AnnAssign) and isinstance(n.value, ast.Dict)
+        ]
+        self.dicts = {dotted(target) for one in held for target, _ in stores(one)} - facts.shadowed  # the registries
+        makers = {id(n) for _, maker in facts.methods["__init__"] for n in walk(maker)}
+        self.changing = {name for name, found in facts.stored.items() if any(id(t) not in makers for t, _ in found)}
+        self.aims = {id(call): function for function in self.functions() for call in self.only_call(function)}
+        self.aims |= {id(call): maker for call, maker in self.alone()}
+        for function in [n for n in facts.nodes if isinstance(n, Function) and not is_opaque(n)]:
+            self.inside_block(function, function.body)
+
+    def functions(self) -> list[Function]:
+        own = [f for f in self.facts.defs.values() if isinstance(f, Function)]
+        methods = [m for name, named in self.facts.methods.items() for _, m in named if not name.startswith("__")]
+        return [f for f in own + methods if self.plain(f)]
+
+    def plain(self, function: Function) -> bool:
+        """Whether a function's body may stand elsewhere: it is no generator, and no function in it sees its names."""
+        if function.decorator_list or starred(function.args) or isinstance(function, ast.AsyncFunctionDef):
+            return False
+        bound = bindings(function)
+        own = set(bound) | {a.arg for a in parameters(function.args)}
+        kept: set[int] = set()
+        for node in (n for one in function.body for n in walk(one)):
+            names = {n.id for n in walk(node) if isinstance(n, ast.Name)} if isinstance(node, ast.Lambda) else set()
+            if isinstance(node, ast.Yield | ast.YieldFrom | ast.Await | ast.Global | ast.Nonlocal | ast.NamedExpr):
+                return False
+            if isinstance(node, ast.FunctionDef) and not self.closed(node, function, bound):
+                return False
+            if isinstance(node, ast.ClassDef) or names & own or (isinstance(node, ast.Name) and node.id == "super"):
+                return False
+            if isinstance(node, ast.Starred):
+                kept.add(id(node.value))
+            called = node.func if isinstance(node, ast.Call) else None
+            if getattr(called, "attr", dotted(called) if called else "") in (*EATERS, "next", "join"):
+                kept |= {id(a) for a in node.args}  # type: ignore[attr-defined]
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple):
+                kept.add(id(node.value))
+            if isinstance(node, ast.GeneratorExp) and id(node) not in kept:
+                return False
+        return True
+
+    def closed(self, node: ast.FunctionDef, function: Function, bound: dict[str, list[ast.AST | None]]) -> bool:
+        """Whether what an inner function sees of the one around never changes once it is there."""
+        inner = set(bindings(node)) | {a.arg for a in parameters(node.args)}
+        seen = {n.id for n in walk(node) if isinstance(n, ast.Name)} - inner
+        args = {a.arg for a in parameters(function.args)}
+        once = all(len(bound.get(name, [])) + (name in args) <= 1 for name in seen)
+        plain = not node.decorator_list and node in function.body and not inner & (set(bound) | args)
+        return once and plain and not any(isinstance(n, Function | ast.Lambda) for one in node.body for n in walk(one))
+
+    def only_call(self, function: Function) -> list[ast.Call]:
+        """The one call of a function, if there is one and it can mean no other."""
+        sites = self.facts.sites(function) or []
+        if len(sites) != 1 or any(isinstance(a, ast.Starred) for a in sites[0][0].args):
+            return []
+        call = sites[0][0]
+        if any(k.arg is None for k in call.keywords) or any(n is call for n in walk(function)):
+            return []
+        if self.facts.defs.get(function.name) is function:
+            return [call] if isinstance(call.func, ast.Name) and call.func.id == function.name else []
+        if not isinstance(call.func, ast.Attribute) or call.func.attr != function.name:
+            return []
+        kind = call.func.__dict__.get("receiver", "")
+        owner = self.facts.classes.get(self.facts.owner.get(id(function), ""))
+        plain = [one for one in owner.body if not isinstance(one, Definition)] if owner else []
+        if any(isinstance(n, ast.Name) and n.id == function.name for one in plain for n in walk(one)):
+            return []  # the class has another name for it
+        alike = [m for c, m in self.facts.methods[function.name] if kind in self.facts.classes
+                 and c in self.facts.family(kind)]  # fmt: skip
+        return [call] if alike == [function] and not self.facts.stored[function.name] else []
+
+    def alone(self) -> Iterator[tuple[ast.Call, Function]]:
+        """(call, __init__) of classes that are nothing but attributes, where one object is made of each."""
+        for name, kind in self.facts.classes.items():
+            calls, maker = self.facts.calls[name], kind.body[0]
+            if kind.bases or kind.decorator_list or len(kind.body) > 1 or len(calls) != 1 or self.facts.escaped[name]:
+                continue
+            if isinstance(maker, Function) and maker.name == "__init__" and self.plain(maker):
+                yield calls[0], maker
+
+    def scatter(self, caller: Function, node: ast.stmt, call: ast.Call, maker: Function) -> list[ast.stmt] | None:
+        """What a statement becomes that makes an object which is never handed on: names for its attributes."""
+        target = next((t for t, value in stores(node) if value is call), None)
+        whole = isinstance(node, ast.Assign) and len(node.targets) == 1
+        if not whole or not isinstance(target, ast.Name) or len(bindings(caller)[target.id]) != 1:
+            return None
+        reads = {id(n) for n in walk(caller) if isinstance(n, ast.Name) and n.id == target.id and n is not target}
+        used = [n for n in walk(caller) if isinstance(n, ast.Attribute) and id(n.value) in reads]
+        inner = [f for f in walk(caller) if isinstance(f, Function | ast.Lambda) and f is not caller]
+        captured = any(id(n) in reads for f in inner for n in walk(f))
+        given = self.facts.passed(call, maker.args, 1)
+        own = maker.args.args[0].arg
+        given[own] = ast.Name(target.id, ast.Load())
+        if len(used) != len(reads) or captured or any(value is None for value in given.values()):
+            return None
+        selves = {id(n) for n in walk(maker) if isinstance(n, ast.Name) and n.id == own}
+        if len([n for n in walk(maker) if isinstance(n, ast.Attribute) and id(n.value) in selves]) != len(selves):
+            return None
+        made = self.arguments(caller, maker, cloned(maker.body), cast(dict[str, ast.expr], given))
+        if made is None:
+            return None
+        left = [(t, v) for t, v in stores(node) if v is not call]
+        rest: list[ast.stmt] = [ast.Assign([t], cast(ast.expr, v)) for t, v in left]
+        names = dict[str, str]()
+        taken = {n.id for n in walk(caller) if isinstance(n, ast.Name)}
+        new = [*made[0], *made[1], *rest]
+        for one in [n for part in [caller, *new] for n in walk(part)]:
+            if isinstance(one, ast.Attribute) and dotted(one.value) == target.id and one.attr not in names:
+                free = one.attr not in taken
+                names[one.attr] = one.attr if free else self.fresh(f"{target.id}_{one.attr}", taken)
+        change = Scattered(target.id, names)
+        caller.body[:] = change.visited(caller.body)
+        return change.visited(new)
+
+    # -- places --
+
+    def inside_block(self, caller: Function, body: list[ast.stmt]) -> None:
+        place = 0
+        while place < len(body):
+            one = body[place]
+            made = self.unfolded(caller, one)
+            if made is not None:
+                body[place : place + 1] = made
+                self.changes += 1
+                self.touched.add(id(caller))
+                place += 0 if one in made else len(made)
+                continue
+            if not isinstance(one, Definition):
+                for handler in getattr(one, "handlers", []):
+                    self.inside_block(caller, handler.body)
+                for part in ("body", "orelse", "finalbody"):
+                    self.inside_block(caller, getattr(one, part, []))
+            place += 1
+
+    def unfolded(self, caller: Function, node: ast.stmt) -> list[ast.stmt] | None:
+        """What a statement becomes with a function put into it."""
+        if isinstance(node, Definition | ast.While | ast.Try | ast.With):
+            return None
+        held = node.iter if isinstance(node, ast.For) else node.test if isinstance(node, ast.If) else node
+        for call in (n for n in walk(held) if id(n) in self.aims):
+            function = self.aims[id(call)]
+            if id(function) not in self.touched and self.reaches(held, call) == "there":
+                put = self.scatter if function.name == "__init__" else self.put
+                made = put(caller, node, call, function)  # type: ignore[arg-type]
+                if made is not None:
+                    self.touched.add(id(function))
+                    return made
+        return None
+
+    def reaches(self, node: Any, aim: ast.AST) -> str:
+        """Whether an expression comes to a part of it before it has had any effect: "there", "calm" if it has not
+        come to it and nothing has happened, or "no"."""
+        if node is aim:
+            return "there"
+        if node is None or isinstance(node, ast.Name | ast.Constant | ast.Lambda):
+            return "calm"
+        if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Store):
+            found = self.reaches(node.value, aim)
+            still = node.attr not in self.changing or dotted(node).split(".")[0] in self.facts.modules
+            return found if found != "calm" or still else "no"
+        parts: list[Any]
+        if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign | ast.Return | ast.Expr | ast.keyword):
+            if isinstance(node, ast.AugAssign) and not isinstance(node.target, ast.Name):
+                base = node.target.value if isinstance(node.target, ast.Subscript) else node.target
+                if not (isinstance(base, ast.Name) and self.purity.expression(node.target)):
+                    return "no"  # what is read first might change
+            return self.reaches(node.value, aim) if node.value else "no"
+        if isinstance(node, ast.Call):
+            parts, last = [node.func, *node.args, *node.keywords], "no"
+        elif isinstance(node, ast.Tuple | ast.List):
+            parts, last = list(node.elts), "calm"
+        elif isinstance(node, ast.Subscript | ast.Starred):
+            parts, last = children(node), "no"
+            fixed = isinstance(node, ast.Subscript) and isinstance(node.value, ast.Subscript | ast.Name)
+            if (
+                fixed
+                and dotted(node.value.value if isinstance(node.value, ast.Subscript) else node.value) in self.dicts
+            ):
+                last = "calm"
+        elif isinstance(node, ast.Dict) and None not in node.keys:
+            parts, last = [part for pair in zip(node.keys, node.values) for part in pair], "calm"
+        elif isinstance(node, ast.BinOp):
+            parts, last = [node.left, node.right], "no"
+        elif isinstance(node, ast.Compare) and len(node.ops) == 1:
+            parts, last = [node.left, node.comparators[0]], "no"
+        elif isinstance(node, ast.UnaryOp):
+            parts, last = [node.operand], "no"
+        elif isinstance(node, ast.IfExp | ast.BoolOp):
+            parts, last = [node.test if isinstance(node, ast.IfExp) else node.values[0]], "no"
+        else:
+            return "no"
+        for part in parts:
+            found = self.reaches(part, aim)
+            if found != "calm":
+                return found
+        return last
+
+    # -- putting --
+
+    def put(self, caller: Function, node: ast.stmt, call: ast.Call, function: Function) -> list[ast.stmt] | None:
+        body, whole = cloned(function.body), getattr(node, "value", None) is call
+        returns = sum(isinstance(n, ast.Return) for n in inside(ast.Module(body, [])))
+        at_end = returns == 0 or (returns == 1 and isinstance(body[-1], ast.Return))
+        given = self.facts.passed(call, function.args, int(isinstance(call.func, ast.Attribute)))
+        if isinstance(call.func, ast.Attribute):
+            given[function.args.args[0].arg] = call.func.value
+        if any(value is None for value in given.values()):
+            return None
+        made = self.arguments(caller, function, body, cast(dict[str, ast.expr], given))
+        if made is None:
+            return None
+        start, body = made
+        gain = 2 - len(start)  # the head, and the last return or the call's own statement
+        if gain < 0:
+            return None
+        if isinstance(node, ast.Return) and whole:
+            falls = not isinstance(body[-1], ast.Return | ast.Raise)
+            return [*start, *body, *([ast.Return(ast.Constant(None))] if falls else [])]
+        if at_end:
+            value = body.pop().value if returns else None  # type: ignore[attr-defined]
+            value = value or ast.Constant(None)
+            if isinstance(node, ast.Expr) and whole and self.purity.expression(value):
+                return [*start, *body]
+            Swap(call, value).visit(node)
+            return [*start, *body, node]
+        name = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
+        if not whole or not (isinstance(name, ast.Name) or isinstance(node, ast.Expr)):
+            return None
+        ended = self.ended(body, name.id if isinstance(name, ast.Name) else "")
+        return [*start, *ended] if ended is not None and gain > 1 else None
+
+    def ended(self, body: list[ast.stmt], name: str) -> list[ast.stmt] | None:
+        """A block that comes to its end where it returned, with the value bound to a name; None if it cannot."""
+        for place, one in enumerate(body):
+            if isinstance(one, ast.Return):
+                value = one.value or ast.Constant(None)
+                last: list[ast.stmt] = [ast.Assign([ast.Name(name, ast.Store())], value)] if name else []
+                last = last if name or self.purity.expression(value) else [ast.Expr(value)]
+                return [*body[:place], *last]
+            if not any(isinstance(n, ast.Return) for n in inside(ast.Module([one], []))):
+                continue
+            if not isinstance(one, ast.If):
+                return None
+            leaves = [
+                isinstance(part[-1], ast.Return | ast.Raise) if part else False for part in (one.body, one.orelse)
+            ]
+            rest = body[place + 1 :]
+            if not any(leaves) and rest:
+                return None
+            yes = self.ended([*one.body, *([] if leaves[0] else rest)], name)
+            no = self.ended([*one.orelse, *([] if leaves[1] else rest)], name)
+            if yes is None or no is None:
+                return None
+            if not yes:
+                yes, no, one.test = no, [], ast.UnaryOp(ast.Not(), one.test)
+            one.body, one.orelse = yes, no
+            return [*body[:place], *([one] if yes else [])]
+        none = ast.Assign([ast.Name(name, ast.Store())], ast.Constant(None))
+        return [*body, *([none] if name else [])]
+
+    def arguments(
+        self, caller: Function, function: Function, body: list[ast.stmt], given: dict[str, ast.expr]
+    ) -> tuple[list[ast.stmt], list[ast.stmt]] | None:
+        """(statements that bind parameters, the body with the others replaced and names that nobody has there)."""
+        bound = set(bindings(function))
+        own, notes = bound | set(given), {a.arg: a.annotation for a in parameters(function.args)}
+        uses = Counter(n.id for one in body for n in walk(one) if isinstance(n, ast.Name))
+        local = set(bindings(caller)) | {a.arg for a in [*parameters(caller.args), *starred(caller.args)]}
+        looped = {n.id for one in body for g in walk(one) if isinstance(g, ast.comprehension)
+                  for n in walk(g.target) if isinstance(n, ast.Name)}  # fmt: skip
+        for one in (f for f in body if isinstance(f, Function)):
+            looped |= set(bindings(one)) | {a.arg for a in parameters(one.args)}  # names of scopes of their own
+        if local & (set(uses) - own - looped):
+            return None  # a name of the module's, which means something else there
+        taken = {n.id for n in walk(caller) if isinstance(n, ast.Name)} | {
+            n.arg for n in walk(caller) if isinstance(n, ast.arg)
+        }
+        simple = {n: v for n, v in given.items() if n not in bound and self.simple(v, uses[n])
+                  and dotted(v).split(".")[0] not in looped}  # fmt: skip
+        start = list[ast.stmt]()
+        imported = {a.asname or a.name for one in body for n in walk(one) if isinstance(n, ast.Import) for a in n.names}
+        names = {n: self.fresh(n, taken | set(uses)) for n in sorted(own - set(simple)) if n in taken}
+        if imported & set(names):
+            return None
+        inner = {n.id for f in function.body if isinstance(f, Function) for n in walk(f) if isinstance(n, ast.Name)}
+        seen = {dotted(v).split(".")[0] for n, v in simple.items() if n in inner} & local
+        counts = bindings(caller)
+        if any(len(counts.get(n, [])) + (n not in counts) > 1 for n in seen):
+            return None  # an inner function would see it change
+        for name, value in given.items():
+            if name in simple:
+                continue
+            if not uses[name]:
+                start += [] if self.purity.expression(value) else [ast.Expr(value)]
+                continue
+            target = ast.Name(names.get(name, name), ast.Store())
+            note = notes.get(name)
+            start.append(ast.AnnAssign(target, note, value, 1) if note else ast.Assign([target], value))
+        renamed = Renamed(names, simple)
+        return start, [renamed.visit(one) for one in body]
+
+    def simple(self, value: ast.expr, uses: int) -> bool:
+        """Whether an argument may stand wherever its parameter is read."""
+        if isinstance(value, ast.Name | ast.Constant):
+            return not (isinstance(value, ast.Name) and value.id in self.facts.nonlocals)
+        calm = isinstance(value, ast.Attribute) and value.attr not in self.changing and uses <= 3
+        return calm and self.simple(value.value, uses)  # type: ignore[attr-defined]
+
+    @staticmethod
+    def fresh(name: str, taken: set[str]) -> str:
+        return next(new for new in (f"{name}{number}" for number in itertools.count(2)) if new not in taken)
+
+
+class Direct:
+    """Values stand where they are used: no names for other names, none that the next statement alone reads."""
+
+    WIDTH = 110  # of a line that becomes longer
+
+    def __init__(self, facts: Facts, changing: set[str]) -> None:
+        self.facts, self.purity, self.changing, self.changes = facts, Purity(facts), changing, 0
+        for function in [n for n in facts.nodes if isinstance(n, Function) and not is_opaque(n)]:
+            self.look_at(function)
+
+    def look_at(self, function: Function) -> None:
+        bound, args = bindings(function), [*parameters(function.args), *starred(function.args)]
+        kept = {n for one in walk(function) if isinstance(one, ast.Global | ast.Nonlocal) for n in one.names}
+        self.once = {n for n, v in bound.items() if len(v) == 1} - kept - {a.arg for a in args}
+        self.local = set(bound) | {a.arg for a in args}
+        inner = [f for f in walk(function) if isinstance(f, Function | ast.Lambda) and f is not function]
+        seen = [
+            {n.id for n in walk(f) if isinstance(n, ast.Name)} - set(bindings(f)) - {a.arg for a in parameters(f.args)}
+            for f in inner
+        ]
+        self.captured = set[str]().union(*seen)
+        inside_ = {id(n) for f in inner for n in walk(f) if n is not f}
+        loads = [n for n in walk(function) if isinstance(n, ast.Name) and is_load(n)]
+        self.reads = Counter(n.id for n in loads if id(n) not in inside_ or n.id in self.captured)
+        self.drop_unread(function)
+        for node in walk(function):
+            for part in ("body", "orelse", "finalbody"):
+                body = getattr(node, part, None)
+                if isinstance(body, list) and body and id(body[0]) not in inside_:
+                    self.part(body, function)
+                    self.drop_last(body, function)
+                    self.same_test(body)
+                    for place in range(len(body) - 2, -1, -1):
+                        self.use(body, place)
+
+    def drop_unread(self, function: Function) -> None:
+        """Containers that are made and filled, and never looked at, go."""
+        filled = defaultdict[str, list[ast.stmt]](list)
+        for one in steps(function.body):
+            target = one.targets[0] if isinstance(one, ast.Assign) and len(one.targets) == 1 else None
+            target = one.target if isinstance(one, ast.AugAssign) else target
+            if isinstance(target, ast.Subscript) and isinstance(target.value, ast.Name):
+                filled[target.value.id].append(one)
+        for name, bound in bindings(function).items():
+            made = isinstance(bound[0], ast.DictComp | ast.ListComp | ast.Dict | ast.List) and len(bound) == 1
+            if not made or not len(filled[name]) == self.reads[name] > 0 or name in self.captured:
+                continue
+            if all(self.purity.expression(one.value) and self.purity.expression(t.slice)  # type: ignore[attr-defined]
+                   for one in filled[name] for t, _ in stores(one)):  # fmt: skip
+                Without(filled[name]).visit(function)
+                self.reads[name], self.changes = 0, self.changes + 1
+
+    def drop_last(self, body: list[ast.stmt], function: Function) -> None:
+        """Copies of a name at the end of a function that nobody reads any more."""
+        read = set[str]()
+        for place in range(len(body) - 1, -1, -1) if body is function.body else ():
+            one = body[place]
+            name = one.targets[0] if isinstance(one, ast.Assign) and len(one.targets) == 1 else None
+            copied = isinstance(name, ast.Name) and isinstance(one.value, ast.Name)  # type: ignore[attr-defined]
+            if copied and name.id in self.local - self.captured - read:  # type: ignore[union-attr]
+                del body[place]
+                self.changes += 1
+            read |= {n.id for n in walk(one) if isinstance(n, ast.Name)}
+
+    def same_test(self, body: list[ast.stmt]) -> None:
+        """A condition inside itself."""
+        for one in body:
+            if not isinstance(one, ast.If) or not isinstance(one.test, ast.Name):
+                continue
+            for place, inner in enumerate(one.body):
+                if any(isinstance(n, ast.Name) and n.id == one.test.id and not is_load(n) for n in walk(inner)):
+                    break
+                if isinstance(inner, ast.If) and dotted(inner.test) == one.test.id:
+                    one.body[place : place + 1] = inner.body
+                    self.reads[one.test.id] -= 1
+                    self.changes += 1
+                    break
+
+    def part(self, body: list[ast.stmt], function: Function) -> None:
+        """Give each binding of a name a name of its own, where all are steps of one block and all but one trivial."""
+        steps_ = defaultdict[str, list[tuple[int, ast.expr | None]]](list)
+        for place, one in enumerate(body):
+            if isinstance(one, ast.Assign | ast.AnnAssign):
+                for target, value in stores(one):
+                    if isinstance(target, ast.Name):
+                        steps_[target.id].append((place, value))
+        counts, args = bindings(function), {a.arg for a in [*parameters(function.args), *starred(function.args)]}
+        for name, bound in steps_.items():
+            single = len({place for place, _ in bound}) == len(bound) == len(counts[name]) > 1
+            trivial = sum(isinstance(v, ast.Name | ast.Constant) for _, v in bound)
+            after = [
+                n for one in body[bound[0][0] + 1 :] for n in walk(one) if isinstance(n, ast.Name) and n.id == name
+            ]
+            hidden = name in self.captured | args or sum(map(is_load, after)) != self.reads[name]
+            if not single or trivial + 1 < len(bound) or hidden:
+                continue
+            taken = {n.id for n in walk(function) if isinstance(n, ast.Name)} | args
+            ends = [*(place for place, _ in bound[1:]), len(body)]
+            for place, end in zip(ends, ends[1:]):
+                taken.add(new := Unfold.fresh(name, taken))
+                names, here, last = Renamed({name: new}, {}), cast(Any, body[place]), cast(Any, body[end : end + 1])
+                names.visit(here.targets[0] if isinstance(here, ast.Assign) else here.target)
+                for one in body[place + 1 : end]:
+                    names.visit(one)
+                for one in last:  # where it gets its next value
+                    one.value = names.visit(one.value)
+            self.changes += 1
+            return
+
+    def use(self, body: list[ast.stmt], place: int) -> None:
+        """Put what one statement binds where it is read; the statement goes when nothing is left of it."""
+        one, rest = body[place], body[place + 1 :]
+        if not isinstance(one, ast.Assign | ast.AnnAssign) or one.value is None:
+            return
+        bound = list(stores(one))
+        if not all(isinstance(target, ast.Name) for target, _ in bound):
+            return
+        whole = isinstance(one.value, ast.Tuple) and len(bound) == len(one.value.elts)
+        if isinstance(one, ast.Assign) and (
+            len(one.targets) > 1 or not (whole or isinstance(one.targets[0], ast.Name))
+        ):
+            return
+        left, targets = list[tuple[Any, Any]](), {target.id for target, _ in bound}  # type: ignore[attr-defined]
+        for target, value in bound:
+            name = target.id  # type: ignore[attr-defined]
+            fine = name in self.once and value is not None and self.reads[name] > 0
+            names = {n.id for n in walk(value) if isinstance(n, ast.Name)} if value else set()
+            same_ = isinstance(value, ast.Name) and value.id == name
+            if (
+                same_
+                or fine
+                and value is not None
+                and not names & targets
+                and (self.spread(name, value, rest) or self.join(name, value, rest))
+            ):
+                self.changes += 1
+            else:
+                left.append((target, value))
+        if not left:
+            del body[place]
+        elif len(left) < len(bound):
+            new = left[0] if len(left) == 1 else [ast.Tuple(list(part), ast.Load()) for part in zip(*left)]
+            if len(left) > 1:
+                new[0].ctx = ast.Store()  # type: ignore[union-attr]
+            body[place] = ast.Assign([new[0]], new[1])
+
+    def spread(self, name: str, value: Any, rest: list[ast.stmt]) -> bool:
+        """Put a value that does not change wherever its name is read."""
+        if isinstance(value, ast.Call):
+            return self.take_apart(name, value, rest)
+        whole = value.elts if isinstance(value, ast.Tuple) else [value]
+        parts = all(self.still(part, rest) for part in whole)
+        parts |= is_empty_dict(value) and self.reads[name] == 1
+        if not parts or (self.reads[name] > 8 and not isinstance(value, ast.Name)):
+            return False
+        reads = [n for one in rest for n in walk(one) if isinstance(n, ast.Name) and n.id == name]
+        if len(reads) != self.reads[name]:
+            return False
+        if isinstance(value, ast.Tuple):  # taken apart there, or it is no gain
+            apart = [n.value for one in rest for n in walk(one) if isinstance(n, ast.Subscript) and is_literal(n.slice)]
+            if not {id(n) for n in reads} <= {id(n) for n in apart}:
+                return False
+        self.put(name, value, rest)
+        return True
+
+    def put(self, name: str, value: ast.expr, rest: list[ast.stmt]) -> None:
+        change = Replace({name: value})
+        for one in rest:
+            change.visit(one)
+        self.reads.update(n.id for _ in range(self.reads[name]) for n in walk(value) if isinstance(n, ast.Name))
+
+    def still(self, node: ast.expr, rest: list[ast.stmt]) -> bool:
+        """Whether an expression is a name, a constant, or an attribute that never changes, as long as `rest` runs."""
+        if isinstance(node, ast.Attribute):
+            known = node.attr in STILL or (node.attr in self.facts.given or node.attr in self.facts.stored or any(
+                node.attr in fields for fields in self.facts.fields.values()))  # fmt: skip
+            return known and node.attr not in self.changing and self.still(node.value, rest)
+        if not isinstance(node, ast.Name):
+            return is_literal(node)
+        again = {n.id for one in rest for n in walk(one) if isinstance(n, ast.Name) and not is_load(n)}
+        again |= {n.arg for one in rest for n in walk(one) if isinstance(n, ast.arg)}
+        return node.id not in again and node.id not in self.facts.nonlocals
+
+    def take_apart(self, name: str, value: ast.Call, rest: list[ast.stmt]) -> bool:
+        """Fields of a tuple that is made here are what they were given; False, since the tuple may be needed, too."""
+        kind = dotted(value.func)
+        if kind not in self.facts.fields or "NamedTuple" not in map(dotted, self.facts.classes[kind].bases):
+            return False
+        given = self.facts.passed(value, self.facts.field_args(kind), 0)
+        reads = [n for one in rest for n in walk(one) if isinstance(n, ast.Attribute) and is_load(n)  # type: ignore
+                 and isinstance(n.value, ast.Name) and n.value.id == name]  # fmt: skip
+        for node in reads:
+            new = given.get(node.attr)
+            if isinstance(new, ast.Name) and self.still(new, rest):
+                for one in rest:
+                    Swap(node, cloned(new)).visit(one)
+                self.changes += 1
+                self.reads[name] -= 1
+                self.reads[new.id] += 1
+        return False
+
+    def join(self, name: str, value: ast.expr, rest: list[ast.stmt]) -> bool:
+        """Put a value into the next statement, if that alone reads it, once, and nothing happens before."""
+        if self.reads[name] != 1 or name in self.captured or not rest or not self.purity.expression(value):
+            return False
+        after = rest[0]
+        held: Any = after.iter if isinstance(after, ast.For) else after.test if isinstance(after, ast.If) else after
+        held = after.items[0].context_expr if isinstance(after, ast.With) else held
+        if isinstance(held, ast.stmt):
+            plain = isinstance(held, ast.Assign | ast.AnnAssign | ast.Return | ast.Expr)
+            plain |= isinstance(held, ast.AugAssign) and isinstance(held.target, ast.Name)
+            held = held.value if plain else None  # type: ignore[attr-defined]
+        found = [n for n in walk(held) if isinstance(n, ast.Name) and n.id == name] if held else []
+        if len(found) != 1 or not self.comes(held, found[0]):
+            return False
+        new = Swap(found[0], value)
+        room = self.WIDTH - len(name) if held is not found[0] else 10 * self.WIDTH
+        if len(ast.unparse(held)) + len(ast.unparse(value)) > room:
+            return False
+        if held is found[0]:  # the whole of it
+            for field in ("value", "iter", "test"):
+                if getattr(after, field, None) is held:
+                    setattr(after, field, value)
+            if isinstance(after, ast.With):
+                after.items[0].context_expr = value
+            return True
+        new.visit(held)
+        return True
+
+    def comes(self, node: Any, aim: ast.AST) -> bool:
+        """Whether an expression comes to a part of it at most once, and has had no effect before."""
+        if node is aim:
+            return True
+        if isinstance(node, ast.Lambda):
+            return False
+        if isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+            return self.comes(node.generators[0].iter, aim)
+        parts = children(node)
+        if isinstance(node, ast.Dict):
+            parts = [part for pair in zip(node.keys, node.values) for part in pair if part is not None]
+        for part in parts:
+            if any(n is aim for n in walk(part)):
+                return self.comes(part, aim)
+            if not self.purity.expression(part):
+                return False
+        return False
+
+
+STILL = {"shape", "dtype", "device", "type", "ndim"}  # of tensors and what they are made of: never assigned
+
+
+class Without(Rewriter):
+    """Statements that go."""
+
+    def __init__(self, gone: Sequence[ast.stmt]) -> None:
+        self.gone = {id(one) for one in gone}
+
+    def visited(self, nodes: list[Any]) -> list[Any]:
+        left = super().visited([one for one in nodes if id(one) not in self.gone])
+        return left or ([ast.Pass()] if nodes else [])
+
+
+class Scattered(Rewriter):
+    """Names for the attributes of one name."""
+
+    def __init__(self, name: str, names: dict[str, str]) -> None:
+        self.name, self.names = name, names
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        if dotted(node.value) == self.name:
+            return ast.Name(self.names[node.attr], node.ctx)
+        return self.generic_visit(node)
+
+
+class Swap(Rewriter):
+    """One node for another."""
+
+    def __init__(self, old: ast.AST, new: ast.AST) -> None:
+        self.old, self.new = old, new
+
+    def visit(self, node: Any) -> Any:
+        return self.new if node is self.old else super().visit(node)
+
+
+class Renamed(Rewriter):
+    """Other names, and values for names that are only read."""
+
+    def __init__(self, names: dict[str, str], values: dict[str, ast.expr]) -> None:
+        self.names, self.values = names, values
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        if node.id in self.values:
+            return cloned(self.values[node.id])
+        node.id = self.names.get(node.id, node.id)
+        return node
+
+    def visit_ExceptHandler(self, node: ast.ExceptHandler) -> ast.ExceptHandler:
+        node.name = self.names.get(node.name, node.name) if node.name else None
+        return self.generic_visit(node)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        node.name = self.names.get(node.name, node.name)
+        return self.generic_visit(node)
+
+
 # ==== the program as a whole ====
 
 
@@ -3167,14 +4101,11 @@ class Program:
         if any(k.arg is None for call in makers for k in call.keywords) or any(call.args for call in makers):
             return frozenset(values)
         for call in [*facts.calls[".replace"], *facts.calls["replace"]]:
-            first = call.args[0] if is_replace(call) else None
-            holds = isinstance(first, ast.Name) and first.id in self.config_names
-            holds |= isinstance(first, ast.Attribute) and first.attr in self.config_attributes
-            for keyword in call.keywords if holds else ():
+            for keyword in call.keywords if is_replace(call) else ():  # of whatever object
                 if keyword.arg is None:
                     return frozenset(values)
                 alike = is_literal(keyword.value) and same(literal(keyword.value), values.get(keyword.arg))
-                found |= set() if alike else {keyword.arg}
+                found |= set() if alike or keyword.arg not in values else {keyword.arg}
         return frozenset(found)
 
     def registry(self, name: str) -> ast.Dict | None:
@@ -3268,7 +4199,7 @@ class Program:
         After the first two a round folds only what changed in the one before and what uses the same names; when that
         comes to an end, a whole round shows whether it is the end.
         """
-        before, dirty = dict[int, str](), None
+        before, dirty, size, settled = dict[int, str](), None, 0, False
         for number in range(limit):
             Reach(Facts(self.tree, self.external)).prune()
             facts = Facts(self.tree, self.external).scan()
@@ -3279,16 +4210,31 @@ class Program:
             facts = Facts(self.tree, self.external).scan()
             Sweep(facts).visit(self.tree)
             shrink(facts)
+            size, last = len(facts.nodes), size
+            if not settled and 0 < 0.98 * last < size:  # nearly all that goes has gone
+                settled, dirty = self.unfold(), None
+                continue
             after = {id(node): ast.dump(node) for node in self.tree.body}
             changed = [node for node in self.tree.body if before.get(id(node)) != after[id(node)]]
             if after.keys() == before.keys() and not changed:
-                if dirty is None:
+                if dirty is None and not self.unfold():
                     break
                 dirty = None
             else:
                 dirty = self.touched(facts, changed, before, after) if number else None
             before = after
         return finished(self.tree)
+
+    def unfold(self) -> bool:
+        """Put functions where they are called, as long as there are such; whether there were."""
+        found = False
+        Terse().visit(self.tree)
+        while (unfold := Unfold(Facts(self.tree, self.external).scan())).changes or (
+            Direct(unfold.facts, unfold.changing).changes
+        ):
+            Reach(Facts(self.tree, self.external)).prune()
+            found = True
+        return found
 
     def touched(self, facts: Facts, changed: list[ast.stmt], before: dict[int, str], after: dict[int, str]) -> set[int]:
         """Statements of the module that use a name which some change was about."""
@@ -3389,10 +4335,105 @@ class Finish(Rewriter):
         )
 
 
+class Terse(Rewriter):
+    """One statement for several that say the same: conditional values, neighbouring imports."""
+
+    WIDTH = 110  # of a line; a longer one is no easier to read than its parts
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        super().generic_visit(node)
+        for part in ("body", "orelse", "finalbody"):
+            if isinstance(body := getattr(node, part, None), list):
+                setattr(node, part, self.block(body))
+        return node
+
+    def block(self, body: list[ast.stmt]) -> list[ast.stmt]:
+        found = list[ast.stmt]()
+        for one in reversed(body):
+            after = found[0] if found else None
+            if isinstance(one, ast.Import) and isinstance(after, ast.Import):
+                after.names[:0] = one.names
+            elif (short := self.with_default(one, after)) is not None:
+                found[0] = short
+            elif (short := self.chosen(one, after)) is not None:
+                found[: 1 if isinstance(short, ast.Return) and not getattr(one, "orelse", []) else 0] = [short]
+            else:
+                found.insert(0, one)
+        return found
+
+    def with_default(self, node: ast.stmt, after: ast.stmt | None) -> ast.stmt | None:
+        """A literal that the next statement may replace, as one conditional value."""
+        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and is_literal(node.value)):
+            return None
+        if not isinstance(after, ast.If) or after.orelse or len(after.body) != 1:
+            return None
+        one, place = after.body[0], ast.unparse(node.targets[0])
+        if not isinstance(one, ast.Assign) or [ast.unparse(target) for target in one.targets] != [place]:
+            return None
+        if any(
+            place == ast.unparse(n)
+            for n in [*walk(after.test), *walk(one.value)]
+            if isinstance(n, ast.Name | ast.Attribute)
+        ):
+            return None
+        made = ast.Assign(one.targets, ast.IfExp(after.test, one.value, node.value))
+        return made if len(ast.unparse(ast.fix_missing_locations(made))) <= self.WIDTH else None
+
+    def visit_If(self, node: ast.If) -> ast.If:
+        self.generic_visit(node)
+        inner = node.body[0]
+        if len(node.body) == 1 and isinstance(inner, ast.If) and not (inner.orelse or node.orelse):
+            node.test, node.body = ast.BoolOp(ast.And(), [node.test, inner.test]), inner.body
+        return node
+
+    def chosen(self, node: ast.stmt, after: ast.stmt | None) -> ast.stmt | None:
+        """A conditional statement whose two ways do the same with two values, as one with a conditional value."""
+        if not isinstance(node, ast.If) or len(node.body) != 1 or len(node.orelse) > 1:
+            return None
+        one, two = node.body[0], node.orelse[0] if node.orelse else after
+        if isinstance(one, ast.Return) and isinstance(two, ast.Return) and one.value and two.value:
+            made: ast.stmt = ast.Return(ast.IfExp(node.test, one.value, two.value))
+        elif isinstance(one, ast.Assign) and isinstance(two, ast.Assign) and node.orelse:
+            if list(map(ast.dump, one.targets)) != list(map(ast.dump, two.targets)):
+                return None
+            made = ast.Assign(one.targets, ast.IfExp(node.test, one.value, two.value))
+        else:
+            return None
+        return made if len(ast.unparse(ast.fix_missing_locations(made))) <= self.WIDTH else None
+
+
+def with_tuples(tree: ast.Module) -> ast.Module:
+    """The same program with collections.namedtuple for each NamedTuple that is nothing but its fields."""
+    names = {alias.asname or alias.name: (node, alias) for node in tree.body if isinstance(node, ast.ImportFrom)
+             and node.module == "typing" for alias in node.names if alias.name == "NamedTuple"}  # fmt: skip
+    if not names:
+        return tree
+    own, (line, alias) = names.popitem()
+    kinds = [n for n in tree.body if isinstance(n, ast.ClassDef) and own in map(dotted, n.bases)]
+    left = any(not isinstance(one, ast.AnnAssign) for kind in kinds for one in kind.body)
+    used = {n.id for n in walk(tree) if isinstance(n, ast.Name)}
+    new = "namedtuple" if not alias.asname else next(n for n in short_names() if n not in used) if left else own
+    for place, node in enumerate(tree.body):
+        if node not in kinds or not all(isinstance(one, ast.AnnAssign) for one in node.body):  # type: ignore[attr-defined]
+            continue
+        assert isinstance(node, ast.ClassDef)
+        fields = {dotted(one.target): one.value for one in node.body if isinstance(one, ast.AnnAssign)}
+        made = parsed(f"{new}({node.name!r}, {' '.join(fields)!r})")
+        assert isinstance(made, ast.Call)
+        if given := [value for value in fields.values() if value]:
+            made.keywords = [ast.keyword("defaults", ast.Tuple(given, ast.Load()))]
+        tree.body[place] = ast.Assign([ast.Name(node.name, ast.Store())], made)
+    fresh = ast.ImportFrom("collections", [ast.alias("namedtuple", new if alias.asname else None)], 0)
+    line.names = [a for a in line.names if a is not alias or left]
+    tree.body[tree.body.index(line) : tree.body.index(line) + 1] = [fresh, *([line] if line.names else [])]
+    return ast.fix_missing_locations(tree)
+
+
 def finished(tree: ast.Module) -> ast.Module:
     if ast.get_docstring(tree, clean=False) is not None:
         tree.body = tree.body[1:]
     tree = Finish().visit(tree)
+    Terse().visit(tree)
     left = any(is_opaque(n) for n in walk(tree) if isinstance(n, Function))
     tree.body = [n for n in tree.body if left or not (isinstance(n, ast.ImportFrom) and dotted_future(n))]
     for node in walk(tree):  # a body that lost all its statements
@@ -3927,8 +4968,10 @@ def extract(source: Source, environ: dict[str, str], options: Any) -> Extracted:
             "build one script for each value"
         )
     program = Program(source, h, kept, options.devices.split(","), FOLDS=folds(h), SCORES=options.eval_only)
-    text = ast.unparse(program.run()) + "\n"
-    short = text if options.no_minify else minified(ast.unparse(named(text, program.external)), named=True)
+    plain = ast.unparse(program.run())
+    text = ast.unparse(with_tuples(ast.parse(plain))) + "\n"
+    named_ = "" if options.no_minify else ast.unparse(with_tuples(named(plain, program.external)))
+    short = text if options.no_minify else minified(named_, named=True)
     for part in (text, short):
         compile(part, "train_gpt.py", "exec")
     name, script = wrapped(short, options.wrapper)
@@ -4534,7 +5577,7 @@ def build(options: Any) -> list[str]:
         raise BuildError("--eval-only wants --dce, and neither --from nor --seeds: such a script trains nothing")
     whole = extract(source, environ, options)
     told = [
-        f"{source.path.name}: {len(source.text)} bytes; {len(whole.text.splitlines())} lines and "
+        f"{source.path.name}: {len(source.text)} bytes; {sum(map(bool, whole.text.splitlines()))} lines and "
         f"{len(whole.text)} bytes extracted, {len(whole.short)} minified, {len(whole.script)} wrapped ({whole.wrapper})"
     ]
     if options.explain:

@@ -1703,18 +1703,18 @@ class Log:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
         if not SCORES:
-            self.append(self.file, text + "\n")
+            self.put(self.file, text + "\n")
 
     def metric(self, kind: str, **values: Any) -> None:
         """Append one JSON object; units are part of the names."""
         if PACKAGED:
             return
         finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
-        self.append(self.metrics, json.dumps({"kind": kind, **finite}, allow_nan=False) + "\n")
+        self.put(self.metrics, json.dumps({"kind": kind, **finite}, allow_nan=False) + "\n")
         for sink in self.sinks:
             sink(kind, {n: v for n, v in values.items() if isinstance(v, int | float)})
 
-    def append(self, sink: TextIO | None, text: str) -> None:
+    def put(self, sink: TextIO | None, text: str) -> None:
         """Write to a file at once; a full disk costs lines of it and not the run."""
         if PACKAGED:
             assert sink is not None
@@ -2125,12 +2125,12 @@ class Loader:
         wanted = (self.position, rows, seq)
         if self.ready is None or self.ready.wanted != wanted:
             self.ready = self.prepare(*wanted)
-        batch, after, copied = self.ready.result()
+        done: tuple[Batch, Position, Any] = self.ready.future.result()
+        batch, after, copied = done
         if copied is not None:
             torch.cuda.current_stream().wait_event(copied)
-            # The allocator must not reuse them before the step is done.
-            for tensor in (batch.tokens, batch.targets, batch.history):
-                tensor.record_stream(torch.cuda.current_stream())
+            # The allocator must not reuse what all three are parts of before the step is done.
+            batch.tokens.record_stream(torch.cuda.current_stream())
         self.position = after
         self.ready = self.prepare(after, rows, seq)
         return batch
@@ -2152,7 +2152,7 @@ class Loader:
 
     def row(self, start: int, seq: int) -> np.ndarray:
         """(h.history + seq + 1,) tokens around a start; -1 before the stream and a row that begins a document."""
-        past = 0 if self.alone else min(self.history, start)
+        past = min(self.history, start) if self.history and not self.alone else 0
         return np.pad(self.stream.read(start - past, past + seq + 1), (self.history - past, 0), constant_values=-1)
 
 
@@ -2160,14 +2160,10 @@ class Future(NamedTuple):
     """A batch under way, and what it is a batch of."""
 
     wanted: tuple[Position, int, int]
-    future: Any
-
-    def result(self) -> tuple[Batch, Position, Any]:
-        return self.future.result()
+    future: Any  # of what Loader.build returns
 
 
-@dataclass(frozen=True)
-class ByteTable:
+class ByteTable(NamedTuple):
     """UTF-8 bytes of each token's surface form.
 
     A token counts `base` bytes, and one more for its leading space where the tokenizer drops that space at the start
@@ -2178,7 +2174,7 @@ class ByteTable:
     space: np.ndarray  # (V,) bool
     boundary: np.ndarray  # (V,) bool
 
-    def count(self, previous: np.ndarray, current: np.ndarray) -> np.ndarray:
+    def byte_counts(self, previous: np.ndarray, current: np.ndarray) -> np.ndarray:
         """Bytes of each `current` token, given the token before it; arrays of one shape."""
         return self.base[current] + (self.space[current] & ~self.boundary[previous])
 
@@ -2283,8 +2279,8 @@ class SentencePieceTokenizer:
 
     def drops_first_space(self) -> bool:
         """Whether decoding strips the space before a text's first piece (models trained with a dummy prefix)."""
-        pieces = (i for i in range(self.model.vocab_size()) if self.model.id_to_piece(i).startswith("\u2581"))
-        first = next((i for i in pieces if not self.model.is_control(i)), None)
+        marked = [i for i in range(self.model.vocab_size()) if self.model.id_to_piece(i).startswith("\u2581")]
+        first = next((i for i in marked if not self.model.is_control(i)), None)
         return first is not None and self.model.decode([first]) != self.model.id_to_piece(first).replace("\u2581", " ")
 
     def byte_table(self) -> ByteTable:
@@ -2333,7 +2329,7 @@ class FoldingTokenizer:
     def byte_table(self) -> ByteTable:
         """Marks count nothing."""
         table = self.inner.byte_table()
-        return dataclasses.replace(table, base=table.base - self.inner.marks())
+        return table._replace(base=table.base - self.inner.marks())
 
 
 Tokenizer = ByteTokenizer | SentencePieceTokenizer | FoldingTokenizer
@@ -4301,6 +4297,7 @@ class Attention(Module):
         places = [i for i, kind in enumerate(h.mixers) if kind == "attn"]
         blocks = h.shared_blocks or h.num_layers
         later = [place for place in places[1:] if place % blocks == layer % blocks]
+        self.value_residual = h.value_residual
         self.v_mix = nn.Parameter(torch.empty(1)) if h.value_residual and later else None
         valued = [*places[: h.value_embed], *places[max(0, len(places) - h.value_embed) :]]
         here = any(place % blocks == layer % blocks for place in valued)
@@ -4318,10 +4315,10 @@ class Attention(Module):
     def forward(self, x: Tensor, ctx: Ctx, state: AttentionState | None) -> Out:
         qkv = self.qkv(x, ctx).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 Hkv, Dh)
         q, k, v = QKVFunction.apply(qkv, self.q_gain, *ctx.rotary, self.qk_norm)
-        v0 = v if ctx.v0 is None else ctx.v0
+        v0 = (v if ctx.v0 is None else ctx.v0) if self.value_residual else None
         if self.v_mix is not None and ctx.v0 is not None:
             share = torch.sigmoid(self.v_mix).to(v.dtype)
-            v = share * v + (1 - share) * v0
+            v = share * v + (1 - share) * ctx.v0
         if self.v_rows is not None:
             v = v + self.v_rows.to(v.dtype) * ctx.memory["values"].to(v.dtype).view(v.shape)
         y, state = self.attend(q, k, v, ctx, state)
@@ -6055,7 +6052,7 @@ class ManifoldConnections(PlainResidual):
         return self.noted(r._replace(made=made), change, gate, ctx)
 
     def fuses(self, x: Tensor) -> bool:
-        return super().fuses(x) and not self.by_tokens
+        return not self.by_tokens and super().fuses(x)
 
     def matrices(self, share: Tensor, give: Tensor, mixing: Tensor) -> tuple[tuple[Tensor, ...], ...]:
         """The weights of each read (1, n) and write (n, n + 1) float32: of the differences X_j - X_0, and of y."""
@@ -6391,7 +6388,8 @@ class Trace(NamedTuple):
         """This trace and what one more site left; losses of what is visited again are means over the visits."""
         losses = {n: loss / site.visits + self.losses.get(n, 0.0) for n, loss in out.losses.items()}
         metrics = {f"{site.label}.{name}": value for name, value in out.metrics.items() if not PACKAGED}
-        return Trace({**self.states, site.id: out.state}, {**self.losses, **losses}, {**self.metrics, **metrics})
+        states = self.states if out.state is None else {**self.states, site.id: out.state}
+        return Trace(states, {**self.losses, **losses}, {**self.metrics, **metrics})
 
 
 def mean_trace(traces: list[Trace]) -> Trace:
@@ -6484,8 +6482,9 @@ class GPT(Module):
     def __init__(self, h: Hyperparameters, bos: int) -> None:
         super().__init__()
         self.h, self.bos, self.sites = h, bos, plan_sites(h, final_variant(h))
-        on = (False, True)
-        self.plans = {(a, b): plan_sites(h, Variant(looped=a, speculates=b)) for a in on for b in on}
+        speculates = h.capsule_speculate and h.capsule_bank and h.feedback_passes > 0
+        loops, ways = (False, True)[: 1 + bool(h.looped)], (False, True)[: 1 + speculates]
+        self.plans = {(a, b): plan_sites(h, Variant(looped=a, speculates=b)) for a in loops for b in ways}
         self.embed, self.head, self.rotary = Embedding(h, bos), Head(h), Rotary(h)
         blocks = [nn.ModuleDict() for _ in range(h.num_layers)]
         for site in self.sites:
@@ -6718,11 +6717,14 @@ class GPT(Module):
             part = [site for site in sites[entry:] if site.pass_ == pass_]
             r, ctx, trace = self.run(part, saved, ctx, states, trace)
             x, measured = self.residual.close(r)
-            ctx = self.after_pass(rms_norm(x), ctx)
+            top = rms_norm(x)
+            if self.h.feedback_passes:
+                ctx = self.after_pass(top, ctx)
+                top = ctx.memory["top"]
         if not PACKAGED:
             named = {f"residual.{name}": value for name, value in measured.items()}
             trace = trace._replace(metrics={**trace.metrics, **named})
-        return ctx.memory["top"], ctx, trace
+        return top, ctx, trace
 
     def after_pass(self, top: Tensor, ctx: Ctx) -> Ctx:
         """The context of the next pass: the top of this one; and in evaluation, which blocks stop here.
@@ -8970,7 +8972,7 @@ class Scorer:
         pace = Deadline(began, self.limit, sum(self.spans[span][1] - self.spans[span][0] for span in mine), self.say)
         if not PACKAGED:
             pace.asked = self.asked
-        carries = [Carry(g, self.model.init_state(len(g)) if self.h.carry_eval else None) for g in groups]
+        carries = [Carry(g, self.model.init_state(len(g))) for g in groups] if self.h.carry_eval else []
         known = 1 if self.plain else self.h.score_phases
         phases = known if PACKAGED else max([adapter.phases for adapter in self.adapters], default=1)
         turns = max(-(-(stop - start) // self.step) for start, stop in self.spans)
@@ -8978,7 +8980,9 @@ class Scorer:
         for phase in range(phases):
             part = range(phase * turns // phases, (phase + 1) * turns // phases)
             for g, group in enumerate(groups):
-                carries[g] = self.score_group(group, part, (states, carries[g]), sums, pace)
+                carry = self.score_group(group, part, (states, carries[g] if self.h.carry_eval else None), sums, pace)
+                if carry is not None:
+                    carries[g] = carry
                 if report:
                     report((phase + (g + 1) / len(groups)) / phases)
             states = self.merge(states) if phase + 1 < phases else states
@@ -9050,11 +9054,8 @@ class Scorer:
 
     def score_group(
         self, group: list[int], turns: Sequence[int], run: tuple, sums: np.ndarray, pace: Deadline
-    ) -> Carry:
-        """Walk some spans side by side, chunk by chunk; adds nats, tokens and bytes to the sums, returns the carry.
-
-        `run` is (states by span, carry).
-        """
+    ) -> Carry | None:
+        """Walk some spans, chunk by chunk; `run` is (states by span, carry). Adds to the sums, returns the carry."""
         states, carry = run
         for turn in turns:
             before = carry
@@ -9145,7 +9146,7 @@ class Scorer:
         targets = chunk.targets[:, -chunk.scored :]
         nats = -float(given.log_prob(targets).cpu().double().sum())
         previous, current = (x[:, -chunk.scored :].cpu().numpy() for x in (chunk.tokens, targets))
-        return np.array([nats, current.size, self.table.count(previous, current).sum()])
+        return np.array([nats, current.size, self.table.byte_counts(previous, current).sum()])
 
 
 class Finding(NamedTuple):
@@ -9379,8 +9380,8 @@ def check_bytes(tokenizer: Tokenizer, table: ByteTable, tokens: np.ndarray, part
         return Finding("bytes", False, "no whole document among the tokens")
     parts = [tokens[a + 1 : b].tolist() for a, b in itertools.pairwise(cuts)]
     decoded = sum(len(tokenizer.text_of(part).encode()) for part in parts)
-    total = int(table.count(tokens[cuts[0] : cuts[-1]], tokens[cuts[0] + 1 : cuts[-1] + 1]).sum())
-    due = int(table.count(part[:-1], part[1:]).sum())
+    total = int(table.byte_counts(tokens[cuts[0] : cuts[-1]], tokens[cuts[0] + 1 : cuts[-1] + 1]).sum())
+    due = int(table.byte_counts(part[:-1], part[1:]).sum())
     found = f"{total} counted, {decoded} decoded, {len(parts)} stretches of text; {used} of {due} in the audited score"
     return Finding("bytes", decoded == total and used == due, found)
 
@@ -9679,13 +9680,13 @@ def open_session(h: Hyperparameters, rt: Runtime, folder: Path, log: Log) -> Ses
             f"GPTQ_SOURCE=train has {held} held-out tokens, too few for a window of {h.eval_window}; raise "
             "HOLDOUT_TOKENS, or take GPTQ_SOURCE=self"
         )
+    table = tokenizer.byte_table()
+    prints = {"data": data_fingerprint(h, loader.stream), "tokenizer": tokenizer.fingerprint}
     h, attention = with_backends(h, rt)
     model = build_model(h, rt, tokenizer.bos)
     weights = Weights(model)
     weights.materialize(0.0)
     optimizer = Optimizer(h, rt, weights)
-    table = tokenizer.byte_table()
-    prints = {"data": data_fingerprint(h, loader.stream), "tokenizer": tokenizer.fingerprint}
     guard = cast(Guard, None if PACKAGED else Guard(h, rt, folder))  # nothing watches over a packaged script
     return Session(
         h, rt, log, folder, loader, tokenizer, model, weights, optimizer, validation, table, attention, prints, guard

@@ -1694,18 +1694,18 @@ class Log:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
         if not SCORES:
-            self.append(self.file, text + "\n")
+            self.put(self.file, text + "\n")
 
     def metric(self, kind: str, **values: Any) -> None:
         """Append one JSON object; units are part of the names."""
         if PACKAGED:
             return
         finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
-        self.append(self.metrics, json.dumps({"kind": kind, **finite}, allow_nan=False) + "\n")
+        self.put(self.metrics, json.dumps({"kind": kind, **finite}, allow_nan=False) + "\n")
         for sink in self.sinks:
             sink(kind, {n: v for n, v in values.items() if isinstance(v, int | float)})
 
-    def append(self, sink: TextIO | None, text: str) -> None:
+    def put(self, sink: TextIO | None, text: str) -> None:
         """Write to a file at once; a full disk costs lines of it and not the run."""
         if PACKAGED:
             assert sink is not None
@@ -2151,8 +2151,7 @@ class Pending(NamedTuple):
         return self.future.result()
 
 
-@dataclass(frozen=True)
-class ByteTable:
+class ByteTable(NamedTuple):
     """UTF-8 bytes of each token's surface form.
 
     A token counts `base` bytes, and one more for its leading space where the tokenizer drops that space at the start
@@ -2163,7 +2162,7 @@ class ByteTable:
     space: np.ndarray  # (V,) bool
     boundary: np.ndarray  # (V,) bool
 
-    def count(self, previous: np.ndarray, current: np.ndarray) -> np.ndarray:
+    def byte_counts(self, previous: np.ndarray, current: np.ndarray) -> np.ndarray:
         """Bytes of each `current` token, given the token before it; arrays of one shape."""
         return self.base[current] + (self.space[current] & ~self.boundary[previous])
 
@@ -2268,8 +2267,8 @@ class SentencePieceTokenizer:
 
     def drops_first_space(self) -> bool:
         """Whether decoding strips the space before a text's first piece (models trained with a dummy prefix)."""
-        pieces = (i for i in range(self.model.vocab_size()) if self.model.id_to_piece(i).startswith("\u2581"))
-        first = next((i for i in pieces if not self.model.is_control(i)), None)
+        marked = [i for i in range(self.model.vocab_size()) if self.model.id_to_piece(i).startswith("\u2581")]
+        first = next((i for i in marked if not self.model.is_control(i)), None)
         return first is not None and self.model.decode([first]) != self.model.id_to_piece(first).replace("\u2581", " ")
 
     def byte_table(self) -> ByteTable:
@@ -2318,7 +2317,7 @@ class FoldingTokenizer:
     def byte_table(self) -> ByteTable:
         """Marks count nothing."""
         table = self.inner.byte_table()
-        return dataclasses.replace(table, base=table.base - self.inner.marks())
+        return table._replace(base=table.base - self.inner.marks())
 
 
 Tokenizer = ByteTokenizer | SentencePieceTokenizer | FoldingTokenizer
@@ -7857,14 +7856,16 @@ class Scorer:
         began = time.monotonic() if self.began is None else self.began
         pace = Deadline(began, self.limit, sum(self.spans[span][1] - self.spans[span][0] for span in mine), self.say)
         pace.asked = self.asked
-        carries = [Carry(g, self.model.init_state(len(g)) if self.h.carry_eval else None) for g in groups]
+        carries = [Carry(g, self.model.init_state(len(g))) for g in groups] if self.h.carry_eval else []
         phases = max([adapter.phases for adapter in self.adapters], default=1)
         turns = max(-(-(stop - start) // self.step) for start, stop in self.spans)
         sums = np.zeros(3)
         for phase in range(phases):
             part = range(phase * turns // phases, (phase + 1) * turns // phases)
             for g, group in enumerate(groups):
-                carries[g] = self.score_group(group, part, (states, carries[g]), sums, pace)
+                carry = self.score_group(group, part, (states, carries[g] if self.h.carry_eval else None), sums, pace)
+                if carry is not None:
+                    carries[g] = carry
                 if report:
                     report((phase + (g + 1) / len(groups)) / phases)
             states = self.merge(states) if phase + 1 < phases else states
@@ -7926,11 +7927,8 @@ class Scorer:
 
     def score_group(
         self, group: list[int], turns: Sequence[int], run: tuple, sums: np.ndarray, pace: Deadline
-    ) -> Carry:
-        """Walk some spans side by side, chunk by chunk; adds nats, tokens and bytes to the sums, returns the carry.
-
-        `run` is (states by span, carry).
-        """
+    ) -> Carry | None:
+        """Walk some spans, chunk by chunk; `run` is (states by span, carry). Adds to the sums, returns the carry."""
         states, carry = run
         for turn in turns:
             before = carry
@@ -8039,7 +8037,7 @@ class Scorer:
         targets = chunk.targets[:, -chunk.scored :]
         nats = -float(np.array(given.log_prob(targets)).sum(dtype=np.float64))
         previous, current = (np.array(x[:, -chunk.scored :]) for x in (chunk.tokens, targets))
-        return np.array([nats, current.size, self.table.count(previous, current).sum()])
+        return np.array([nats, current.size, self.table.byte_counts(previous, current).sum()])
 
 
 class Finding(NamedTuple):
@@ -8273,8 +8271,8 @@ def check_bytes(tokenizer: Tokenizer, table: ByteTable, tokens: np.ndarray, part
         return Finding("bytes", False, "no whole document among the tokens")
     parts = [tokens[a + 1 : b].tolist() for a, b in itertools.pairwise(cuts)]
     decoded = sum(len(tokenizer.text_of(part).encode()) for part in parts)
-    total = int(table.count(tokens[cuts[0] : cuts[-1]], tokens[cuts[0] + 1 : cuts[-1] + 1]).sum())
-    due = int(table.count(part[:-1], part[1:]).sum())
+    total = int(table.byte_counts(tokens[cuts[0] : cuts[-1]], tokens[cuts[0] + 1 : cuts[-1] + 1]).sum())
+    due = int(table.byte_counts(part[:-1], part[1:]).sum())
     found = f"{total} counted, {decoded} decoded, {len(parts)} stretches of text; {used} of {due} in the audited score"
     return Finding("bytes", decoded == total and used == due, found)
 

@@ -233,7 +233,7 @@ def test_all_byte_counts_agree_with_the_text(tokenizers: dict[str, str], monkeyp
         assert vocabulary.count_bytes(tokens) == size, name
         assert minimal_gpt.count_bytes(tokens, path) == size, name
         table = train_gpt.SentencePieceTokenizer(path, len(vocabulary.pieces)).byte_table()  # else rows do not compare
-        assert table.count(tokens[:-1], tokens[1:]).sum() == size, name
+        assert table.byte_counts(tokens[:-1], tokens[1:]).sum() == size, name
     assert minimal_gpt.count_bytes(byte_tokens(TEXTS), "") == len("".join(TEXTS).encode())
 
 

@@ -517,7 +517,7 @@ def check_byte_law(tokenizer: t.Tokenizer, documents: Sequence[Sequence[int]]) -
         stream += document
         done = lengths[len(stream)]
     tokens = np.array(stream)
-    counted = np.concatenate(([0, 0], np.cumsum(table.count(tokens[:-1], tokens[1:]))))
+    counted = np.concatenate(([0, 0], np.cumsum(table.byte_counts(tokens[:-1], tokens[1:]))))
     wrong = {end: (length, int(counted[end])) for end, length in lengths.items() if counted[end] != length}
     assert not wrong, f"at {next(iter(wrong))} of {stream}: decoded and counted {next(iter(wrong.values()))}"
 
@@ -539,7 +539,7 @@ def test_lossless_tokenizer_counts_the_true_bytes(name: str, models: Callable) -
             continue
         tokens = np.array([tokenizer.bos, *tokenizer.tokens_of(text)])
         assert tokenizer.text_of(tokens[1:]) == text
-        assert table.count(tokens[:-1], tokens[1:]).sum() == len(text.encode("utf-8"))
+        assert table.byte_counts(tokens[:-1], tokens[1:]).sum() == len(text.encode("utf-8"))
 
 
 @settings(max_examples=150, deadline=None)
@@ -588,10 +588,12 @@ def test_tokens_without_a_surface_form_count_nothing(models: Callable) -> None:
     word = next(i for i in range(model.vocab_size()) if model.id_to_piece(i) == "▁the")
     control = model.piece_to_id("<ctl>")
     for token in (0, 1, 2, control):
-        assert table.boundary[token] and table.count(np.array([word]), np.array([token])) == 0
-        assert table.count(np.array([token]), np.array([word])) == len("the")  # its space is no part of a text's start
-    assert table.count(np.array([word]), np.array([word])) == len(" the")
-    assert table.count(np.array([word]), np.array([model.piece_to_id("<|tag|>")])) == len("<|tag|>")
+        assert table.boundary[token] and table.byte_counts(np.array([word]), np.array([token])) == 0
+        assert table.byte_counts(np.array([token]), np.array([word])) == len(
+            "the"
+        )  # its space is no part of a text's start
+    assert table.byte_counts(np.array([word]), np.array([word])) == len(" the")
+    assert table.byte_counts(np.array([word]), np.array([model.piece_to_id("<|tag|>")])) == len("<|tag|>")
 
 
 def published() -> list[Path]:
