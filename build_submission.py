@@ -1341,8 +1341,11 @@ class Purity:
             return False
         if node.func.__dict__.get("tensorial"):  # numpy's own that change an array, and torch's that end in _
             return node.func.attr not in CHANGES and not re.search("^set|_$", node.func.attr)
-        own = [method for _, method in facts.methods[node.func.attr]]
-        return all(map(self.definition, own)) if own else node.func.attr in PURE_METHODS
+        kind, name = node.func.__dict__.get("receiver", ""), node.func.attr
+        named = facts.methods[name] if kind != FOREIGN else []
+        own = [method for owner, method in named if kind not in facts.classes or owner in facts.family(kind)]
+        others = not own or (kind not in facts.classes and facts.outside(name))  # may be what is called
+        return all(map(self.definition, own)) and (name in PURE_METHODS or not others)
 
     def definition(self, node: ast.AST) -> bool:
         """Whether calling a function, or making an object of a class, is pure. A recursive one is asked once."""
@@ -5089,6 +5092,51 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+# Asks for what a small job does not come to: every compressor and packing, and FlashAttention by another's hand.
+PROBE = """
+import runpy, sys, types
+from importlib.util import find_spec
+import numpy as np
+own = runpy.run_path("train_gpt.py", run_name="probe")
+for kind, packings in own.get("STREAM_PACKINGS", {}).items():
+    dtype = own["STREAM_TYPES"][kind]
+    values = np.random.default_rng(0).integers(-1 if dtype.kind != "u" else 0, 2, 3000)
+    values = (values | 1 if kind in ("rows", "signs") else values).astype(dtype)
+    for name in packings if "PACKINGS" in own else ():
+        pack, unpack = own["PACKINGS"][name]
+        assert (unpack(pack(values), values.size, dtype) == values).all(), f"{kind} packed as {name}"
+    for name, (compress, expand) in own.get("COMPRESSORS", {}).items():
+        if find_spec({"zstd": "zstandard", "brotli": "brotli"}.get(name, "sys")):
+            assert expand(compress(values.tobytes(), kind), values.nbytes) == values.tobytes(), f"{kind} by {name}"
+for package in ("json", "no_package_of_that_name") if "import_problem" in own else ():
+    assert bool(own["import_problem"](package)) is (package != "json"), package
+flash = [name for name in ("fa3", "fa2") if name in own.get("ATTENTION", {})]
+if flash:
+    import torch
+    def attention(q, k, v, groups, window):
+        rows, columns = torch.arange(len(q)).unsqueeze(1), torch.arange(len(q))
+        seen = (columns <= rows) & (groups == groups.unsqueeze(1)) & ((window < 0) | (rows - columns <= window))
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+        return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)
+    def whole(q, k, v, causal, window_size):
+        return torch.stack([attention(*x, torch.zeros(q.shape[1]), window_size[0]) for x in zip(q, k, v)])
+    def parts(q, k, v, bounds, same, longest, other, causal, window_size):
+        return attention(q, k, v, torch.searchsorted(bounds, torch.arange(len(q)), right=True), window_size[0])
+    made = types.ModuleType("flash_attn")
+    made.flash_attn_func, made.flash_attn_varlen_func = whole, parts
+    sys.modules["flash_attn"] = sys.modules["flash_attn_interface"] = made
+    q, k, v = torch.randn(2, 12, 4, 8), torch.randn(2, 12, 2, 8), torch.randn(2, 12, 2, 8)
+    documents = torch.tensor([[0] * 5 + [1] * 7, [2] * 9 + [3] * 3])
+    for name in flash:
+        found = own["ATTENTION"][name](q, k, v, 0, documents)
+        wanted = [[attention(*x, g, w) for x, g in zip(zip(q, k, v), groups)]
+                  for groups in (documents, torch.zeros(2, 12)) for w in [-1, *range(1, 12)]]
+        assert any(torch.allclose(found, torch.stack(x), atol=1e-5) for x in wanted), name
+print("probed")
+"""
+
+
 def is_kernel(node: Definition) -> bool:
     """Whether a function is Triton's; the module may have another name in a minified script."""
     return any(dotted(mark).endswith(".jit") for mark in node.decorator_list)
@@ -5274,11 +5322,20 @@ def prove(source: Source, environ: dict[str, str], whole: Extracted, options: An
                 raise BuildError(f"the {kind} script is not the full one: {difference}; suspected: {blamed}")
         ranks = RANKS if source.path.name == TARGETS["torch"][0] else 1
         if ranks > 1:
+            if not folds(whole.h):  # data of whose manifest nothing is needed: its fingerprint is made
+                (folder / "data").mkdir()
+                for path in Path(small["DATA_PATH"]).glob("*.bin"):
+                    (folder / "data" / path.name).symlink_to(path)
+                small, keeps = ({**one, "DATA_PATH": str(folder / "data")} for one in (small, keeps))
             apart = run_job(folder / "full_ranks", source.path.read_bytes(), small, ranks=ranks)
             for kind, script, coverage in (("ranks", made.text.encode(), True), ("shipped_ranks", made.script, False)):
                 if difference := first_difference(apart, run_job(folder / kind, script, keeps, coverage, ranks)):
                     raise BuildError(f"on {ranks} ranks the {kind} script is not the full one: {difference}")
-        on_gpu, folders = with_kernels(source, small, made, options), ["readable", *["ranks"] * (ranks > 1)]
+        (folder / "probe").mkdir()
+        (folder / "probe" / "train_gpt.py").write_text(made.text)
+        (folder / "probe" / "probe.py").write_text(PROBE)
+        run_script(folder / "probe", [*COVERAGE, "probe.py"], keeps)
+        on_gpu, folders = with_kernels(source, small, made, options), ["readable", "probe", *["ranks"] * (ranks > 1)]
         kernels = build_kernels(folder / "kernels", on_gpu.short, keeps)
         if kernels and on_gpu is made:
             build_kernels(folder / "kernels_readable", made.text, keeps, coverage=True)

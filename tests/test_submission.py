@@ -283,6 +283,9 @@ RULES: dict[str, tuple[str, list[str], list[str]]] = {
     "an unread field": (
         "class Pair(NamedTuple):\n    a: int\n    b: int = 0\n\n"
         "def main(h: Hyperparameters) -> None:\n    print(Pair(h.seed, 5).a)\n", ["Pair"], ["print(h.seed)"]),
+    "a method of another module's class that has the name of a pure one": (
+        "import hashlib\n\nclass Own:\n    def update(self, x: bytes) -> int:\n        return len(x)\n\n"
+        "def main(h: Hyperparameters) -> None:\n    digest = hashlib.sha256()\n    digest.update(str(h.seed).encode())\n    print(digest.hexdigest(), Own().update(b'x'))\n", [], ["digest.update("]),
     "a condition that is a list": (
         "def note(x: int) -> int:\n    print('note', x)\n    return x\n\ndef some(xs: list) -> int:\n    return 1 if [*xs] else 2\n\n"
         "def main(h: Hyperparameters) -> None:\n    if [None, note(1)]:\n        print('yes')\n    if (h.seed, None):\n        print('two')\n    print(some([]), some([h.seed]))\n", ["if (h"], ["note()", "yes"]),
