@@ -15,6 +15,9 @@ knows no function of the script by name; what it relies on is written in the sou
 - Annotations are true: what mypy accepts is taken for the type of a name, a field, a result and of what a loop goes
   through. `strict=True` of zip is an assertion.
 
+Then a function that one place calls is put there (`Unfold`) and a value where it is used (`Direct`), as far as nothing
+is computed in another order that anybody could tell: what a function keeps alive it may keep for longer.
+
 What is left is given short names (`Naming`) and wrapped: by LZMA, or as digits that a decoder of 500 bytes turns into
 the text again (`MIXER`; it takes some seconds of a core at each start).
 """
@@ -199,6 +202,7 @@ PURE_METHODS = frozenset(
 NAMERS = {"getattr", "setattr", "hasattr", "delattr", "attrgetter", "methodcaller", "register_buffer", "get_submodule"}
 NAMERS |= {"register_parameter", "register_module", "add_module", "get_parameter", "get_buffer"}
 EATERS = ("tuple", "list", "dict", "set", "any", "all", "sum", "sorted", "max", "min", "frozenset")  # of iterables
+EFFECTS = ("rand", "normal", "bernoulli", "multinomial", "copyto", "fill", "put")  # functions of torch and numpy
 PURE_CALLS = {
     "int.from_bytes",
     "time.monotonic",
@@ -640,19 +644,17 @@ FOREIGN_TYPES = {
 
 
 TENSORS = {"Tensor", "Tensorial", "np.ndarray"}
-CHANGES = {
-    "backward",
-    "retain_grad",
-    "record_stream",
-    "register_hook",
-    "tofile",
-    "random",
-    "fill",
-    "sort",
-    "resize",
-    "put",
-    "partition",
-}
+# Methods of tensors and arrays that only look, beside those of PURE_METHODS.
+LOOKING_METHODS = {
+    "add", "addcmul", "addmm", "amax", "argmax", "argmin", "argsort", "astype", "baddbmm", "bfloat16", "bmm",
+    "chunk", "clamp", "contiguous", "cos", "cummax", "cumsum", "diagonal", "diff", "div", "dot", "eq", "erfinv",
+    "exp", "expand", "expand_as", "floor", "gather", "ge", "gt", "half", "index_select", "isfinite", "isnan", "le",
+    "lerp", "log", "log2", "log_softmax", "logsumexp", "lt", "masked_fill", "matmul", "mul", "movedim", "narrow",
+    "ne", "neg", "new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "norm", "outer", "permute", "pow",
+    "prod", "ravel", "repeat", "repeat_interleave", "relu", "roll", "round", "rsqrt", "scatter", "searchsorted",
+    "select", "sigmoid", "sin", "softmax", "std", "sub", "t", "tanh", "tile", "to", "tobytes", "topk", "transpose",
+    "tril", "triu", "type_as", "unbind", "unflatten", "unfold", "unique", "var", "where",
+}  # fmt: skip
 TENSORIAL, FOREIGN_OBJECT = ast.Name("Tensorial", ast.Load()), ast.Name("Foreign", ast.Load())
 
 
@@ -1335,12 +1337,12 @@ class Purity:
             return True
         if module in ("torch", "numpy") and "." not in rest:
             return rest.islower() and not rest.startswith(
-                ("set_", "manual", "save", "load", "use_", "compile", "no_", "rand")
+                ("set_", "manual", "save", "load", "use_", "compile", "no_", *EFFECTS)
             )
         if not isinstance(node.func, ast.Attribute) or (module and module not in ("torch", "numpy")):
             return False
-        if node.func.__dict__.get("tensorial"):  # numpy's own that change an array, and torch's that end in _
-            return node.func.attr not in CHANGES and not re.search("^set|_$", node.func.attr)
+        if node.func.__dict__.get("tensorial") and node.func.attr in LOOKING_METHODS:
+            return True
         kind, name = node.func.__dict__.get("receiver", ""), node.func.attr
         named = facts.methods[name] if kind != FOREIGN else []
         own = [method for owner, method in named if kind not in facts.classes or owner in facts.family(kind)]
@@ -1414,6 +1416,9 @@ class Scope:
 
 
 LOOPERS = {"list", "tuple", "sorted", "reversed", "set", "next", "min", "max", "enumerate", "zip"}
+
+
+FILLS = {"update", "setdefault", "pop", "popitem", "clear"}  # of dicts
 
 
 class Fold(Rewriter):
@@ -1701,7 +1706,8 @@ class Fold(Rewriter):
         """Whether a function is one of torch or numpy that gives no object of the program."""
         head, _, name = dotted(node).partition(".")
         known = self.facts.modules.get(head) in ("torch", "numpy", "torch.nn.functional")
-        return known and name.isidentifier() and name != "compile" and self.find(head) is self.scopes[0]
+        fit = name.isidentifier() and name.islower() and name not in ("compile", "load", "array_split")
+        return known and fit and self.find(head) is self.scopes[0]
 
     def type_of_IfExp(self, node: ast.IfExp) -> ast.expr | None:
         return agreed_type([self.type_of(part) for part in (node.body, node.orelse) if not is_none(part)])
@@ -1879,8 +1885,9 @@ class Fold(Rewriter):
         known = value is not None and (is_literal(value) or is_empty_dict(value) or self.visible(value))
         if known and self.purity.expression(node.value):
             return cloned(value)
-        if (kind := made_kind(node.value)) in self.facts.fields and isinstance(node.value, ast.Call):
-            given = self.facts.passed(node.value, self.facts.field_args(kind), 0)  # a field of what is just made
+        kind = self.facts.classes.get(made_kind(node.value))
+        if kind is not None and "NamedTuple" in map(dotted, kind.bases) and isinstance(node.value, ast.Call):
+            given = self.facts.passed(node.value, self.facts.field_args(kind.name), 0)  # a field of what is just made
             parts = [*node.value.args, *(k.value for k in node.value.keywords)]
             if given.get(node.attr) and all(p is given[node.attr] or self.purity.expression(p) for p in parts):
                 return given[node.attr]
@@ -1995,7 +2002,8 @@ class Fold(Rewriter):
         key = node.slice
         if not is_literal(key):
             alike = isinstance(node.value, ast.Attribute | ast.BinOp | ast.Constant | ast.Tuple)
-            return self.any_part(node.value) if alike and not isinstance(key, ast.Slice) else None
+            alike &= not isinstance(key, ast.Slice) and self.purity.expression(key)
+            return self.any_part(node.value) if alike else None
         if isinstance(node.value, ast.Name) and self.visible(node.value):
             entry = self.program.entry(node.value.id, literal(key))
             fit = isinstance(entry, ast.Name | ast.Attribute) or (
@@ -2098,6 +2106,12 @@ class Fold(Rewriter):
     def is_own(self, value: ast.expr, node: ast.expr, name: str) -> bool:
         """Whether a value is an object's field, or a copy of that dict, which nobody changes."""
         if isinstance(value, ast.Dict) and len(value.keys) == 1 and value.keys[0] is None:
+            held = (
+                n.value for n in self.facts.nodes if isinstance(n, ast.Subscript) and not isinstance(n.ctx, ast.Load)
+            )
+            asked = (n.value for n in self.facts.nodes if isinstance(n, ast.Attribute) and n.attr in FILLS)
+            if any(isinstance(n, ast.Attribute) and n.attr == name for n in (*held, *asked)):
+                return False
             value = value.values[0]
         same_ = isinstance(value, ast.Attribute) and value.attr == name and isinstance(node, ast.Name)
         return same_ and dotted(value.value) == node.id  # type: ignore[attr-defined]
@@ -2408,6 +2422,9 @@ class Fold(Rewriter):
             if not alone or not isinstance(one.target, ast.Name) or not is_literal(one.iter.elts[0]):
                 return None
             given[one.target.id] = one.iter.elts[0]
+        parts = [n for part in ("key", "value", "elt") if hasattr(node, part) for n in walk(getattr(node, part))]
+        if any(isinstance(n, ast.Lambda | ast.comprehension) for n in parts):
+            return None  # which may mean another thing by that name
         made = [Replace(given).visit(getattr(node, part)) for part in ("key", "value", "elt") if hasattr(node, part)]
         if isinstance(node, ast.DictComp):
             return ast.Dict(made[:1], made[1:])
@@ -2925,7 +2942,7 @@ class Sweep(Rewriter):
         self.drop_results(node)
         reads = Counter(n.id for n in walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load))
         free = {name for n in walk(node) if isinstance(n, ast.Global | ast.Nonlocal) for name in n.names}
-        self.local.append((set(bindings(node)) | {a.arg for a in parameters(node.args)} - free, reads))
+        self.local.append(((set(bindings(node)) | {a.arg for a in parameters(node.args)}) - free, reads))
         self.generic_visit(node)
         self.local.pop()
         self.changes += Joined(node, self.facts.modules).changes
@@ -2967,6 +2984,9 @@ class Sweep(Rewriter):
         facts, name = self.facts, method.name
         if facts.defs.get(kind.name) is not kind or name.startswith("__") or facts.foreign(kind.name, name):
             return False
+        family = [facts.classes[c] for c in facts.family(kind.name)]
+        if any("classmethod" in marks_of(m) for c in family for m in c.body if isinstance(m, Function)):
+            return False  # which may make an object of any of them
         owners, above = {owner for owner, _ in facts.methods[name]}, {made_kind(n.value) for n in facts.reads[name]}
         above = "super" in above or any(dotted(n.value) in facts.classes for n in facts.reads[name])  # type: ignore
         if "bare" not in facts.cache:
@@ -2995,7 +3015,8 @@ class Sweep(Rewriter):
         heirs = [c for c in self.facts.classes if kind.name in self.facts.ancestors(c) and self.facts.calls[c]]
         escaped = any(self.facts.escaped[c] for c in self.facts.classes if kind.name in self.facts.ancestors(c))
         ups = [next((a for a in self.facts.ancestors(c) if names[0] in self.given_by(a)), "") for c in heirs]
-        if len(names) == 1 and heirs and not known and not escaped and kind.name not in ups:
+        alone = len(names) == 1 and not self.facts.loads[names[0]]
+        if alone and heirs and not known and not escaped and kind.name not in ups:
             return True
         return not any(self.facts.loads[name] or name in known for name in names)
 
@@ -3372,16 +3393,21 @@ class Unfold:
 
     def __init__(self, facts: Facts) -> None:
         self.facts, self.purity, self.changes = facts, Purity(facts), 0
-        self.touched = set[int]()
+        self.touched, self.looped = set[int](), 0  # functions changed in this round; loops around a place
         held = [
             n for n in facts.tree.body if isinstance(n, ast.Assign | ast.AnnAssign) and isinstance(n.value, ast.Dict)
         ]
         self.dicts = {dotted(target) for one in held for target, _ in stores(one)} - facts.shadowed  # the registries
-        makers = {id(n) for _, maker in facts.methods["__init__"] for n in walk(maker)}
+        makers = {id(n) for _, maker in facts.methods["__init__"] for n in walk(maker) if isinstance(n, ast.Attribute)
+                  and isinstance(n.value, ast.Name) and n.value.id == maker.args.args[0].arg}  # fmt: skip
         self.changing = {name for name, found in facts.stored.items() if any(id(t) not in makers for t, _ in found)}
         self.aims = {id(call): function for function in self.functions() for call in self.only_call(function)}
         self.aims |= {id(call): maker for call, maker in self.alone()}
         for function in [n for n in facts.nodes if isinstance(n, Function) and not is_opaque(n)]:
+            bound = bindings(function)  # arrays that are made here: nobody else changes what is read of them
+            self.arrays = {
+                n for n, v in bound.items() if len(v) == 1 and made_kind(v[0]) in ("np.zeros", "torch.zeros")
+            }
             self.inside_block(function, function.body)
 
     def functions(self) -> list[Function]:
@@ -3476,10 +3502,15 @@ class Unfold:
         if made is None:
             return None
         left = [(t, v) for t, v in stores(node) if v is not call]
-        rest: list[ast.stmt] = [ast.Assign([t], cast(ast.expr, v)) for t, v in left]
-        names = dict[str, str]()
-        taken = {n.id for n in walk(caller) if isinstance(n, ast.Name)}
-        new = [*made[0], *made[1], *rest]
+        ends: list[Any] = [
+            ast.Tuple([t for t, _ in left], ast.Store()),
+            ast.Tuple([cast(ast.expr, v) for _, v in left], ast.Load()),
+        ]
+        rest: list[ast.stmt] = [ast.Assign(ends[:1], ends[1])] if len(left) > 1 else []
+        rest = [ast.Assign([left[0][0]], cast(ast.expr, left[0][1]))] if len(left) == 1 else rest
+        names, new = dict[str, str](), [*made[0], *made[1], *rest]
+        parts_ = [n for part in [caller, *new] for n in walk(part)]
+        taken = {n.id for n in parts_ if isinstance(n, ast.Name)} | {n.arg for n in parts_ if isinstance(n, ast.arg)}
         for one in [n for part in [caller, *new] for n in walk(part)]:
             if isinstance(one, ast.Attribute) and dotted(one.value) == target.id and one.attr not in names:
                 free = one.attr not in taken
@@ -3502,10 +3533,12 @@ class Unfold:
                 place += 0 if one in made else len(made)
                 continue
             if not isinstance(one, Definition):
+                self.looped += isinstance(one, ast.For | ast.While)
                 for handler in getattr(one, "handlers", []):
                     self.inside_block(caller, handler.body)
                 for part in ("body", "orelse", "finalbody"):
                     self.inside_block(caller, getattr(one, part, []))
+                self.looped -= isinstance(one, ast.For | ast.While)
             place += 1
 
     def unfolded(self, caller: Function, node: ast.stmt) -> list[ast.stmt] | None:
@@ -3528,17 +3561,22 @@ class Unfold:
         come to it and nothing has happened, or "no"."""
         if node is aim:
             return "there"
+        if isinstance(node, ast.Name) and node.id in self.facts.nonlocals:
+            return "no"
         if node is None or isinstance(node, ast.Name | ast.Constant | ast.Lambda):
             return "calm"
         if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Store):
             found = self.reaches(node.value, aim)
-            still = node.attr not in self.changing or dotted(node).split(".")[0] in self.facts.modules
+            still = is_given(self.facts, node.attr) and node.attr not in self.changing
+            still |= dotted(node).split(".")[0] in self.facts.modules or self.is_method(node.attr)
             return found if found != "calm" or still else "no"
         parts: list[Any]
         if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign | ast.Return | ast.Expr | ast.keyword):
             if isinstance(node, ast.AugAssign) and not isinstance(node.target, ast.Name):
                 base = node.target.value if isinstance(node.target, ast.Subscript) else node.target
-                if not (isinstance(base, ast.Name) and self.purity.expression(node.target)):
+                given = {n.id for n in walk(aim) if isinstance(n, ast.Name)}
+                own = isinstance(base, ast.Name) and base.id in self.arrays - given
+                if not (own and self.purity.expression(node.target)):
                     return "no"  # what is read first might change
             return self.reaches(node.value, aim) if node.value else "no"
         if isinstance(node, ast.Call):
@@ -3571,6 +3609,11 @@ class Unfold:
                 return found
         return last
 
+    def is_method(self, name: str) -> bool:
+        """Whether an attribute is a method, whose look-up tells nothing."""
+        named = self.facts.methods.get(name, ())
+        return bool(named) and not any(marks_of(method) for _, method in named) and not self.facts.stored[name]
+
     # -- putting --
 
     def put(self, caller: Function, node: ast.stmt, call: ast.Call, function: Function) -> list[ast.stmt] | None:
@@ -3582,6 +3625,14 @@ class Unfold:
             given[function.args.args[0].arg] = call.func.value
         if any(value is None for value in given.values()):
             return None
+        if self.looped and any(isinstance(one, Function) for one in function.body):
+            return None  # each turn's inner function would see the last turn's names
+        own = [call.func.value] if isinstance(call.func, ast.Attribute) else []
+        order = [id(x) for x in (*own, *call.args, *(k.value for k in call.keywords))]  # in which they are computed
+        fresh: list[Any] = [v for v in given.values() if id(v) not in order]
+        if not all(isinstance(v, ast.Name | ast.Attribute) or is_literal(v) for v in fresh):
+            return None  # a default that is made once
+        given = dict(sorted(given.items(), key=lambda pair: order.index(id(pair[1])) if id(pair[1]) in order else 99))
         made = self.arguments(caller, function, body, cast(dict[str, ast.expr], given))
         if made is None:
             return None
@@ -3641,7 +3692,10 @@ class Unfold:
         bound = set(bindings(function))
         own, notes = bound | set(given), {a.arg: a.annotation for a in parameters(function.args)}
         uses = Counter(n.id for one in body for n in walk(one) if isinstance(n, ast.Name))
-        local = set(bindings(caller)) | {a.arg for a in [*parameters(caller.args), *starred(caller.args)]}
+        around = [caller]
+        if id(caller) in self.facts.inner:
+            around += [f for f in self.facts.nodes if isinstance(f, Function) and any(n is caller for n in walk(f))]
+        local = {a.arg for f in around for a in [*parameters(f.args), *starred(f.args)]}.union(*map(bindings, around))
         looped = {n.id for one in body for g in walk(one) if isinstance(g, ast.comprehension)
                   for n in walk(g.target) if isinstance(n, ast.Name)}  # fmt: skip
         for one in (f for f in body if isinstance(f, Function)):
@@ -3654,7 +3708,13 @@ class Unfold:
         simple = {n: v for n, v in given.items() if n not in bound and self.simple(v, uses[n])
                   and dotted(v).split(".")[0] not in looped}  # fmt: skip
         start = list[ast.stmt]()
-        imported = {a.asname or a.name for one in body for n in walk(one) if isinstance(n, ast.Import) for a in n.names}
+        imported = {
+            a.asname or a.name
+            for one in body
+            for n in walk(one)
+            if isinstance(n, ast.Import | ast.ImportFrom)
+            for a in n.names
+        }
         names = {n: self.fresh(n, taken | set(uses)) for n in sorted(own - set(simple)) if n in taken}
         if imported & set(names):
             return None
@@ -3679,8 +3739,9 @@ class Unfold:
         """Whether an argument may stand wherever its parameter is read."""
         if isinstance(value, ast.Name | ast.Constant):
             return not (isinstance(value, ast.Name) and value.id in self.facts.nonlocals)
-        calm = isinstance(value, ast.Attribute) and value.attr not in self.changing and uses <= 3
-        return calm and self.simple(value.value, uses)  # type: ignore[attr-defined]
+        if not isinstance(value, ast.Attribute) or uses > 3 or not is_given(self.facts, value.attr):
+            return False
+        return value.attr not in self.changing and self.simple(value.value, uses)
 
     @staticmethod
     def fresh(name: str, taken: set[str]) -> str:
@@ -3701,7 +3762,8 @@ class Direct:
         bound, args = bindings(function), [*parameters(function.args), *starred(function.args)]
         kept = {n for one in walk(function) if isinstance(one, ast.Global | ast.Nonlocal) for n in one.names}
         self.once = {n for n, v in bound.items() if len(v) == 1} - kept - {a.arg for a in args}
-        self.local = set(bound) | {a.arg for a in args}
+        self.local, self.kept, self.fixed = set(bound) | {a.arg for a in args}, kept, {a.arg for a in args} - set(bound)
+        self.compared = {n for n in self.once if isinstance(bound[n][0], ast.Compare)}
         inner = [f for f in walk(function) if isinstance(f, Function | ast.Lambda) and f is not function]
         seen = [
             {n.id for n in walk(f) if isinstance(n, ast.Name)} - set(bindings(f)) - {a.arg for a in parameters(f.args)}
@@ -3732,6 +3794,8 @@ class Direct:
                 filled[target.value.id].append(one)
         for name, bound in bindings(function).items():
             made = isinstance(bound[0], ast.DictComp | ast.ListComp | ast.Dict | ast.List) and len(bound) == 1
+            if made and isinstance(bound[0], ast.DictComp | ast.ListComp):  # of containers of their own
+                made = isinstance(getattr(bound[0], "value", getattr(bound[0], "elt", None)), ast.List | ast.Constant)
             if not made or not len(filled[name]) == self.reads[name] > 0 or name in self.captured:
                 continue
             if all(self.purity.expression(one.value) and self.purity.expression(t.slice)  # type: ignore[attr-defined]
@@ -3746,7 +3810,7 @@ class Direct:
             one = body[place]
             name = one.targets[0] if isinstance(one, ast.Assign) and len(one.targets) == 1 else None
             copied = isinstance(name, ast.Name) and isinstance(one.value, ast.Name)  # type: ignore[attr-defined]
-            if copied and name.id in self.local - self.captured - read:  # type: ignore[union-attr]
+            if copied and name.id in self.local - self.captured - self.kept - read:  # type: ignore[union-attr]
                 del body[place]
                 self.changes += 1
             read |= {n.id for n in walk(one) if isinstance(n, ast.Name)}
@@ -3754,7 +3818,7 @@ class Direct:
     def same_test(self, body: list[ast.stmt]) -> None:
         """A condition inside itself."""
         for one in body:
-            if not isinstance(one, ast.If) or not isinstance(one.test, ast.Name):
+            if not isinstance(one, ast.If) or not isinstance(one.test, ast.Name) or one.test.id not in self.compared:
                 continue
             for place, inner in enumerate(one.body):
                 if any(isinstance(n, ast.Name) and n.id == one.test.id and not is_load(n) for n in walk(inner)):
@@ -3838,8 +3902,10 @@ class Direct:
         if isinstance(value, ast.Call):
             return self.take_apart(name, value, rest)
         whole = value.elts if isinstance(value, ast.Tuple) else [value]
+        roots = {n.id for n in walk(value) if isinstance(n, ast.Name)} & self.local
+        if name in self.captured and not roots <= self.once | self.fixed:
+            return False  # an inner function may run when they have changed
         parts = all(self.still(part, rest) for part in whole)
-        parts |= is_empty_dict(value) and self.reads[name] == 1
         if not parts or (self.reads[name] > 8 and not isinstance(value, ast.Name)):
             return False
         reads = [n for one in rest for n in walk(one) if isinstance(n, ast.Name) and n.id == name]
@@ -3861,8 +3927,7 @@ class Direct:
     def still(self, node: ast.expr, rest: list[ast.stmt]) -> bool:
         """Whether an expression is a name, a constant, or an attribute that never changes, as long as `rest` runs."""
         if isinstance(node, ast.Attribute):
-            known = node.attr in STILL or (node.attr in self.facts.given or node.attr in self.facts.stored or any(
-                node.attr in fields for fields in self.facts.fields.values()))  # fmt: skip
+            known = is_given(self.facts, node.attr) or (node.attr in STILL and not any(map(reshapes, rest)))
             return known and node.attr not in self.changing and self.still(node.value, rest)
         if not isinstance(node, ast.Name):
             return is_literal(node)
@@ -3892,6 +3957,8 @@ class Direct:
         """Put a value into the next statement, if that alone reads it, once, and nothing happens before."""
         if self.reads[name] != 1 or name in self.captured or not rest or not self.purity.expression(value):
             return False
+        if any(isinstance(n, ast.Call) and dotted(n.func)[:5] == "time." for n in walk(value)):
+            return False  # a moment
         after = rest[0]
         held: Any = after.iter if isinstance(after, ast.For) else after.test if isinstance(after, ast.If) else after
         held = after.items[0].context_expr if isinstance(after, ast.With) else held
@@ -3935,6 +4002,19 @@ class Direct:
         return False
 
 
+def is_given(facts: Facts, name: str) -> bool:
+    """Whether an attribute is a field, or is set by the program; no property or method."""
+    own = name in facts.stored or any(name in fields for fields in facts.fields.values())
+    return own and name not in facts.methods
+
+
+def reshapes(node: ast.stmt) -> bool:
+    """Whether a statement may give a tensor another shape, type or device."""
+    found = (n for n in walk(node) if isinstance(n, ast.Attribute))
+    return any((n.attr == "data" and isinstance(n.ctx, ast.Store)) or n.attr in RESHAPING for n in found)
+
+
+RESHAPING = {"resize_", "squeeze_", "unsqueeze_", "t_", "transpose_", "set_", "swapaxes_"}
 STILL = {"shape", "dtype", "device", "type", "ndim"}  # of tensors and what they are made of: never assigned
 
 
@@ -4343,11 +4423,15 @@ class Terse(Rewriter):
 
     WIDTH = 110  # of a line; a longer one is no easier to read than its parts
 
+    tried = 0  # statements around that handle exceptions
+
     def generic_visit(self, node: ast.AST) -> ast.AST:
+        self.tried += isinstance(node, ast.Try)
         super().generic_visit(node)
         for part in ("body", "orelse", "finalbody"):
             if isinstance(body := getattr(node, part, None), list):
                 setattr(node, part, self.block(body))
+        self.tried -= isinstance(node, ast.Try)
         return node
 
     def block(self, body: list[ast.stmt]) -> list[ast.stmt]:
@@ -4373,11 +4457,10 @@ class Terse(Rewriter):
         one, place = after.body[0], ast.unparse(node.targets[0])
         if not isinstance(one, ast.Assign) or [ast.unparse(target) for target in one.targets] != [place]:
             return None
-        if any(
-            place == ast.unparse(n)
-            for n in [*walk(after.test), *walk(one.value)]
-            if isinstance(n, ast.Name | ast.Attribute)
-        ):
+        plain = ast.Name | ast.Attribute | ast.Constant | ast.Compare | ast.BoolOp | ast.UnaryOp
+        if self.tried or not all(isinstance(n, plain) for n in walk(after.test)):
+            return None  # it might raise, or ask who reads the place
+        if any(place == ast.unparse(n) for n in [*walk(after.test), *walk(one.value)]):
             return None
         made = ast.Assign(one.targets, ast.IfExp(after.test, one.value, node.value))
         return made if len(ast.unparse(ast.fix_missing_locations(made))) <= self.WIDTH else None
@@ -5382,6 +5465,11 @@ def dataclasses_env(source: Source, h: Any) -> dict[str, str]:
 # ==== what it tells ====
 
 
+def lines_of(text: str) -> int:
+    """Lines of code: those that are not empty."""
+    return sum(map(bool, text.splitlines()))
+
+
 def section_sizes(source: Source, text: str) -> list[str]:
     """Bytes by section of the source, before and after; a definition belongs where it stood."""
     lines = source.text.split("\n")
@@ -5634,7 +5722,7 @@ def build(options: Any) -> list[str]:
         raise BuildError("--eval-only wants --dce, and neither --from nor --seeds: such a script trains nothing")
     whole = extract(source, environ, options)
     told = [
-        f"{source.path.name}: {len(source.text)} bytes; {sum(map(bool, whole.text.splitlines()))} lines and "
+        f"{source.path.name}: {len(source.text)} bytes; {lines_of(whole.text)} lines and "
         f"{len(whole.text)} bytes extracted, {len(whole.short)} minified, {len(whole.script)} wrapped ({whole.wrapper})"
     ]
     if options.explain:

@@ -6860,8 +6860,8 @@ def write_artifact(
             packing, tool, packed, stored = compress_best(kind, values, shapes[kind])
             rows.append((kind, packing, tool, values.size, packed, len(stored)))
             payload.append(stored)
-    header = {"version": 1, "config": structure_config(h), "prints": prints, "tensors": index, "streams": rows}
-    header["calibration"] = calibration or {}
+    own = {"version": 1, "config": structure_config(h), "prints": prints, "calibration": calibration or {}}
+    header = {**own, "tensors": index, "streams": rows}
     head = lzma_compress(json.dumps(header, sort_keys=True, separators=(",", ":")).encode())
     body = len(head).to_bytes(4, "little") + head + b"".join(payload)
     table = [*rows, ("header", "json", "lzma", len(index), 0, len(head) + 12)]

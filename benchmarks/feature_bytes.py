@@ -50,7 +50,7 @@ def size(source: b.Source, words: list[str], devices: str) -> tuple[int, int, in
     """Lines, bytes minified and bytes wrapped of a configuration's script. Raises BuildError."""
     options = b.options_of(["--dce", "--out", "nowhere", "--devices", devices])
     made = b.extract(source, dict(word.split("=", 1) for word in words), options)
-    return len(made.text.splitlines()), len(made.short), len(made.script)
+    return b.lines_of(made.text), len(made.short), len(made.script)
 
 
 def main() -> int:
