@@ -7856,16 +7856,14 @@ class Scorer:
         began = time.monotonic() if self.began is None else self.began
         pace = Deadline(began, self.limit, sum(self.spans[span][1] - self.spans[span][0] for span in mine), self.say)
         pace.asked = self.asked
-        carries = [Carry(g, self.model.init_state(len(g))) for g in groups] if self.h.carry_eval else []
+        carries = [Carry(g, self.model.init_state(len(g)) if self.h.carry_eval else None) for g in groups]
         phases = max([adapter.phases for adapter in self.adapters], default=1)
         turns = max(-(-(stop - start) // self.step) for start, stop in self.spans)
         sums = np.zeros(3)
         for phase in range(phases):
             part = range(phase * turns // phases, (phase + 1) * turns // phases)
             for g, group in enumerate(groups):
-                carry = self.score_group(group, part, (states, carries[g] if self.h.carry_eval else None), sums, pace)
-                if carry is not None:
-                    carries[g] = carry
+                carries[g] = self.score_group(group, part, (states, carries[g]), sums, pace)
                 if report:
                     report((phase + (g + 1) / len(groups)) / phases)
             states = self.merge(states) if phase + 1 < phases else states
@@ -7927,7 +7925,7 @@ class Scorer:
 
     def score_group(
         self, group: list[int], turns: Sequence[int], run: tuple, sums: np.ndarray, pace: Deadline
-    ) -> Carry | None:
+    ) -> Carry:
         """Walk some spans, chunk by chunk; `run` is (states by span, carry). Adds to the sums, returns the carry."""
         states, carry = run
         for turn in turns:
@@ -8572,13 +8570,13 @@ def open_session(h: Hyperparameters, rt: Runtime, folder: Path, log: Log) -> Ses
             f"GPTQ_SOURCE=train has {held} held-out tokens, too few for a window of {h.eval_window}; raise "
             "HOLDOUT_TOKENS, or take GPTQ_SOURCE=self"
         )
+    table = tokenizer.byte_table()
+    prints = {"data": data_fingerprint(h, loader.stream), "tokenizer": tokenizer.fingerprint}
     h, attention = with_backends(h, rt)
     model = build_model(h, rt, tokenizer.bos)
     weights = Weights(model)
     weights.materialize(0.0)
     optimizer = Optimizer(h, rt, weights)
-    table = tokenizer.byte_table()
-    prints = {"data": data_fingerprint(h, loader.stream), "tokenizer": tokenizer.fingerprint}
     guard = cast(Guard, None if PACKAGED else Guard(h, rt, folder))  # nothing watches over a packaged script
     return Session(
         h, rt, log, folder, loader, tokenizer, model, weights, optimizer, validation, table, attention, prints, guard
