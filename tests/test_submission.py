@@ -354,6 +354,37 @@ UNFOLDED: dict[str, tuple[str, list[str], list[str]]] = {
     "a name that an inner function has for itself": (
         "def main(h: Hyperparameters) -> None:\n    def told() -> int:\n        a = 1 + len(str(h.seed))\n        print(a)\n        return a\n    a = 2 + len(str(h.seed))\n    print(a)\n    print(told(), told(), list(map(lambda a: a, [1])))\n",
         ["a = 2"], ["a = 1"]),
+    "inner functions of each turn of a loop": (
+        "def watch(kept: list, name: str) -> None:\n    print('watch', name)\n    def told() -> str:\n        return name\n    kept.append(told)\n\n"
+        "def main(h: Hyperparameters) -> None:\n    kept: list = []\n    for name in ['a', 'b', str(h.seed)]:\n        watch(kept, name)\n    print([f() for f in kept])\n", [], ["def watch"]),
+    "the order of arguments": (
+        "def note(x: int) -> int:\n    print('note', x)\n    return x\n\ndef two(a: int, b: int = 1) -> int:\n    print('two')\n    c = a * b + a - b\n    print(c)\n    return c\n\n"
+        "def main(h: Hyperparameters) -> None:\n    z = two(note(h.seed), note(2))\n    print(z, z)\n", [], []),
+    "a default that is made once": (
+        "def visit(k: int, seen: list = []) -> int:\n    print('visit', k)\n    seen.append(k)\n    n = len(seen)\n    print(n)\n    return n\n\n"
+        "def main(h: Hyperparameters) -> None:\n    for i in range(3):\n        n = visit(i + h.seed)\n        print(n, n)\n", [], ["def visit"]),
+    "a literal that a condition asks about, or that stays when it raises": (
+        "class Box:\n    def __init__(self, n: int) -> None:\n        self.n = n\n    def low(self) -> bool:\n        print('low')\n        return self.n < 5\n\n"
+        "def check(x: int) -> bool:\n    print('check')\n    return {1: True}[x]\n\n"
+        "def main(h: Hyperparameters) -> None:\n    box, d = Box(h.seed), {'a': h.seed}\n    box.n = 0\n    if box.low():\n        box.n = h.seed\n    d['a'] = 0\n    if d['a'] < h.seed - 8:\n        d['a'] = h.seed\n"
+        "    try:\n        ok = False\n        if check(h.seed):\n            ok = True\n    except KeyError:\n        print('no')\n    print(box.n, d, ok)\n", [], []),
+    "a generator that is read later": (
+        "def pairs(n: int) -> Iterator[int]:\n    found = (note(i) + n for i in range(2))\n    n = 9\n    print('made')\n    return found\n\ndef note(x: int) -> int:\n    print('note', x)\n    return x\n\n"
+        "def main(h: Hyperparameters) -> None:\n    n = h.seed\n    found = pairs(n + 1)\n    n = 5\n    print(list(found), n)\n", [], ["def pairs"]),
+    "names that mean something else there": (
+        "def low(x: float) -> int:\n    from math import floor\n    print('low')\n    y = floor(x)\n    print(y)\n    return y + floor(x)\n\n"
+        "def size(x: int) -> int:\n    print('size', x)\n    y = x + 1\n    return y * x\n\ndef work(x: int) -> int:\n    print('work')\n    y = size(x)\n    print(y)\n    return y + size(y)\n\n"
+        "def main(h: Hyperparameters) -> None:\n    floor = h.seed * 2\n    print(floor)\n    z = low(h.seed / 2)\n    size = 5 + h.seed\n    def inner(x: int) -> int:\n        z = work(x)\n        print(z)\n        return z + size\n    print(inner(2), inner(3), z, floor)\n", [], []),
+    "attributes with the names of others, in a swap": (
+        "class Pace:\n    def __init__(self, rate: int) -> None:\n        self.rate = rate / 2\n        self.first = rate\n\n"
+        "def main(h: Hyperparameters) -> None:\n    a, b = h.seed, 3\n    a, b, pace = b, a, Pace(h.seed + len(str(h.seed)))\n    pace.rate += 1\n    for i in range(2):\n        pace.first += i\n    print(pace.rate, pace.first, a, b)\n", ["class Pace"], []),
+    "a property, and what another object's maker sets": (
+        "class Clock:\n    def __init__(self) -> None:\n        self.laps: list[float] = []\n        self.n = 1\n    @property\n    def seconds(self) -> float:\n        total = 0.0\n        for lap in self.laps:\n            total += lap\n        return total\n\n"
+        "class Lid:\n    def __init__(self, clock: Clock) -> None:\n        clock.n = clock.n + 1\n        print('lid')\n\n"
+        "def run(clock: Clock, start: float, n: int) -> float:\n    print('run', start)\n    for i in range(n):\n        clock.laps.append(i)\n    return clock.seconds - start\n\n"
+        "def main(h: Hyperparameters) -> None:\n    clock = Clock()\n    clock.laps.append(h.rate)\n    print(run(clock, clock.seconds, h.seed), clock.seconds)\n    before = clock.n\n    lids = [Lid(clock), Lid(clock)]\n    print(before, len(lids), before, clock.n)\n", [], ["before = "]),
+    "a condition whose name is emptied inside": (
+        "def main(h: Hyperparameters) -> None:\n    queue = list(range(h.seed - 10))\n    if queue:\n        queue.pop()\n        if queue:\n            print('more')\n    print(queue)\n", [], []),
     "a tuple that says nothing": (
         "class Nothing(NamedTuple):\n    a: int = 0\n\ndef main(h: Hyperparameters) -> None:\n    seen = Nothing()\n    seen = seen._replace(a=h.seed) if h.seed > 8 else seen\n    print(bool(seen), len(seen))\n", [], []),
     "a property that is an expression": (
