@@ -3957,8 +3957,6 @@ class Direct:
         """Put a value into the next statement, if that alone reads it, once, and nothing happens before."""
         if self.reads[name] != 1 or name in self.captured or not rest or not self.purity.expression(value):
             return False
-        if any(isinstance(n, ast.Call) and dotted(n.func)[:5] == "time." for n in walk(value)):
-            return False  # a moment
         after = rest[0]
         held: Any = after.iter if isinstance(after, ast.For) else after.test if isinstance(after, ast.If) else after
         held = after.items[0].context_expr if isinstance(after, ast.With) else held
@@ -3967,6 +3965,8 @@ class Direct:
             plain |= isinstance(held, ast.AugAssign) and isinstance(held.target, ast.Name)
             held = held.value if plain else None  # type: ignore[attr-defined]
         found = [n for n in walk(held) if isinstance(n, ast.Name) and n.id == name] if held else []
+        if any(isinstance(n, ast.Call) and dotted(n.func)[:5] == "time." for n in (*walk(value), *walk(held))):
+            return False  # what is computed before a moment is not computed after it
         if len(found) != 1 or not self.comes(held, found[0]):
             return False
         new = Swap(found[0], value)
