@@ -478,7 +478,8 @@ def stores(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr | None]]:
             yield from pairs(target, None)
 
 
-HOLDERS = {ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda}
+FUNCTIONS = {ast.FunctionDef, ast.AsyncFunctionDef}
+HOLDERS = FUNCTIONS | {ast.Lambda}
 
 
 def inside(node: ast.AST) -> Iterator[ast.AST]:
@@ -688,6 +689,9 @@ class Facts:
     def scan(self) -> Facts:
         """Look at every node once."""
         self.nodes = list(walk(self.tree))
+        kinds: dict[type, list[Any]] = defaultdict(list)
+        for node in self.nodes:
+            kinds[node.__class__].append(node)
         self.calls: dict[str, list[ast.Call]] = defaultdict(list)  # by name, or by attribute with a dot in front
         self.escaped: Counter[str] = Counter()  # names and .attributes that are read other than to be called
         self.escapees: dict[str, set[str]] = defaultdict(set)  # attribute -> classes of which it is read like that
@@ -698,21 +702,22 @@ class Facts:
         )  # attribute -> classes of objects it is read of, "" unknown
         self.stored: dict[str, list[tuple[ast.Attribute, ast.expr | None]]] = defaultdict(list)
         self.texts: set[str] = set()  # names of attributes that are given as texts
-        self.owner = {id(n): name for name, kind in self.classes.items() for n in walk(kind)}  # node -> its class
+        self.owner: dict[int, str] = {}  # node -> its class
         self.modules: dict[str, str] = {}
         self.pure_imports: set[str] = set()
         self.foreign_classes: set[str] = set()  # imported names of classes
         self.looks = {id(part) for node in self.nodes if node.__class__ in LOOKING for part in looked_at(node)}
         self.reads: dict[str, list[ast.Attribute]] = defaultdict(list)
-        for node in self.nodes:
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                self.reads[node.attr].append(node)
-        self.nonlocals = {name for n in self.nodes if isinstance(n, ast.Global | ast.Nonlocal) for name in n.names}
+        for node in filter(is_load, kinds[ast.Attribute]):
+            self.reads[node.attr].append(node)
+        self.nonlocals = {name for n in kinds[ast.Global] + kinds[ast.Nonlocal] for name in n.names}
         called, types_only, local = set[int](), set[int](), set[str]()
         self.arguments: dict[int, ast.expr] = {}  # names that a method reads -> their annotation there
         self.noted: dict[str, list[tuple[str, ast.expr]]] = defaultdict(list)  # attribute -> (class, annotation)
         for name, owner in self.classes.items():
-            for one in (n for n in walk(owner) if isinstance(n, ast.AnnAssign)):
+            within = list(walk(owner))
+            self.owner |= {id(n): name for n in within}
+            for one in (n for n in within if n.__class__ is ast.AnnAssign):
                 path = dotted(one.target)
                 self.noted[path if one in owner.body else path.removeprefix("self.")].append((name, one.annotation))
         for _, method in (m for named in self.methods.values() for m in named):
@@ -720,47 +725,44 @@ class Facts:
             names = [n for n in walk(method) if isinstance(n, ast.Name) and n.id in hinted] if hinted else []
             self.arguments |= {id(n): hinted[n.id] for n in names}
         self.module_types = {dotted(n.target): n.annotation for n in self.tree.body if isinstance(n, ast.AnnAssign)}
-        for node in self.nodes:
-            if isinstance(node, ast.Call):
-                called.add(id(node.func))
-                self.note_call(node)
-            elif isinstance(node, ast.Import):
-                self.modules |= {a.asname or a.name.split(".")[0]: a.name for a in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                imported = {a.asname or a.name for a in node.names}
-                self.foreign_classes |= {n for n in imported if n[0].isupper()} - set(self.defs)
-                self.pure_imports |= imported if node.module in PURE_MODULES else set()
-            elif isinstance(node, ast.arg):
-                local.add(node.arg)
-            elif isinstance(node, Function):
-                local |= {n.name for n in node.body if isinstance(n, Definition)}
-            for part in type_places(node) if node.__class__ in TYPED else ():
-                types_only |= {id(n) for n in walk(part)}
-            for target, value in stores(node) if node.__class__ in BINDERS else ():
+        for node in kinds[ast.Call]:
+            called.add(id(node.func))
+            self.note_call(node)
+        for node in kinds[ast.Import]:
+            self.modules |= {a.asname or a.name.split(".")[0]: a.name for a in node.names}
+        for node in kinds[ast.ImportFrom]:
+            imported = {a.asname or a.name for a in node.names}
+            self.foreign_classes |= {n for n in imported if n[0].isupper()} - set(self.defs)
+            self.pure_imports |= imported if node.module in PURE_MODULES else set()
+        functions: list[Function] = [n for n in self.nodes if n.__class__ in FUNCTIONS]  # type: ignore[misc]
+        local |= {node.arg for node in kinds[ast.arg]}
+        local |= {n.name for node in functions for n in node.body if isinstance(n, Definition)}
+        for node in [n for n in self.nodes if n.__class__ in TYPED]:
+            types_only |= {id(n) for part in type_places(node) for n in walk(part)}
+        for node in [n for n in self.nodes if n.__class__ in BINDERS]:
+            for target, value in stores(node):
                 if isinstance(target, ast.Attribute):
                     self.stored[target.attr].append((target, value))
                 elif isinstance(target, ast.Name):
                     local.add(target.id)
                     self.bound[target.id].append(value)
         self.inner: dict[int, list[tuple[ast.Call, int]] | None] = {}  # functions in functions -> their calls
-        for outer in [n for n in self.nodes if isinstance(n, Function)]:
+        for outer in functions:
             for inner in (n for n in steps(outer.body) if isinstance(n, Function)):
                 self.inner[id(inner)] = self.calls_inside(outer, inner, called)
         self.shadowed = local & set(self.defs)  # local names that hide a definition
         called |= self.follow_aliases(called)
-        for node in self.nodes:
-            if (
-                isinstance(node, ast.Attribute | ast.Name)
-                and isinstance(node.ctx, ast.Load)
-                and id(node) not in types_only
-            ):
-                key = node.id if isinstance(node, ast.Name) else "." + node.attr
-                self.loads[key] += 1
-                if isinstance(node, ast.Attribute):
-                    self.readers[node.attr].add(node.__dict__.get("receiver", ""))
-                self.escaped[key] += id(node) not in called
-                if isinstance(node, ast.Attribute) and id(node) not in called:
-                    self.escapees[node.attr].add(node.__dict__.get("receiver", ""))
+        for node in filter(is_load, kinds[ast.Name]):
+            if id(node) not in types_only:
+                self.loads[node.id] += 1
+                self.escaped[node.id] += id(node) not in called
+        for node in filter(is_load, kinds[ast.Attribute]):
+            if id(node) not in types_only:
+                owner = node.__dict__.get("receiver", "")
+                self.loads["." + node.attr] += 1
+                self.readers[node.attr].add(owner)
+                self.escaped["." + node.attr] += id(node) not in called
+                self.escapees[node.attr] |= set() if id(node) in called else {owner}
         return self
 
     def calls_inside(self, outer: Function, one: Function, called: set[int]) -> list[tuple[ast.Call, int]] | None:
@@ -3198,7 +3200,8 @@ def strip_parameter(args: ast.arguments, name: str) -> None:
 
 def shrink_fields(facts: Facts, purity: Purity, name: str, kind: ast.ClassDef) -> int:
     """Drop fields of a NamedTuple or dataclass that nothing reads, where every object is made in plain sight."""
-    fields = class_fields(kind)
+    if not (fields := class_fields(kind)):
+        return 0
     selfless = [n for n in walk(kind) if isinstance(n, ast.Name) and n.id == "self" and isinstance(n.ctx, ast.Load)]
     based = {id(n.value) for n in walk(kind) if isinstance(n, ast.Attribute)}
     derived = any(name in facts.ancestors(c)[1:] for c in facts.classes)
@@ -3206,14 +3209,7 @@ def shrink_fields(facts: Facts, purity: Purity, name: str, kind: ast.ClassDef) -
     whole = any(facts.loads[n] for n in (".asdict", ".astuple", "._asdict", "asdict"))  # read by no name
     iterated = "NamedTuple" in map(dotted, kind.bases)  # and may be walked beside another's names
     whole = whole or any(iterated or one not in facts.classes or name in facts.family(one) for one in listed)
-    if (
-        whole
-        or not fields
-        or facts.escaped[name]
-        or name in facts.shadowed
-        or derived
-        or any(id(n) not in based for n in selfless)
-    ):
+    if whole or facts.escaped[name] or name in facts.shadowed or derived or any(id(n) not in based for n in selfless):
         return 0
     if "NamedTuple" in map(dotted, kind.bases) and len(fields) in facts.taken_apart():
         return 0
@@ -3837,15 +3833,18 @@ class Direct:
                 for target, value in stores(one):
                     if isinstance(target, ast.Name):
                         steps_[target.id].append((place, value))
-        counts, args = bindings(function), {a.arg for a in [*parameters(function.args), *starred(function.args)]}
-        for name, bound in steps_.items():
+        often = {name: bound for name, bound in steps_.items() if len(bound) > 1}
+        counts = bindings(function) if often else {}
+        args = {a.arg for a in [*parameters(function.args), *starred(function.args)]}
+        for name, bound in often.items():
             single = len({place for place, _ in bound}) == len(bound) == len(counts[name]) > 1
             trivial = sum(isinstance(v, ast.Name | ast.Constant) for _, v in bound)
+            if not single or trivial + 1 < len(bound) or name in self.captured | args:
+                continue
             after = [
                 n for one in body[bound[0][0] + 1 :] for n in walk(one) if isinstance(n, ast.Name) and n.id == name
             ]
-            hidden = name in self.captured | args or sum(map(is_load, after)) != self.reads[name]
-            if not single or trivial + 1 < len(bound) or hidden:
+            if sum(map(is_load, after)) != self.reads[name]:
                 continue
             taken = {n.id for n in walk(function) if isinstance(n, ast.Name)} | args
             ends = [*(place for place, _ in bound[1:]), len(body)]
@@ -4280,9 +4279,9 @@ class Program:
         """Rounds until nothing changes; the tree.
 
         After the first two a round folds only what changed in the one before and what uses the same names; when that
-        comes to an end, a whole round shows whether it is the end.
+        is little, a whole round shows whether it is the end.
         """
-        before, dirty, size, settled = dict[int, str](), None, 0, False
+        before, dirty, size, settled = dict[int, list[Any]](), None, 0, False
         for number in range(limit):
             Reach(Facts(self.tree, self.external)).prune()
             facts = Facts(self.tree, self.external).scan()
@@ -4294,47 +4293,61 @@ class Program:
             Sweep(facts).visit(self.tree)
             shrink(facts)
             size, last = len(facts.nodes), size
-            if not settled and 0 < 0.98 * last < size:  # nearly all that goes has gone
-                settled, dirty = self.unfold(), None
-                continue
-            after = {id(node): ast.dump(node) for node in self.tree.body}
+            if settled := settled or 0 < 0.98 * last < size:  # nearly all that goes has gone
+                self.unfold()
+            after = {id(node): outline(node) for node in self.tree.body}
             changed = [node for node in self.tree.body if before.get(id(node)) != after[id(node)]]
-            if after.keys() == before.keys() and not changed:
-                if dirty is None and not self.unfold():
-                    break
-                dirty = None
-            else:
-                dirty = self.touched(facts, changed, before, after) if number else None
+            if settled and dirty is None and after.keys() == before.keys() and not changed:
+                break
+            dirty = self.touched(facts, changed, before, after) if number else None
+            dirty = dirty if dirty and len(dirty) > 0.1 * len(self.tree.body) else None
             before = after
         return finished(self.tree)
 
-    def unfold(self) -> bool:
-        """Put functions where they are called, as long as there are such; whether there were."""
-        found = False
+    def unfold(self) -> None:
+        """Put functions where they are called, as long as there are such."""
         Terse().visit(self.tree)
         while (unfold := Unfold(Facts(self.tree, self.external).scan())).changes or (
             Direct(unfold.facts, unfold.changing).changes
         ):
             Reach(Facts(self.tree, self.external)).prune()
-            found = True
-        return found
 
-    def touched(self, facts: Facts, changed: list[ast.stmt], before: dict[int, str], after: dict[int, str]) -> set[int]:
+    def touched(
+        self, facts: Facts, changed: list[ast.stmt], before: dict[int, list], after: dict[int, list]
+    ) -> set[int]:
         """Statements of the module that use a name which some change was about."""
-        gone = {name for key in before.keys() - after.keys() for name in NAMED.findall(before[key])}
-        names = gone.union(*(differing(before.get(id(node), ""), after[id(node)]) for node in changed))
+        gone = {name for key in before.keys() - after.keys() for name in said(before[key])}
+        names = gone.union(*(differing(before.get(id(node), []), after[id(node)]) for node in changed))
         own = set(facts.defs) | set(facts.methods) | set(facts.stored) | {n for f in facts.fields.values() for n in f}
         names &= own | set(self.assigned)
-        uses = {id(node): set(NAMED.findall(after[id(node)])) for node in self.tree.body}
-        return {id(node) for node in changed} | {key for key, used in uses.items() if used & names}
+        return {id(node) for node in changed} | {key for key, one in after.items() if not names.isdisjoint(said(one))}
 
 
-NAMED = re.compile(r"(?:id|attr|name|arg)='(\w+)'")
+def outline(node: ast.AST) -> list[Any]:
+    """All that a tree says, as one list: its nodes' names, numbers and kinds of parts and, as texts, constants."""
+    found = list[Any]()
+    for one in walk(node):
+        if one.__class__ is ast.Constant:
+            found.append(repr(one.value))  # type: ignore[attr-defined]
+            continue
+        found.append(one.__class__)
+        for name in one._fields:
+            part = one.__dict__.get(name)
+            if part.__class__ is list:
+                found.append([x if x.__class__ is str else x.__class__ for x in part])
+            else:
+                found.append(part if part.__class__ is str or part.__class__ is int else part.__class__)
+    return found
 
 
-def differing(old: str, new: str) -> set[str]:
-    """Names that two versions of a definition, as ast.dump shows them, have in another number."""
-    one, two = (Counter(NAMED.findall(text)) for text in (old, new))
+def said(outlined: list[Any]) -> Iterator[str]:
+    """The names among what a tree says."""
+    return (one for one in outlined if one.__class__ is str)
+
+
+def differing(old: list[Any], new: list[Any]) -> set[str]:
+    """Names that two versions of a definition have in another number."""
+    one, two = Counter(said(old)), Counter(said(new))
     return {name for name in one | two if one[name] != two[name]}
 
 
@@ -4923,25 +4936,26 @@ def wrap_latin1(text: str) -> bytes:
 # code, what stands before the innermost open bracket (Q), the line's begin) gives the probability of each bit to an
 # arithmetic decoder. Floats are added, multiplied and divided alone, which comes out the same on every machine. T is
 # the logistic function's inverse, W are weights by how often a context was met: A by the bits before and how long the
-# word is so far, B by the character before. e = [probability, times met].
+# word is so far, B by the character before. Of a context and the bits before: (probability, times met, which weight).
 MIXER = r"""import re,bisect
 def f(g,n,o=''):
- T=[];Q=[];h=v=0;r=1;M={};c=128;W=[[.2]*36 for k in range(512)]
+ T=[];Q=[];h=-11.7;v=0;r=1;M={};c=128;W=[[.2]*36 for k in range(512)]
  for k in range(1,65536):T+=[h];h+=65536/k/(65536-k)
- S=lambda x:(bisect.bisect(T,x+h/2)+.5)/65537
+ S=lambda x:(bisect.bisect(T,x)+.5)/65537
  while len(o)<n:
   t=o[-50:];x=t[-1:];w=re.split('\\W+',t)[-3:];s=re.sub('\\w+','a',t)+'!'
   Q=[w[1:]]*(x in'([{')+Q[x in')]}':];B=W[c+256];c=1
-  C=[*map(str,['',*[t[-k:]for k in(1,2,3,4,6)],w[2:],w[::2],s[-5:],s[-9:],Q[:1]+[s[-3:]],o[o.rfind('\n'):][:8]+x])]
+  C=[M.setdefault(str(k),{})for k in['',*[t[-k:]for k in(1,2,3,4,6)],w[2:],
+w[::2],s[-5:],s[-9:],Q[:1]+[s[-3:]],o[o.rfind('\n'):][:8]+x]]
   while c<128:
-   A=W[c+128*len(w[-1][:2])];i=a=b=0;J=[]
+   A=W[c+128*len(w[-1][:2])];j=a=b=0;J=[]
    for k in C:
-    e=M.setdefault((k,c),[.5,0]);j=i+min(2,e[1]);x=T[int(e[0]*65534)]-h/2;J+=[(j,x,e)];a+=A[j]*x;b+=B[j]*x;i+=3
+    p,d,i=k.get(c,(.5,0,0));i+=j;x=T[int(p*65534)];J+=(i,x,p,d,k),;a+=A[i]*x;b+=B[i]*x;j+=3
    while r<1<<24:r*=253;v=v*253+next(g,0)
    m=int(r*S((a+b)/2));y=v<m;a=(y-S(a))*.02;b=(y-S(b))*.02
    if y:r=m
    else:r-=m;v-=m
-   for j,x,e in J:A[j]+=a*x;B[j]+=b*x;e[0]+=(y-e[0])/(e[1]+1.4);e[1]+=e[1]<25
+   for i,x,p,d,k in J:A[i]+=a*x;B[i]+=b*x;k[c]=p+(y-p)/(d+1.4),d+(d<25),1+(d>0)
    c=c*2+y
   o+=chr(c-128)
  return o
