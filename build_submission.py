@@ -756,7 +756,9 @@ class Facts:
             if id(node) not in types_only:
                 self.loads[node.id] += 1
                 self.escaped[node.id] += id(node) not in called
-        for node in filter(is_load, kinds[ast.Attribute]):
+        grown = [n.target for n in kinds[ast.AugAssign] if isinstance(n.target, ast.Attribute)]
+        grown = [n for n in grown if not all(value is None or is_own(value) for _, value in self.stored[n.attr])]
+        for node in [*filter(is_load, kinds[ast.Attribute]), *grown]:  # others may see what is done to the latter
             if id(node) not in types_only:
                 owner = node.__dict__.get("receiver", "")
                 self.loads["." + node.attr] += 1
@@ -825,7 +827,9 @@ class Facts:
             called = [m for c, m in (*self.methods["forward"], *self.methods["__call__"]) if c in self.family(kind)]
         if not called:
             return not self.stored[method] if method else hasattr(builtins, name) or name in self.pure_imports
-        return all(isinstance(f, Function) and f.returns and ast.unparse(f.returns)[:6] == "tuple[" for f in called)
+        promised = all(isinstance(f, Function) and f.returns and ast.unparse(f.returns)[:6] == "tuple[" for f in called)
+        results = [n.value for f in called for n in inside(f) if isinstance(n, ast.Return)]
+        return promised and not any(self.fields.get(made_kind(result)) for result in results)
 
     def note_call(self, node: ast.Call) -> None:
         key = node.func.id if isinstance(node.func, ast.Name) else ""
@@ -1330,7 +1334,8 @@ class Purity:
         if name in facts.defs:
             return name not in facts.shadowed and self.definition(facts.defs[name])
         if isinstance(node.func, ast.Name):
-            return name in PURE_BUILTINS or name in facts.pure_imports or name in PURE_CALLS
+            known = name in PURE_BUILTINS or name in facts.pure_imports or name in PURE_CALLS
+            return known and all(map(self.callback, callbacks(node, name)))
         if isinstance(node.func, ast.Subscript):  # dict[str, int]()
             kind = dotted(node.func.value)
             return kind in PURE_BUILTINS or kind in facts.pure_imports
@@ -1351,6 +1356,12 @@ class Purity:
         others = not own or (kind not in facts.classes and facts.outside(name))  # may be what is called
         return all(map(self.definition, own)) and (name in PURE_METHODS or not others)
 
+    def callback(self, node: ast.AST) -> bool:
+        """Whether it does nothing to call what an expression is."""
+        if isinstance(node, ast.Lambda):
+            return self.expression(node.body)
+        return is_literal(node) or self.call(ast.Call(node, [], []))  # type: ignore[arg-type]
+
     def definition(self, node: ast.AST) -> bool:
         """Whether calling a function, or making an object of a class, is pure. A recursive one is asked once."""
         if id(node) not in self.asked:
@@ -1364,9 +1375,8 @@ class Purity:
             harmless = not self.facts.foreign_bases(node.name) or bases - set(self.facts.classes) == {"nn.Module"}
             return is_tuple_class(node) or harmless and self.construction(node)
         assert isinstance(node, Function)
-        own = {a.arg for a in parameters(node.args)}
-        plain = set(marks_of(node)) <= {"property", "staticmethod", "torch.no_grad"}
-        return plain and all(self.statement(one, own) for one in node.body)
+        plain, foreign = set(marks_of(node)) <= {"property", "staticmethod", "torch.no_grad"}, shared(node)
+        return plain and all(self.statement(one, foreign) for one in node.body)
 
     def construction(self, node: ast.ClassDef) -> bool:
         """Whether making an object does nothing but to set its attributes."""
@@ -1398,6 +1408,38 @@ class Purity:
 
     def block(self, body: Sequence[ast.stmt], foreign: set[str]) -> bool:
         return all(self.statement(one, foreign) for one in body)
+
+
+def callbacks(node: ast.Call, name: str) -> list[ast.expr]:
+    """What a builtin function is given to call."""
+    return [*(node.args[:1] if name in ("map", "filter") else []), *(k.value for k in node.keywords if k.arg == "key")]
+
+
+OWN_VALUES = (ast.Constant, ast.BinOp, ast.UnaryOp, ast.Compare, ast.JoinedStr)
+OWN_VALUES += (ast.List, ast.Set, ast.Dict, ast.ListComp, ast.SetComp, ast.DictComp, ast.Tuple)
+MAKERS = {"zeros", "ones", "empty", "full", "arange", "tensor", "cat", "stack", "array", "concatenate", "clone"}
+MAKERS |= {"zeros_like", "ones_like", "empty_like", "full_like", "sum", "len", "int", "float", "list", "dict", "set"}
+
+
+def is_own(value: ast.AST | None) -> bool:
+    """Whether an expression makes an object that nobody else has, or one that never changes."""
+    if isinstance(value, ast.IfExp):
+        return is_own(value.body) and is_own(value.orelse)
+    if made_kind(value) in ("min", "max"):
+        return all(map(is_own, value.args))  # type: ignore[union-attr]
+    made = isinstance(value, ast.Call) and made_kind(value).split(".")[-1] in MAKERS
+    return made or isinstance(value, OWN_VALUES)
+
+
+def shared(function: Function) -> set[str]:
+    """Names, those of its parameters too, to which a function binds what others may have."""
+    grown = [n.target for n in inside(function) if isinstance(n, ast.AugAssign)]
+    times = Counter(target.id for target in grown if isinstance(target, ast.Name))
+    found = {arg.arg for arg in [*parameters(function.args), *starred(function.args)]}
+    for name, values in bindings(function).items():
+        told = [value for value in values if value is not None]
+        found |= set() if all(map(is_own, told)) and len(values) - len(told) == times[name] else {name}
+    return found
 
 
 # ==== folding ====
@@ -1631,6 +1673,7 @@ class Fold(Rewriter):
         if methods:
             results = [self.constant_result(m) if marks_of(m) == ["property"] else None for m in methods]
             stored = any(kinds is None or self.facts.holder(t) in ("", *kinds) for t, _ in self.facts.stored[name])
+            stored |= kinds is None and any(name in fields for fields in self.facts.fields.values())
             return self.facts.agreed(results) if all(results) and not stored else None
         return self.facts.attribute(name, kinds)
 
@@ -2914,15 +2957,18 @@ class Sweep(Rewriter):
     def __init__(self, facts: Facts) -> None:
         self.facts, self.purity, self.changes = facts, Purity(facts), 0
         self.local: list[tuple[set[str], Counter[str]]] = []  # own names and reads of the functions around
+        self.asked = set[int]()  # statements that are tried
 
-    def dead(self, target: ast.expr) -> bool:
-        """Whether nothing reads a target."""
+    def dead(self, target: ast.expr, value: ast.expr | None = None) -> bool:
+        """Whether nothing reads a target, which is no part of a module's state either."""
         if isinstance(target, ast.Name):
             own, reads = self.local[-1] if self.local else (set(), Counter())
             return target.id in own and not reads[target.id]
         if not isinstance(target, ast.Attribute) or target.attr in self.facts.texts:
             return False
         kind = self.facts.owner.get(id(target), "")
+        if made_kind(value).startswith("nn."):
+            return False
         if dotted(target.value) == "self" and kind in self.facts.classes:
             if self.facts.read(target.attr, kind):
                 return False
@@ -2944,6 +2990,8 @@ class Sweep(Rewriter):
         self.drop_results(node)
         reads = Counter(n.id for n in walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load))
         free = {name for n in walk(node) if isinstance(n, ast.Global | ast.Nonlocal) for name in n.names}
+        grown = [n.target for n in inside(node) if isinstance(n, ast.AugAssign)]
+        reads.update({n.id for n in grown if isinstance(n, ast.Name)} & shared(node))  # others see what is done there
         self.local.append(((set(bindings(node)) | {a.arg for a in parameters(node.args)}) - free, reads))
         self.generic_visit(node)
         self.local.pop()
@@ -3024,20 +3072,20 @@ class Sweep(Rewriter):
 
     def visit_Assign(self, node: ast.Assign) -> Any:
         self.generic_visit(node)
-        kept = [t for t in node.targets if isinstance(t, ast.Tuple | ast.List) or not self.dead(t)]
+        kept = [t for t in node.targets if isinstance(t, ast.Tuple | ast.List) or not self.dead(t, node.value)]
         if len(node.targets) > 1 and kept and len(kept) < len(node.targets):
             self.changes, node.targets = self.changes + 1, kept
         if len(node.targets) > 1:
             return node
         parts = list(pairs(node.targets[0], node.value))
-        if all(self.dead(target) for target, _ in parts):
+        if all(self.dead(target, value) for target, value in parts):
             self.changes += 1
             return None if self.purity.expression(node.value) else ast.Expr(node.value)
         if any(value is None for _, value in parts):
             return node
         if len(parts) == 1 or not isinstance(node.value, ast.Tuple) or len(parts) != len(node.value.elts):
             return node
-        stay = [(t, v) for t, v in parts if v is not None and not (self.dead(t) and self.purity.expression(v))]
+        stay = [(t, v) for t, v in parts if v is not None and not (self.dead(t, v) and self.purity.expression(v))]
         if len(stay) == len(parts):
             return node
         self.changes += 1
@@ -3070,12 +3118,18 @@ class Sweep(Rewriter):
         return node
 
     def visit_Import(self, node: Any) -> Any:
-        if self.local:
+        if self.local and id(node) not in self.asked:
             reads = self.local[-1][1]
             node.names = [a for a in node.names if reads[(a.asname or a.name).split(".")[0]]]
         return node if node.names else None
 
     visit_ImportFrom = visit_Import
+
+    def visit_Try(self, node: Any) -> Any:
+        self.asked |= {id(one) for one in node.body}  # whether an import fails may be what it is for
+        return self.generic_visit(node)
+
+    visit_With = visit_Try
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
         super().generic_visit(node)

@@ -297,6 +297,22 @@ RULES: dict[str, tuple[str, list[str], list[str]]] = {
     "fields of one class that name another's": (
         "class Pair(NamedTuple):\n    a: int\n    b: int = 0\n\nclass Other(NamedTuple):\n    a: int = 1\n    b: int = 2\n\n"
         "def main(h: Hyperparameters) -> None:\n    p = Pair(h.seed, 5)\n    print([(n, x) for n, x in zip(Other._fields, p)])\n", [], ["Pair"]),
+    "what is changed in place under another name": (
+        "class Log:\n    def __init__(self, lines: list) -> None:\n        self.lines = lines\n        self.seen = 0\n\n    def note(self, x: int) -> None:\n        self.lines += [x]\n        self.seen += 1\n\n"
+        "def grow(xs: list) -> int:\n    ys = xs\n    ys += [1]\n    n = 0\n    n += 1\n    return 0\n\n"
+        "def main(h: Hyperparameters) -> None:\n    xs = [h.seed]\n    grow(xs)\n    grow(xs)\n    log = Log(xs)\n    log.note(5)\n    log.note(6)\n    print(xs)\n", ["seen"], ["self.lines += ", "grow(xs)"]),
+    "what a builtin function is given to call": (
+        "def note(x: int) -> int:\n    print('note', x)\n    return x\n\ndef size(x: int) -> int:\n    return -x\n\n"
+        "def main(h: Hyperparameters) -> None:\n    a = list(map(note, [1, h.seed]))\n    b = sorted([2, h.seed], key=note)\n    c = max([3, h.seed], key=lambda x: print(x) or x)\n    d = sorted([4, h.seed], key=size)\n    print(h.seed)\n",
+        ["size"], ["map(note", "key=note", "key=lambda"]),
+    "an import whose failure is what is asked": (
+        "def main(h: Hyperparameters) -> None:\n    try:\n        import decimal\n        import not_there_at_all\n        found = 1\n    except ImportError:\n        found = 0\n    import fractions\n    print(h.seed, found)\n", ["fractions"], ["not_there_at_all"]),
+    "a parameter that nothing reads is in the state all the same": (
+        "import torch\nfrom torch import nn\n\nclass Net(nn.Module):\n    def __init__(self, n: int) -> None:\n        super().__init__()\n        self.w, self.idle = nn.Parameter(torch.zeros(n)), torch.ones(n)\n\n"
+        "def main(h: Hyperparameters) -> None:\n    print([name for name, _ in Net(h.seed).named_parameters()])\n", ["idle"], ["self.w"]),
+    "a tuple with names under the type of a plain one": (
+        "class Trio(NamedTuple):\n    a: int\n    b: int\n\ndef make(n: int) -> tuple[int, int]:\n    print('make')\n    return Trio(n, 1)\n\n"
+        "def main(h: Hyperparameters) -> None:\n    x, y = make(h.seed)\n    print(x, Trio(h.seed, 3).a)\n", [], []),
 }  # fmt: skip
 
 
