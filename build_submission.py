@@ -5161,6 +5161,7 @@ def small_job(h: Any) -> dict[str, str]:
         "bigram_hash_buckets": 64,
         "attn_window": 16,
         "rmt_segment": 8,
+        "rmt_bptt": 2,
         "hc_start": 2,
     }
     least |= {

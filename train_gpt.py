@@ -580,7 +580,7 @@ class Hyperparameters:
     def carries(self) -> bool:
         """Whether sites ever begin from a state: a packaged script writes no text but GPTQ's."""
         writes = self.export_mode == "competition_gptq" and self.gptq_source == "self"
-        return not PACKAGED or writes or self.carry_train or self.carry_eval or self.rmt_segment > 0
+        return not PACKAGED or writes or self.carry_train or self.carry_eval
 
     @property
     def attention_backends(self) -> tuple[str, ...]:
@@ -4335,10 +4335,10 @@ class Attention(Module):
         """Attend to the state's keys and the new ones; the new state keeps what a later query may still see."""
         masks = self.window or self.doc_mask if self.backend == "sdpa" else self.doc_mask and ctx.writes
         if (state is None or not self.carries) and not masks:
-            text, documents = slice(k.shape[1] - ctx.writes), ctx.documents if self.doc_mask else None
+            writes, documents = (0, ctx.documents) if self.doc_mask else (ctx.writes, None)  # both take the mask below
+            text, last = slice(k.shape[1] - writes), q[:, k.shape[1] - writes :]  # torch is slow for these few
             y = ATTENTION[self.backend](q[:, text], k[:, text], v[:, text], self.window, documents)
-            last = q[:, text.stop :]  # torch's fused kernel takes longer for these few than for all others
-            return torch.cat((y, block_attention(last, k, v, causal=False)), 1) if ctx.writes else y, None
+            return torch.cat((y, block_attention(last, k, v, causal=False)), 1) if writes else y, None
         if state is None or not self.carries:
             return sdpa(q, k, v, self.mask(ctx.documents, ctx.documents, ctx.writes), False), None
         (k, keys), (v, values) = self.cacher.add(state.k, k), self.cacher.add(state.v, v)
@@ -6014,11 +6014,11 @@ class ManifoldConnections(PlainResidual):
     def deviation(self, logits: Tensor) -> Tensor:
         """R - I (..., n, n) of raw logits (..., K), in at least float32; of permutations, the mean of their changes."""
         logits, n = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.h.mhc_tau, self.count
-        if self.h.mhc_mode == "lite":
-            with torch.autocast(logits.device.type, enabled=False):
-                return (logits.softmax(-1) @ self.changes.to(logits.dtype)).unflatten(-1, (n, n))
-        mixing = sinkhorn(logits.unflatten(-1, (n, n)), self.h.sinkhorn_iters)
-        return mixing - torch.eye(n, dtype=mixing.dtype, device=mixing.device)
+        if self.h.mhc_mode != "lite":
+            mixing = sinkhorn(logits.unflatten(-1, (n, n)), self.h.sinkhorn_iters)
+            return mixing - torch.eye(n, dtype=mixing.dtype, device=mixing.device)
+        with torch.autocast(logits.device.type, enabled=False):
+            return (logits.softmax(-1) @ self.changes.to(logits.dtype)).unflatten(-1, (n, n))
 
     def opened(self, logits: Tensor, sublayers: Tensor, ctx: Ctx) -> Tensor:
         """g of gate logits, in training with noise: one draw for each sublayer, or of one sublayer for each row."""
@@ -6075,7 +6075,7 @@ class ManifoldConnections(PlainResidual):
         x = r.lanes[0] if row is None else added(r.lanes[0], take[row * m :][:m], apart)
         if place is None:
             return x, r, ((), ())
-        if mixing:
+        if not self.by_tokens:
             return x, r, (mixing[place * (m + 1) * m :][: (m + 1) * m], apart)
         change, r = self.by_token(r, place, ctx)
         return x, r, (change[..., 1:].to(x.dtype).flatten(-2).unsqueeze(-2).unbind(-1), apart)  # each (B, T, 1)
@@ -6498,7 +6498,7 @@ class GPT(Module):
     def init_state(self, batch: int) -> tuple:
         """States before any token: the stream's place, then one state per site, indexed by site id."""
         stream = self.start_stream(self.no_history(self.embed.weight.new_zeros(batch, dtype=torch.int64)))
-        if self.memory is None:
+        if not self.h.rmt_segment:
             return (stream, *self.site_states(batch))
         return (stream, *self.site_states(batch), self.start_memory(batch))
 
@@ -6548,7 +6548,7 @@ class GPT(Module):
     ) -> Ctx:
         steps, starts = torch.arange(tokens.shape[1], device=tokens.device), tokens == self.bos
         history = self.no_history(tokens) if state is None else state[0].history
-        stream = state[0] if state is not None and len(state) > 1 else None
+        stream = state[0] if self.h.carries and state is not None and len(state) > 1 else None
         positions = steps.unsqueeze(0) if stream is None else stream.position.unsqueeze(1) + steps
         rotary, positions = self.rotary(positions), positions.expand_as(tokens)
         documents = starts.cumsum(1) if stream is None else starts.cumsum(1) + stream.document.unsqueeze(1)
@@ -6646,9 +6646,9 @@ class GPT(Module):
 
     def hidden(self, ctx: Ctx, state: tuple | None) -> tuple[Tensor, tuple | None, Trace]:
         """(B, T, D) before the head, the next state (None unless sites' states were given), and what the sites left."""
-        carried = state is not None and len(state) > 1
+        carried = self.h.carries and state is not None and len(state) > 1
         x0, e2, metrics = self.embed(ctx)
-        if self.memory is not None:
+        if self.h.rmt_segment:
             top, after, trace = self.over_segments(x0, e2, ctx, state if carried else None)
         else:
             top, ctx, trace = self.stack(x0, e2, ctx, state if carried else None)
@@ -6685,7 +6685,7 @@ class GPT(Module):
             if piece.writes:
                 sites, memory = None, top[:, -piece.writes :].to(kept.memory.dtype)
                 kept = SegmentState(memory, part.documents[:, -1], part.tokens[:, :0], self.start_stream(fresh))
-            elif sites is not None:
+            elif self.h.carries and sites is not None:
                 tokens = torch.cat((kept.segment, ctx.tokens[:, piece.start : piece.stop]), 1)
                 stream = kept.stream if piece.phase else self.start_stream(fresh)
                 sites = self.next_sites(trace, (stream, *sites))

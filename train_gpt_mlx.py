@@ -578,7 +578,7 @@ class Hyperparameters:
     def carries(self) -> bool:
         """Whether sites ever begin from a state: a packaged script writes no text but GPTQ's."""
         writes = self.export_mode == "competition_gptq" and self.gptq_source == "self"
-        return not PACKAGED or writes or self.carry_train or self.carry_eval or self.rmt_segment > 0
+        return not PACKAGED or writes or self.carry_train or self.carry_eval
 
     @property
     def attention_backends(self) -> tuple[str, ...]:
@@ -5361,7 +5361,7 @@ class GPT(Module):
     def init_state(self, batch: int) -> tuple:
         """States before any token: the stream's place, then one state per site, indexed by site id."""
         stream = self.start_stream(self.no_history(batch))
-        if self.memory is None:
+        if not self.h.rmt_segment:
             return (stream, *self.site_states(batch))
         return (stream, *self.site_states(batch), self.start_memory(batch))
 
@@ -5412,7 +5412,7 @@ class GPT(Module):
     ) -> Ctx:
         steps, starts = mx.arange(tokens.shape[1], dtype=mx.int64), tokens == self.bos
         history = self.no_history(tokens.shape[0]) if state is None else state[0].history
-        stream = state[0] if state is not None and len(state) > 1 else None
+        stream = state[0] if self.h.carries and state is not None and len(state) > 1 else None
         positions = steps[None] if stream is None else stream.position[:, None] + steps
         rotary, positions = self.rotary(positions), mx.broadcast_to(positions, tokens.shape)
         documents = starts.astype(mx.int64).cumsum(1)
@@ -5531,9 +5531,9 @@ class GPT(Module):
 
     def hidden(self, ctx: Ctx, state: tuple | None) -> tuple[Tensor, tuple | None, Trace]:
         """(B, T, D) before the head, the next state (None unless sites' states were given), and what the sites left."""
-        carried = state is not None and len(state) > 1
+        carried = self.h.carries and state is not None and len(state) > 1
         x0, e2, metrics = self.embed(ctx)
-        if self.memory is not None:
+        if self.h.rmt_segment:
             top, after, trace = self.over_segments(x0, e2, ctx, state if carried else None)
         else:
             top, ctx, trace = self.stack(x0, e2, ctx, state if carried else None)
@@ -5570,7 +5570,7 @@ class GPT(Module):
             if piece.writes:
                 sites, memory = None, top[:, -piece.writes :].astype(kept.memory.dtype)
                 kept = SegmentState(memory, part.documents[:, -1], part.tokens[:, :0], self.start_stream(fresh))
-            elif sites is not None:
+            elif self.h.carries and sites is not None:
                 tokens = mx.concatenate((kept.segment, ctx.tokens[:, piece.start : piece.stop]), 1)
                 stream = kept.stream if piece.phase else self.start_stream(fresh)
                 sites = self.next_sites(trace, (stream, *sites))
