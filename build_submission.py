@@ -5565,8 +5565,8 @@ def refusals(folder: Path, h: Any, code: int) -> tuple[list[str], dict[str, Any]
             found |= {"steps": int(m[1]), "train_seconds": int(m[2]) / 1e3}
         if m := re.match(r"model_bytes:(\d+) ", line):
             found["logged_bytes"] = int(m[1])
-        if m := re.match(r"(?:device|torch)\S* .*\branks:(\d+)", line):
-            found["ranks"] = int(m[1])
+        if m := re.match(r"(?:device|torch)\S* .*\branks:(\d+)(?: .*\battention:(\w+))?", line):
+            found |= {"ranks": int(m[1]), "attention": m[2]}
     if not artifact.is_file() or "val_bpb" not in found:
         return [f"{folder} has no finished run: an artifact and its final score are wanted"], found
     found |= {"bytes_model": artifact.stat().st_size, "bytes_code": code}
@@ -5652,6 +5652,10 @@ def readme(out: Path, whole: Extracted, rows: list[dict[str, Any]], told: list[s
         parts = [spread([row[k] for row in rows]) for k in ("val_loss", "val_bpb")]
         lines.append("| mean (standard deviation) | " + " | ".join(f"{m} ({d})" for m, d in parts) + " | | | | |")
     by = "this script" if options.seeds else f"the whole {script}, of which this script is what its configuration uses"
+    if not options.seeds and best.get("attention") in ("blocks", "fa2") and whole.h.attn_impl == "auto":
+        by += (
+            f"; they computed attention by {best['attention']}, which this script does not have: its losses are others"
+        )
     start = f"torchrun --standalone --nproc_per_node={best['ranks']}" if best["ranks"] > 1 else "python"
     checks = json.loads(best["audit"])["checks"]
     unknown = ", ".join(one["check"] for one in checks if one["ok"] is None)
@@ -5870,6 +5874,9 @@ def build(options: Any) -> list[str]:
     script, requirements = TARGETS[options.target]
     source = Source(root / script)
     environ = assigned(source, options)
+    kinds = [kind for kind in source.config.FIELDS["DEVICE"].metadata["choices"] if kind != "auto"]
+    if unknown := [kind for kind in options.devices.split(",") if kind not in kinds]:
+        raise BuildError(f"--devices {unknown[0]} is none of {', '.join(kinds)}")
     if options.eval_only and (seeds or options.run or not options.dce):
         raise BuildError("--eval-only wants --dce, and neither --from nor --seeds: such a script trains nothing")
     if options.run:

@@ -741,7 +741,7 @@ def test_script_that_only_scores_does_it_as_the_whole_one(tmp_path: Path, byte_d
     b.run_job(tmp_path / "full", source.path.read_bytes(), small)
     told = b.prove_scores(source, small, keeps, made, tmp_path)
     assert "final_eval val_loss:" in told[0]
-    wrong = b.dataclasses.replace(made, text=made.text.replace("self.nats / 0.693", "self.nats / 0.593"))
+    wrong = b.dataclasses.replace(made, text=made.text.replace("nats / 0.693", "nats / 0.593"))
     assert wrong.text != made.text
     (tmp_path / "again").mkdir()
     (tmp_path / "full").rename(tmp_path / "again" / "full")
@@ -772,7 +772,7 @@ def a_run(folder: Path) -> tuple[Path, Any]:
     (folder / "model.pgz").write_bytes(b"an artifact" * 10)
     (folder / "config.env").write_text("SEED=42\nMODEL_DIM=16\n")
     (folder / "train.log").write_text(
-        "device:cpu threads:1 ranks:2 precision:fp32\ntraining done: steps:40 train_time:6398ms averaged:0\n"
+        "device:cpu threads:1 ranks:2 precision:bf16 attention:blocks (short)\ntraining done: steps:40 train_time:6398ms averaged:0\n"
         "model_bytes:110 code_bytes:24000 (CODE_BYTES_RESERVE) total_bytes:24110\n"
         "final_roundtrip_exact val_loss:4.5 val_bpb:2.5 in_memory:4.5\n"
     )
@@ -842,6 +842,10 @@ def test_record_of_two_seeds_tells_each_and_their_mean(tmp_path: Path) -> None:
     assert (told["val_bpb"], told["val_bpb_std"], told["seeds"]) == (2.375, 0.1767767, [42, 7])
     assert told["seed_results"]["7"]["val_bpb"] == 2.25 and told["bytes_total"] == 116 and len(told["date"]) == 10
     text = (out / "README.md").read_text()
+    assert "were made by this script" in text
+    rows, options.seeds = [{"seed": 42, **b.refusals(one, h, 6)[1]}], ""
+    whole = b.Extracted(h, "text", "short", "none", b"script")
+    assert "they computed attention by blocks, which this" in b.readme(out, whole, rows, [], options)
     assert "SEED=7 RUN_ID=seed_7 DATA_PATH=" in text and "torchrun --standalone --nproc_per_node=2 train_gpt.py" in text
     assert "but for what was not measured: fidelity" in text and "| mean (standard deviation) | 4.5 (0.0) |" in text
 
@@ -855,6 +859,7 @@ def test_record_of_two_seeds_tells_each_and_their_mean(tmp_path: Path) -> None:
         (["MATCH=params:skc"], "MATCH is worked out by a run"),
         (["PRESET=tiny", "--seeds", "1,x"], "--seeds 1,x is not a list of different seeds"),
         (["PRESET=tiny", "--seeds", "7,42,7"], "--seeds 7,42,7 is not a list of different seeds"),
+        (["PRESET=tiny", "--devices", "cuda,tpu"], "--devices tpu is none of cuda, mps, cpu"),
         (["PRESET=tiny", "--proof-data", "nowhere"], "--proof-data nowhere has no shards for the small job"),
         (["--from", "nowhere"], "--from nowhere is no folder of a run"),
         (["PRESET=tiny", "--eval-only", "--seeds", "1"], "--eval-only wants --dce, and neither --from nor --seeds"),
