@@ -5520,8 +5520,8 @@ def largest(text: str, count: int = 30) -> list[str]:
 class Apart(Program):
     """A program whose functions stay where they are: those that were put elsewhere were not dropped."""
 
-    def unfold(self) -> bool:
-        return False
+    def unfold(self) -> None:
+        pass
 
 
 def explained(source: Source, whole: Extracted, options: Any) -> list[str]:

@@ -73,7 +73,7 @@ def cut(tmp_path: Path, body: str, unfolds: bool = True) -> str:
     source = b.Source(path)
     program = b.Program(source, source.load({}), ["SEED"], ["cuda", "cpu"])
     if not unfolds:
-        program.unfold = lambda: False  # type: ignore[method-assign]
+        program.unfold = lambda: None  # type: ignore[method-assign]
     plain = b.ast.unparse(program.run())
     told = run_in_process(HEAD + body + FOOT)
     text = b.ast.unparse(b.with_tuples(b.ast.parse(plain)))
