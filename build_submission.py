@@ -29,6 +29,8 @@ import ast
 import base64
 import builtins
 import dataclasses
+import datetime
+import difflib
 import functools
 import gc
 import hashlib
@@ -42,6 +44,7 @@ import math
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -5569,63 +5572,118 @@ def largest(text: str, count: int = 30) -> list[str]:
     return [f"{name:<44}{sizes[name]:>8}{sizes[name] / len(text):>7.1%}" for name in order]
 
 
-def explained(source: Source, text: str, h: Any) -> list[str]:
-    """Definitions that were dropped, each with what used it and was dropped as well, or kept without it."""
-    kept = {n.name for n in definitions(ast.parse(text).body) if isinstance(n, Definition)}
+class Apart(Program):
+    """A program whose functions stay where they are: those that were put elsewhere were not dropped."""
+
+    def unfold(self) -> None:
+        pass
+
+
+def explained(source: Source, whole: Extracted, options: Any) -> list[str]:
+    """Definitions that are there no more: put where they are called, or dropped, each with what used it."""
+    apart = Apart(source, whole.h, (*ALWAYS_KEPT, *options.keep_env), options.devices.split(","),
+                  FOLDS=folds(whole.h), SCORES=options.eval_only).run()  # fmt: skip
+    kept, there = (
+        {n.name for n in definitions(tree.body) if isinstance(n, Definition)} for tree in (ast.parse(whole.text), apart)
+    )
     users: dict[str, list[str]] = defaultdict(list)
     nodes = {n.name: n for n in definitions(source.tree.body) if isinstance(n, Definition)}
     for name, node in nodes.items():
         for used in {n.id for n in walk(node) if isinstance(n, ast.Name)} & (nodes.keys() - {name}):
             users[used].append(name)
-    registries = {entry: name for name, entries in h.used().items() for entry in entries}
     rows = []
-    for name in nodes.keys() - kept - set(registries):
-        near = [f"{user} ({'where a condition is decided' if user in kept else 'dropped'})" for user in users[name][:4]]
-        rows.append(f"dropped {name}: used by {', '.join(near) or 'registries, commands or nothing'}")
+    for name in nodes.keys() - kept - {entry for entries in whole.h.used().values() for entry in entries}:
+        if name in there:
+            by = [user for user in users[name] if user in there][:4]
+            rows.append(f"put where it is used {name}: by {', '.join(by) or 'the module'}")
+            continue
+        near = [f"{user} ({'where a condition is decided' if user in there else 'dropped'})" for user in users[name]]
+        rows.append(f"dropped {name}: used by {', '.join(near[:4]) or 'registries, commands or nothing'}")
     return sorted(rows)
 
 
 # ==== the record folder ====
 
 
-def refusals(folder: Path, whole: Extracted) -> tuple[list[str], dict[str, Any]]:
-    """Why a run's folder must not be packaged, and its results."""
-    why, log = list[str](), (folder / "train.log").read_text().splitlines()
-    found: dict[str, Any] = {}
-    for line in log:
+OVER = 3  # a run's exit code when its bytes are over the budget, which `refusals` tells
+PAPERS = ("README.md", "submission.json", "train_seed*", "model.pgz*")  # of a record, beside the script
+
+
+def refusals(folder: Path, h: Any, code: int) -> tuple[list[str], dict[str, Any]]:
+    """Why a run's folder must not be packaged with a script of so many bytes, and its results."""
+    why, log, artifact = list[str](), folder / "train.log", folder / "model.pgz"
+    found: dict[str, Any] = {"ranks": 1}
+    for line in log.read_text(errors="replace").splitlines() if log.is_file() else ():
         if m := re.match(r"final_roundtrip_exact val_loss:(\S+) val_bpb:(\S+)", line):
             found |= {"val_loss": float(m[1]), "val_bpb": float(m[2])}
         if m := re.match(r"training done: steps:(\d+) train_time:(\d+)ms", line):
             found |= {"steps": int(m[1]), "train_seconds": int(m[2]) / 1e3}
         if m := re.match(r"model_bytes:(\d+) ", line):
             found["logged_bytes"] = int(m[1])
-    artifact = folder / "model.pgz"
+        if m := re.match(r"(?:device|torch)\S* .*\branks:(\d+)(?: .*\battention:(\w+))?", line):
+            found |= {"ranks": int(m[1]), "attention": m[2]}
     if not artifact.is_file() or "val_bpb" not in found:
         return [f"{folder} has no finished run: an artifact and its final score are wanted"], found
-    found |= {"bytes_model": artifact.stat().st_size, "bytes_code": len(whole.script)}
+    found |= {"bytes_model": artifact.stat().st_size, "bytes_code": code}
     found["bytes_total"] = found["bytes_model"] + found["bytes_code"]
     found["sha256"] = hashlib.sha256(artifact.read_bytes()).hexdigest()
-    if found["bytes_total"] > whole.h.hard_budget_bytes:
-        why.append(f"budget: {found['bytes_total']} bytes are more than HARD_BUDGET_BYTES={whole.h.hard_budget_bytes}")
-    if 0 < whole.h.max_wallclock_seconds < found.get("train_seconds", math.inf):
-        took, limit = found.get("train_seconds"), whole.h.max_wallclock_seconds
+    if found["bytes_total"] > h.hard_budget_bytes:
+        why.append(f"budget: {found['bytes_total']} bytes are more than HARD_BUDGET_BYTES={h.hard_budget_bytes}")
+    if 0 < h.max_wallclock_seconds < found.get("train_seconds", math.inf):
+        took, limit = found.get("train_seconds"), h.max_wallclock_seconds
         why.append(f"time: training took {took} s of MAX_WALLCLOCK_SECONDS={limit:g}")
+    if not math.isfinite(found["val_bpb"]):
+        why.append(f"log: its score is {found['val_bpb']}")
     if found.get("logged_bytes") != found["bytes_model"]:
         why.append(
             f"log: it tells of an artifact of {found.get('logged_bytes')} bytes, there is one of {found['bytes_model']}"
         )
-    audit = folder / "model.pgz.audit.json"
-    report = json.loads(audit.read_text()) if audit.is_file() else {}
-    if not report.get("ok"):
-        why.append(f"audit: {'it failed' if report else 'there is none'}; python train_gpt.py audit {artifact}")
-    elif report["artifact_sha256"] != found["sha256"]:
-        why.append("audit: it was of another artifact")
-    return why, found
+    why += audit_refusals(artifact, h, found["sha256"])
+    return why, found if why else {**found, "audit": Path(f"{artifact}.audit.json").read_text()}
 
 
-def readme(name: str, whole: Extracted, rows: list[dict[str, Any]], told: list[str], target: str) -> str:
+def refuse(runs: Sequence[Path], h: Any, code: int) -> list[dict[str, Any]]:
+    """Results of runs by seed. Raises BuildError with every reason against packaging them."""
+    found = [refusals(run, h, code) for run in runs]
+    if reasons := [f"{run.name}: {reason}" for run, (why, _) in zip(runs, found) for reason in why]:
+        raise BuildError("not packaged; " + "; ".join(reasons))
+    return [{"seed": seed_of(run, h), **results} for run, (_, results) in zip(runs, found)]
+
+
+def audit_refusals(artifact: Path, h: Any, sha256: str) -> list[str]:
+    """Why an artifact's audit does not stand for it."""
+    audit, how = Path(f"{artifact}.audit.json"), f"ENV_FILE={artifact.parent}/config.env python train_gpt.py audit"
+    if not audit.is_file():
+        return [f"audit: there is none; {how} {artifact}"]
+    try:
+        report = json.loads(audit.read_text())
+        failed = [one["check"] for one in report["checks"] if one["ok"] is False]
+        if not report["ok"] or failed or not report["checks"]:
+            said = f"{', '.join(failed[:3])}{', …' * (len(failed) > 3)}" if failed else "no check is named"
+            return [f"audit: it failed ({said}); {how} {artifact}"]
+    except (ValueError, KeyError, TypeError):
+        return [f"audit: {audit} cannot be read; {how} {artifact}"]
+    if report.get("artifact_sha256") != sha256:
+        return ["audit: it was of another artifact"]
+    if report.get("protocol") != h.protocol:
+        return [f"audit: it was of {report.get('protocol')}, the run's score is of {h.protocol}; {how} {artifact}"]
+    return []
+
+
+def seen_from(out: Path, path: Path) -> Path:
+    """A path as it is from a record's folder, if both are in this repository; else as it is."""
+    root, full = Path(__file__).resolve().parent, Path(os.path.abspath(path))
+    inside = full.is_relative_to(root) and out.resolve().is_relative_to(root)
+    return Path(os.path.relpath(full, out.resolve())) if inside else path
+
+
+def readme(out: Path, whole: Extracted, rows: list[dict[str, Any]], told: list[str], options: Any) -> str:
     """README.md of a record."""
-    script, _, start = TARGETS[target]
+    root, script, best = (
+        Path(__file__).resolve().parent,
+        TARGETS[options.target][0],
+        min(rows, key=lambda row: row["val_bpb"]),
+    )
     defaults = {f.name: f.default for f in dataclasses.fields(whole.h)}
     own = {
         n.upper(): v
@@ -5633,8 +5691,9 @@ def readme(name: str, whole: Extracted, rows: list[dict[str, Any]], told: list[s
         if v != defaults[n] and n not in ("run_id", "env_file")
     }
     lines = [
-        f"# {name}",
+        f"# {options.name or out.resolve().name}",
         "",
+        *([options.blurb, ""] if options.blurb else []),
         "| seed | val_loss | val_bpb | steps | training s | artifact bytes | total bytes |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -5644,8 +5703,26 @@ def readme(name: str, whole: Extracted, rows: list[dict[str, Any]], told: list[s
             for k in ("seed", "val_loss", "val_bpb", "steps", "train_seconds", "bytes_model", "bytes_total")
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    if len(rows) > 1:
+        parts = [spread([row[k] for row in rows]) for k in ("val_loss", "val_bpb")]
+        lines.append("| mean (standard deviation) | " + " | ".join(f"{m} ({d})" for m, d in parts) + " | | | | |")
+    by = "this script" if options.seeds else f"the whole {script}, of which this script is what its configuration uses"
+    if not options.seeds and best.get("attention") in ("blocks", "fa2") and whole.h.attn_impl == "auto":
+        by += (
+            f"; they computed attention by {best['attention']}, which this script does not have: its losses are others"
+        )
+    start = f"torchrun --standalone --nproc_per_node={best['ranks']}" if best["ranks"] > 1 else "python"
+    checks = json.loads(best["audit"])["checks"]
+    unknown = ", ".join(one["check"] for one in checks if one["ok"] is None)
+    but = f", but for what was not measured: {unknown}" if unknown else ""
+    paths = {"DATA_PATH": whole.h.data_path, "TOKENIZER_PATH": whole.h.tokenizer_path}
+    data = " ".join(f"{n}={seen_from(out, Path(path))}" for n, path in paths.items() if path)
+    how = start if options.dce else f"ENV_FILE=config.env {start}"
     lines += [
         "",
+        f"Scores are of the artifact, read back, under `{whole.h.protocol}`; the runs were made by {by}.",
+        f"Each artifact passed the audit of its evaluation{but} (`*.audit.json`). "
+        f"The artifact here is that of seed {best['seed']} (SHA-256 {best['sha256']}).",
         f"Code: {len(whole.script)} bytes (`{whole.wrapper}` wrapper around {len(whole.short)} characters).",
         "",
     ]
@@ -5658,45 +5735,51 @@ def readme(name: str, whole: Extracted, rows: list[dict[str, Any]], told: list[s
         "|---|---|",
     ]
     lines += [f"| {n} | {v} |" for n, v in own.items()]
-    lines += ["", "## To reproduce", "", "```", "pip install -r requirements.txt",
-              f"{start} {script}  # with DATA_PATH, TOKENIZER_PATH and SEED",
-              "```", "", "## How the script was made", "", *[f"- {line}" for line in told], ""]  # fmt: skip
+    lines += ["", "## To reproduce", "", "From this folder:", "",
+              "```", "pip install -r requirements.txt",
+              *[f"SEED={row['seed']} RUN_ID=seed_{row['seed']} {data} {how} {script}" for row in rows], "```", "",
+              f"Log and artifact come to `{whole.h.out_dir}/seed_…/`. The audit is a command of the whole script:", "",
+              "```", f"ENV_FILE=config.env {data} python {seen_from(out, root / script)} audit model.pgz", "```", "",
+              "## How the script was made", "", *[f"- {line}" for line in told], ""]  # fmt: skip
     return "\n".join(lines)
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation, of one value 0."""
+    return round(statistics.fmean(values), 8), round(statistics.stdev(values), 8) if len(values) > 1 else 0.0
 
 
 def write_record(out: Path, runs: list[Path], whole: Extracted, told: list[str], options: Any) -> None:
     """Fill a record folder from finished runs. Raises BuildError with every reason against it."""
-    rows, reasons = list[dict[str, Any]](), list[str]()
-    for run in runs:
-        why, found = refusals(run, whole)
-        reasons += [f"{run.name}: {reason}" for reason in why]
-        rows.append({"seed": seed_of(run, whole), **found})
-    if reasons:
-        raise BuildError("not packaged; " + "; ".join(reasons))
+    rows = refuse(runs, whole.h, len(whole.script))
     best = min(rows, key=lambda row: row["val_bpb"])
     for run, row in zip(runs, rows):
         (out / f"train_seed{row['seed']}.log").write_bytes((run / "train.log").read_bytes())
-    chosen = runs[rows.index(best)]
-    (out / "model.pgz.audit.json").write_bytes((chosen / "model.pgz.audit.json").read_bytes())
+        own = "model.pgz" if row is best else f"train_seed{row['seed']}"
+        (out / f"{own}.audit.json").write_text(row["audit"])
     if best["bytes_model"] <= options.largest_artifact:
-        (out / "model.pgz").write_bytes((chosen / "model.pgz").read_bytes())
+        (out / "model.pgz").write_bytes((runs[rows.index(best)] / "model.pgz").read_bytes())
     else:
         (out / "model.pgz.sha256").write_text(f"{best['sha256']}  model.pgz\n")
-    mean = {k: round(sum(row[k] for row in rows) / len(rows), 8) for k in ("val_loss", "val_bpb")}
-    submission = {"name": options.name or out.name, "author": options.author, "github_id": options.github_id,
-        "blurb": options.blurb, "date": options.date, **mean, "seeds": [row["seed"] for row in rows],
+    loss, bpb = (spread([row[k] for row in rows]) for k in ("val_loss", "val_bpb"))
+    results = ("val_loss", "val_bpb", "steps", "train_seconds", "bytes_model", "bytes_total", "sha256")
+    submission = {"name": options.name or out.resolve().name, "author": options.author,
+        "github_id": options.github_id, "blurb": options.blurb,
+        "date": options.date or datetime.date.today().isoformat(), "val_loss": loss[0], "val_bpb": bpb[0],
+        **({"val_bpb_std": bpb[1]} if len(rows) > 1 else {}), "seeds": [row["seed"] for row in rows],
+        "seed_results": {str(row["seed"]): {k: row.get(k) for k in results} for row in rows},
         **{k: best[k] for k in ("bytes_total", "bytes_code", "bytes_model")}}  # fmt: skip
     (out / "submission.json").write_text(json.dumps(submission, indent=2) + "\n")
-    (out / "README.md").write_text(readme(submission["name"], whole, rows, told, options.target))
+    (out / "README.md").write_text(readme(out, whole, rows, told, options))
 
 
-def seed_of(run: Path, whole: Extracted) -> int:
+def seed_of(run: Path, h: Any) -> int:
     """The seed of a run, from its config.env, or its name (seed_42), or the configuration."""
     config = run / "config.env"
     found = (
         re.search(r"^SEED=(\d+)", config.read_text(), re.M) if config.is_file() else re.search(r"seed_?(\d+)", run.name)
     )
-    return int(found[1]) if found else whole.h.seed
+    return int(found[1]) if found else h.seed
 
 
 def gpus() -> int:
@@ -5706,7 +5789,7 @@ def gpus() -> int:
     return torch.cuda.device_count()
 
 
-def launch(source: Source, out: Path, whole: Extracted, seeds: list[str]) -> list[Path]:
+def launch(source: Source, out: Path, whole: Extracted, seeds: Sequence[int]) -> list[Path]:
     """Run the extracted script once for each seed, from the record folder, and audit what it made with the full one.
 
     Returns the runs' folders. Raises BuildError.
@@ -5714,26 +5797,25 @@ def launch(source: Source, out: Path, whole: Extracted, seeds: list[str]) -> lis
     runs = [out / whole.h.out_dir / f"seed_{seed}" for seed in seeds]
     paths = {"DATA_PATH": whole.h.data_path, "TOKENIZER_PATH": whole.h.tokenizer_path}
     data = {name: str(Path(path).resolve()) for name, path in paths.items()}
+    (out / "config.env").write_text(source.config.config_env(whole.h))
+    data["ENV_FILE"] = str((out / "config.env").resolve())  # for the audit, and for a script that was not extracted
+    data |= {name: value for name, value in os.environ.items() if name not in source.config.FIELDS}
     ranks = gpus() if source.path.name == TARGETS["torch"][0] else 1
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     for seed in seeds:
-        own = {**os.environ, **data, "SEED": seed, "RUN_ID": f"seed_{seed}"}
-        if subprocess.run([sys.executable, *start, source.path.name], cwd=out, env=own).returncode:
+        own = {**data, "SEED": str(seed), "RUN_ID": f"seed_{seed}"}
+        if subprocess.run([sys.executable, *start, source.path.name], cwd=out, env=own).returncode not in (0, OVER):
             raise BuildError(f"the run with SEED={seed} failed; see {out}/{whole.h.out_dir}/seed_{seed}")
     for run in runs:
-        command = [sys.executable, str(source.path), "audit", str(run / "model.pgz")]
-        subprocess.run(command, env={**os.environ, **data})
+        subprocess.run([sys.executable, str(source.path), "audit", str(run / "model.pgz")], env=data)
     return runs
 
 
 # ==== the command ====
 
 
-# Script, requirements, and what starts it, by target.
-TARGETS = {
-    "torch": ("train_gpt.py", "requirements.txt", "torchrun --standalone --nproc_per_node=8"),
-    "mlx": ("train_gpt_mlx.py", "requirements-mac.txt", "python"),
-}
+# Script and requirements by target.
+TARGETS = {"torch": ("train_gpt.py", "requirements.txt"), "mlx": ("train_gpt_mlx.py", "requirements-mac.txt")}
 
 
 def options_of(argv: list[str]) -> Any:
@@ -5754,7 +5836,13 @@ def options_of(argv: list[str]) -> Any:
         "--keep-env", default=[], type=lambda text: text.upper().split(","), metavar="NAMES", help="also stay variables"
     )
     add("--eval-only", action="store_true", help="a script that scores the artifact that it is given, and cannot train")
-    add("--wrapper", default="", choices=("", *WRAPPERS), help="smallest by default")
+    add(
+        "--wrapper",
+        default="",
+        choices=("", *WRAPPERS),
+        metavar="NAME",
+        help=f"{', '.join(WRAPPERS)}; the smallest by default",
+    )
     add("--no-minify", action="store_true", help="leave the script readable")
     add("--explain", action="store_true", help="tell what was dropped, and bytes by section")
     add("--no-proof", action="store_true", help="do not run the small job; the record says so")
@@ -5777,25 +5865,91 @@ def options_of(argv: list[str]) -> Any:
     return parser.parse_intermixed_args(argv)
 
 
-def build(options: Any) -> list[str]:
-    """Make a record folder; the lines to tell. Raises BuildError."""
-    root = Path(__file__).resolve().parent
-    script, requirements, _ = TARGETS[options.target]
-    source = Source(root / script)
+def assigned(source: Source, options: Any) -> dict[str, str]:
+    """The variables of the command line. Raises BuildError for what is none."""
     environ = dict(word.split("=", 1) for word in options.assignments if "=" in word)
     if len(environ) < len(options.assignments):
-        raise BuildError(f"{[w for w in options.assignments if '=' not in w][0]} is not VARIABLE=value")
-    if options.run:
-        environ["ENV_FILE"] = str(Path(options.run) / "config.env")
-    if options.eval_only and (options.seeds or options.run or not options.dce):
+        unclear = [w for w in options.assignments if "=" not in w]
+        raise BuildError(f"{unclear[0]} is not VARIABLE=value" if unclear else "a variable is given twice")
+    fields = source.config.FIELDS
+    for name in environ.keys() - fields.keys():
+        near = difflib.get_close_matches(name.upper(), fields, n=1, cutoff=0.0)[0]
+        raise BuildError(f"{name} is not a variable of {source.path.name}; nearest: {near}")
+    if "MATCH" in environ:
+        raise BuildError("MATCH is worked out by a run; take --from of one, or the MODEL_DIM that its log names")
+    return environ
+
+
+def seeds_of(text: str) -> list[int]:
+    """Seeds of a list like 1337,42,7. Raises BuildError."""
+    words = text.split(",") if text else []
+    if not all(word.strip().isdecimal() for word in words) or len({int(word) for word in words}) < len(words):
+        raise BuildError(f"--seeds {text} is not a list of different seeds like 1337,42,7")
+    return [int(word) for word in words]
+
+
+def check_places(source: Source, h: Any, seeds: Sequence[int], options: Any) -> None:
+    """Raise BuildError for a record that cannot be written and for data of the small job that are not there."""
+    out = Path(options.out)
+    if held := sorted(path.name for pattern in PAPERS for path in out.glob(pattern)):
+        raise BuildError(f"--out {out} holds a record already ({held[0]}); remove it, or name another folder")
+    for run in (out / h.out_dir / f"seed_{seed}" for seed in seeds):
+        if run.exists():
+            raise BuildError(f"{run} is there already; remove it, or name another --out")
+    above = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise BuildError(f"--out {out} cannot be written: {above} is {'read-only' if above.is_dir() else 'no folder'}")
+    if options.no_proof:
+        return
+    hint = "python data/builtin.py makes the default ones; or --no-proof"
+    if not any(Path(options.proof_data).glob("*.bin")):
+        raise BuildError(f"--proof-data {options.proof_data} has no shards for the small job; {hint}")
+    if h.vocab_size not in source.config.BYTE_VOCABULARIES and not Path(options.proof_tokenizer).is_file():
+        raise BuildError(f"--proof-tokenizer {options.proof_tokenizer} is not there; {hint}")
+
+
+def configured(source: Source, environ: dict[str, str], run: Path, options: Any) -> dict[str, str]:
+    """The variables with those of a finished run, which must be worth packaging. Raises BuildError."""
+    if not (run / "config.env").is_file():
+        raise BuildError(f"--from {run} is no folder of a run: it has no config.env")
+    own = {**environ, "ENV_FILE": str(run / "config.env")}
+    if options.seeds:
+        return own
+    was, h = (dataclasses.asdict(source.load(one)) for one in ({"ENV_FILE": own["ENV_FILE"]}, own))
+    free = {"data_path", "tokenizer_path", "run_id"}
+    if other := [n.upper() for n in h if h[n] != was[n] and n not in free]:
+        raise BuildError(f"{other[0]} is another than the run's ({was[other[0].lower()]}), whose results these are")
+    refuse([run], source.load(own), 0)  # before the work; the code's bytes are known after it
+    return own
+
+
+def build(options: Any) -> list[str]:
+    """Make a record folder; the lines to tell. Raises BuildError."""
+    root, seeds = Path(__file__).resolve().parent, seeds_of(options.seeds)
+    script, requirements = TARGETS[options.target]
+    source = Source(root / script)
+    environ = assigned(source, options)
+    kinds = [kind for kind in source.config.FIELDS["DEVICE"].metadata["choices"] if kind != "auto"]
+    if unknown := [kind for kind in options.devices.split(",") if kind not in kinds]:
+        raise BuildError(f"--devices {unknown[0]} is none of {', '.join(kinds)}")
+    if options.eval_only and (seeds or options.run or not options.dce):
         raise BuildError("--eval-only wants --dce, and neither --from nor --seeds: such a script trains nothing")
+    if options.run:
+        environ = configured(source, environ, Path(options.run), options)
+    check_places(source, source.load(environ), seeds, options)
     whole = extract(source, environ, options)
+    if options.run and not seeds:
+        refuse([Path(options.run)], whole.h, len(whole.script))
     told = [
         f"{source.path.name}: {len(source.text)} bytes; {lines_of(whole.text)} lines and "
         f"{len(whole.text)} bytes extracted, {len(whole.short)} minified, {len(whole.script)} wrapped ({whole.wrapper})"
     ]
     if options.explain:
-        told += [*section_sizes(source, whole.text), *largest(whole.text), *explained(source, whole.text, whole.h)]
+        told += [
+            *section_sizes(source, whole.text),
+            *largest(whole.text),
+            *(explained(source, whole, options) if options.dce else []),
+        ]
     shown = (
         ["the extracted script was not proved (--no-proof)"]
         if options.no_proof
@@ -5806,26 +5960,27 @@ def build(options: Any) -> list[str]:
     (out / script).write_bytes(whole.script)
     (out / f"{Path(script).stem}_readable.py").write_text(whole.text)
     (out / "requirements.txt").write_bytes((root / requirements).read_bytes())
-    runs = (
-        launch(source, out, whole, options.seeds.split(","))
-        if options.seeds
-        else [Path(options.run)]
-        if options.run
-        else []
-    )
-    if runs:
-        write_record(out, runs, whole, shown, options)
+    if seeds or options.run:
+        runs = launch(source, out, whole, seeds) if seeds else [Path(options.run)]
+        (out / "config.env").write_text(source.config.config_env(whole.h))
+        write_record(out, runs, whole, [told[0], *shown], options)
+        empty = [n for n in ("author", "github_id", "blurb") if not getattr(options, n)]
+        told += [f"submission.json: {', '.join(empty)} left empty; --author, --github-id, --blurb"] if empty else []
     return [*told, *shown, f"written: {out}"]
 
 
 def main(argv: list[str]) -> int:
     """Build; returns the exit code, 2 for what cannot or must not be built."""
     gc.disable()  # trees of a program are many small objects that live long
+    warnings.simplefilter("ignore", FutureWarning)  # torch's, of names that nobody asked for
     try:
         for line in build(options_of(argv)):
             print(line)
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     return 0
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def cut(tmp_path: Path, body: str, unfolds: bool = True) -> str:
     source = b.Source(path)
     program = b.Program(source, source.load({}), ["SEED"], ["cuda", "cpu"])
     if not unfolds:
-        program.unfold = lambda: False  # type: ignore[method-assign]
+        program.unfold = lambda: None  # type: ignore[method-assign]
     plain = b.ast.unparse(program.run())
     told = run_in_process(HEAD + body + FOOT)
     text = b.ast.unparse(b.with_tuples(b.ast.parse(plain)))
@@ -733,7 +734,7 @@ def record_of(source: b.Source, made: b.Extracted, out: Path, options: Any) -> N
     """Run the extracted script for a seed; its record is whole, and refused when its audit is of another artifact."""
     out.mkdir()
     (out / "train_gpt.py").write_bytes(made.script)
-    (run,) = b.launch(source, out, made, ["7"])
+    (run,) = b.launch(source, out, made, [7])
     b.write_record(out, [run], made, ["a line"], options)
     wanted = {"README.md", "submission.json", "train_seed7.log", "model.pgz", "model.pgz.audit.json"}
     assert wanted <= {path.name for path in out.iterdir()}
@@ -756,7 +757,7 @@ def test_script_that_only_scores_does_it_as_the_whole_one(tmp_path: Path, byte_d
     b.run_job(tmp_path / "full", source.path.read_bytes(), small)
     told = b.prove_scores(source, small, keeps, made, tmp_path)
     assert "final_eval val_loss:" in told[0]
-    wrong = b.dataclasses.replace(made, text=made.text.replace("self.nats / 0.693", "self.nats / 0.593"))
+    wrong = b.dataclasses.replace(made, text=made.text.replace("nats / 0.693", "nats / 0.593"))
     assert wrong.text != made.text
     (tmp_path / "again").mkdir()
     (tmp_path / "full").rename(tmp_path / "again" / "full")
@@ -773,3 +774,143 @@ def test_variables_that_shape_the_network_cannot_stay_variables(capsys: pytest.C
     assert b.main(words) == 2
     said = capsys.readouterr()
     assert "--keep-env MODEL_DIM shapes the network" in said.out + said.err and not Path("nowhere").exists()
+
+
+@cache
+def whole_source() -> b.Source:
+    return b.Source(ROOT / "train_gpt.py")
+
+
+def a_run(folder: Path) -> tuple[Path, Any]:
+    """A finished run as it leaves it, small, and its configuration."""
+    h = whole_source().load({"PRESET": "tiny", "MAX_WALLCLOCK_SECONDS": "60", "SEED": "42"})
+    folder.mkdir(parents=True)
+    (folder / "model.pgz").write_bytes(b"an artifact" * 10)
+    (folder / "config.env").write_text("SEED=42\nMODEL_DIM=16\n")
+    (folder / "train.log").write_text(
+        "device:cpu threads:1 ranks:2 precision:bf16 attention:blocks (short)\ntraining done: steps:40 train_time:6398ms averaged:0\n"
+        "model_bytes:110 code_bytes:24000 (CODE_BYTES_RESERVE) total_bytes:24110\n"
+        "final_roundtrip_exact val_loss:4.5 val_bpb:2.5 in_memory:4.5\n"
+    )
+    sha256 = b.hashlib.sha256((folder / "model.pgz").read_bytes()).hexdigest()
+    checks = [{"check": "order", "ok": True, "found": ""}, {"check": "fidelity", "ok": None, "found": ""}]
+    report = {"artifact_sha256": sha256, "protocol": h.protocol, "ok": True, "checks": checks}
+    (folder / "model.pgz.audit.json").write_text(json.dumps(report))
+    return folder, h
+
+
+BROKEN = {  # file, what stands in it, what is put there, what is said
+    "another artifact": ("model.pgz", "an", "am", "audit: it was of another artifact"),
+    "a longer artifact": ("model.pgz", "an", "ann", "log: it tells of an artifact of 110 bytes, there is one of 120"),
+    "other bytes in the log": (
+        "train.log",
+        "model_bytes:110",
+        "model_bytes:111",
+        "log: it tells of an artifact of 111",
+    ),
+    "no bytes in the log": ("train.log", "model_bytes", "bytes", "log: it tells of an artifact of None bytes"),
+    "too long": ("train.log", "train_time:6398ms", "train_time:60001ms", "time: training took 60.001 s of MAX_WALL"),
+    "no time": ("train.log", "training done", "training", "time: training took None s"),
+    "no score": ("train.log", "final_roundtrip_exact", "final", "has no finished run"),
+    "a score that is none": ("train.log", "val_bpb:2.5", "val_bpb:nan", "log: its score is nan"),
+    "a failed audit": ("model.pgz.audit.json", '"ok": true, "checks"', '"ok": false, "checks"', "audit: it failed"),
+    "a failed check": ("model.pgz.audit.json", '"order", "ok": true', '"order", "ok": false', "it failed (order)"),
+    "no checks": ("model.pgz.audit.json", '"checks": [', '"checks": [], "others": [', "it failed (no check is named)"),
+    "a torn audit": ("model.pgz.audit.json", '"checks"', '"chec', "model.pgz.audit.json cannot be read"),
+    "an audit of another evaluation": ("model.pgz.audit.json", "window=", "window=2", "audit: it was of window=2"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_run_that_does_not_hold_together_is_refused_with_its_reason(how: str, tmp_path: Path) -> None:
+    run, h = a_run(tmp_path / "run")
+    assert b.refusals(run, h, 1000)[0] == []
+    name, old, new, said = BROKEN[how]
+    data = (run / name).read_bytes()
+    assert old.encode() in data
+    (run / name).write_bytes(data.replace(old.encode(), new.encode()))
+    why, _ = b.refusals(run, h, 1000)
+    assert said in "; ".join(why)
+
+
+def test_over_the_budget_or_without_its_files_a_run_is_refused(tmp_path: Path) -> None:
+    run, h = a_run(tmp_path / "run")
+    assert b.refusals(run, h, h.hard_budget_bytes - 110)[0] == []
+    assert b.refusals(run, h, h.hard_budget_bytes - 109)[0][0].startswith("budget: 16000001 bytes are more than")
+    for name, said in {"model.pgz.audit.json": "audit: there is none", "train.log": "no finished run"}.items():
+        (run / name).unlink()
+        assert said in b.refusals(run, h, 0)[0][0]
+
+
+def test_record_of_two_seeds_tells_each_and_their_mean(tmp_path: Path) -> None:
+    (one, h), (two, _) = (a_run(tmp_path / f"seed_{seed}") for seed in (42, 7))
+    (two / "config.env").unlink()
+    (two / "train.log").write_text((two / "train.log").read_text().replace("val_bpb:2.5", "val_bpb:2.25"))
+    out = tmp_path / "record"
+    out.mkdir()
+    options = b.options_of(["--dce", "--seeds", "42,7", "--out", str(out), "--blurb", "a small one"])
+    b.write_record(out, [one, two], b.Extracted(h, "text", "short", "none", b"script"), ["a line"], options)
+    assert {path.name for path in out.iterdir()} == {
+        "README.md", "submission.json", "train_seed42.log", "train_seed7.log", "train_seed42.audit.json", "model.pgz",
+        "model.pgz.audit.json",
+    }  # fmt: skip
+    told = json.loads((out / "submission.json").read_text())
+    assert (told["val_bpb"], told["val_bpb_std"], told["seeds"]) == (2.375, 0.1767767, [42, 7])
+    assert told["seed_results"]["7"]["val_bpb"] == 2.25 and told["bytes_total"] == 116 and len(told["date"]) == 10
+    text = (out / "README.md").read_text()
+    assert "were made by this script" in text
+    rows, options.seeds = [{"seed": 42, **b.refusals(one, h, 6)[1]}], ""
+    whole = b.Extracted(h, "text", "short", "none", b"script")
+    assert "they computed attention by blocks, which this" in b.readme(out, whole, rows, [], options)
+    assert "SEED=7 RUN_ID=seed_7 DATA_PATH=" in text and "torchrun --standalone --nproc_per_node=2 train_gpt.py" in text
+    assert "but for what was not measured: fidelity" in text and "| mean (standard deviation) | 4.5 (0.0) |" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["PRESET=tiny", "LAYERS=3"], "LAYERS is not a variable of train_gpt.py; nearest: "),
+        (["PRESET=tiny", "seed"], "seed is not VARIABLE=value"),
+        (["SEED=1", "SEED=2"], "a variable is given twice"),
+        (["MATCH=params:skc"], "MATCH is worked out by a run"),
+        (["PRESET=tiny", "--seeds", "1,x"], "--seeds 1,x is not a list of different seeds"),
+        (["PRESET=tiny", "--seeds", "7,42,7"], "--seeds 7,42,7 is not a list of different seeds"),
+        (["PRESET=tiny", "--devices", "cuda,tpu"], "--devices tpu is none of cuda, mps, cpu"),
+        (["PRESET=tiny", "--proof-data", "nowhere"], "--proof-data nowhere has no shards for the small job"),
+        (["--from", "nowhere"], "--from nowhere is no folder of a run"),
+        (["PRESET=tiny", "--eval-only", "--seeds", "1"], "--eval-only wants --dce, and neither --from nor --seeds"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_before_the_work(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert b.main(["--dce", "--out", str(tmp_path / "record"), *words]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {said}") and not (tmp_path / "record").exists()
+
+
+def test_a_record_is_not_written_over_nor_where_no_folder_can_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--dce", "PRESET=tiny", "--no-proof", "--seeds", "7", "--out"]
+    (tmp_path / "a_file").write_text("")
+    (tmp_path / "record" / "runs" / "seed_7").mkdir(parents=True)
+    assert b.main([*words, str(tmp_path / "a_file" / "record")]) == 2
+    assert "a_file is no folder" in capsys.readouterr().err
+    assert b.main([*words, str(tmp_path / "record")]) == 2
+    assert "seed_7 is there already" in capsys.readouterr().err
+    (tmp_path / "record" / "submission.json").write_text("{}")
+    assert b.main([*words, str(tmp_path / "record")]) == 2
+    assert "holds a record already (submission.json)" in capsys.readouterr().err
+
+
+def test_results_of_a_run_are_not_given_to_another_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, h = a_run(tmp_path / "run")
+    (run / "config.env").write_text(whole_source().config.config_env(h))
+    words = ["--dce", "--no-proof", "--out", str(tmp_path / "record"), "--from", str(run)]
+    assert b.main([*words, "MAX_WALLCLOCK_SECONDS=0"]) == 2
+    assert "MAX_WALLCLOCK_SECONDS is another than the run's (60.0)" in capsys.readouterr().err
+    (run / "train.log").write_text((run / "train.log").read_text().replace("6398ms", "60001ms"))
+    assert b.main([*words, "DATA_PATH=elsewhere"]) == 2
+    assert "not packaged; run: time: training took 60.001 s" in capsys.readouterr().err
