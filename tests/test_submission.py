@@ -311,6 +311,9 @@ RULES: dict[str, tuple[str, list[str], list[str]]] = {
     "a parameter that nothing reads is in the state all the same": (
         "import torch\nfrom torch import nn\n\nclass Net(nn.Module):\n    def __init__(self, n: int) -> None:\n        super().__init__()\n        self.w, self.idle = nn.Parameter(torch.zeros(n)), torch.ones(n)\n\n"
         "def main(h: Hyperparameters) -> None:\n    print([name for name, _ in Net(h.seed).named_parameters()])\n", ["idle"], ["self.w"]),
+    "a field that has the name of a property of the configuration": (
+        "class Row(NamedTuple):\n    double: int\n\ndef shown(one: Any) -> None:\n    print(one.double)\n\n"
+        "def main(h: Hyperparameters) -> None:\n    for one in [Row(h.seed), Row(2)]:\n        shown(one)\n    shown(h)\n", [], []),
     "a tuple with names under the type of a plain one": (
         "class Trio(NamedTuple):\n    a: int\n    b: int\n\ndef make(n: int) -> tuple[int, int]:\n    print('make')\n    return Trio(n, 1)\n\n"
         "def main(h: Hyperparameters) -> None:\n    x, y = make(h.seed)\n    print(x, Trio(h.seed, 3).a)\n", [], []),
