@@ -1418,8 +1418,8 @@ def callbacks(node: ast.Call, name: str) -> list[ast.expr]:
     return [*(node.args[:1] if name in ("map", "filter") else []), *(k.value for k in node.keywords if k.arg == "key")]
 
 
-OWN_VALUES = (ast.Constant, ast.BinOp, ast.UnaryOp, ast.Compare, ast.JoinedStr)
-OWN_VALUES += (ast.List, ast.Set, ast.Dict, ast.ListComp, ast.SetComp, ast.DictComp, ast.Tuple)
+OWN_VALUES = ast.Constant | ast.BinOp | ast.UnaryOp | ast.Compare | ast.JoinedStr | ast.Tuple
+OWN_VALUES |= ast.List | ast.Set | ast.Dict | ast.ListComp | ast.SetComp | ast.DictComp
 MAKERS = {"zeros", "ones", "empty", "full", "arange", "tensor", "cat", "stack", "array", "concatenate", "clone"}
 MAKERS |= {"zeros_like", "ones_like", "empty_like", "full_like", "sum", "len", "int", "float", "list", "dict", "set"}
 
