@@ -5039,7 +5039,7 @@ def mixed(text: str) -> bytes:
 
 
 def wrap_mixed(text: str) -> bytes:
-    """A Latin-1 source with a decoder and what it decodes; 5 to 14 s of a core at every start."""
+    """A Latin-1 source with a decoder and what it decodes; 4 to 9 s of a core at every start."""
     plain = text.encode("ascii", "backslashreplace").decode()
     if ast.dump(ast.parse(plain)) != ast.dump(ast.parse(text)):
         raise BuildError("the wrapper `mixed` is for ASCII outside of plain strings; take --wrapper latin1")
