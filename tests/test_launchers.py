@@ -290,6 +290,18 @@ def test_folder_that_is_no_venv_is_left_alone(machine: Machine) -> None:
     assert (machine.venv / "notes.txt").read_text() == "mine"
 
 
+def test_link_to_the_environment_of_another_folder_empties_nothing(machine: Machine) -> None:
+    machine.run("run_local.sh")
+    other = machine.home / "other_venv"
+    shutil.move(machine.venv, other)
+    (other / ".root").write_text("/another/folder\n")
+    (other / ".stamp-requirements.txt").unlink()
+    machine.venv.symlink_to(other)
+    done = machine.run("run_local.sh")
+    assert done.returncode == 2 and f"a link to {other}" in done.stderr and not machine.log("-m venv")
+    assert (other / "pyvenv.cfg").exists()
+
+
 def test_changed_pins_are_installed_without_a_new_venv(machine: Machine) -> None:
     machine.run("run_local.sh")
     with (machine.repo / "requirements.txt").open("a") as file:
