@@ -298,7 +298,7 @@ def test_link_to_the_environment_of_another_folder_empties_nothing(machine: Mach
     (other / ".stamp-requirements.txt").unlink()
     machine.venv.symlink_to(other)
     done = machine.run("run_local.sh")
-    assert done.returncode == 2 and f"a link to {other}" in done.stderr and not machine.log("-m venv")
+    assert done.returncode == 2 and "/.venv, a link to" in done.stderr and not machine.log("-m venv")
     assert (other / "pyvenv.cfg").exists()
 
 

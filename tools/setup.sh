@@ -86,8 +86,7 @@ make_venv() {
         fail "found $PWD/.venv, which is no virtual environment; rename or remove it, then run this again"
     fi
     if [ -L .venv ]; then  # --clear would empty the folder that it leads to
-        fail "found $PWD/.venv, a link to $(readlink .venv), which is no environment of this folder; remove the link,\
- then run this again"
+        fail "found $PWD/.venv, a link to what is no environment of this folder; remove the link, then run this again"
     fi
     python=$(find_python) || exit 2
     "$python" -c 'import venv, ensurepip' 2>/dev/null || fail "$python cannot make virtual environments (no venv or\
