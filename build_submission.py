@@ -5124,6 +5124,12 @@ def extract(source: Source, environ: dict[str, str], options: Any) -> Extracted:
             f"--keep-env {shaping[0].upper()} shapes the network, which the script and its artifacts must agree on; "
             "build one script for each value"
         )
+    fields, free = source.config.FIELDS, source.config.NOT_OF_THE_SCORE
+    of_score = [n for n in options.keep_env if fields[n].metadata["group"] == "evaluation" and n.lower() not in free]
+    if options.eval_only and of_score:  # such a script prints the protocol, which is worked out here
+        raise BuildError(
+            f"--keep-env {of_score[0]} is part of the protocol that a scoring script states; build one for each value"
+        )
     program = Program(source, h, kept, options.devices.split(","), FOLDS=folds(h), SCORES=options.eval_only)
     plain = ast.unparse(program.run())
     text = ast.unparse(with_tuples(ast.parse(plain))) + "\n"
