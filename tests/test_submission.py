@@ -780,7 +780,7 @@ def test_variables_that_shape_the_network_cannot_stay_variables(capsys: pytest.C
     assert "--keep-env MODEL_DIM shapes the network" in said.out + said.err and not Path("nowhere").exists()
 
 
-def test_variables_of_the_score_cannot_stay_variables_where_it_is_all_that_is_made(capsys: pytest.CaptureFixture[str]) -> None:
+def test_variables_of_the_score_cannot_stay_variables_of_a_scoring_script(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--dce", "--eval-only", "--no-proof", "PRESET=tiny", "VOCAB_SIZE=256", "--out", "nowhere", "--keep-env"]
     assert b.main([*words, "ITERATIONS,MAX_VAL_TOKENS"]) == 2
     said = capsys.readouterr().err
