@@ -60,6 +60,8 @@ from keyword import iskeyword
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import numpy as np
+
 ALWAYS_KEPT = ("SEED", "RUN_ID", "DATA_PATH", "TOKENIZER_PATH", "MAX_WALLCLOCK_SECONDS")
 CONFIG_CLASS, LOADER, CHECKED = "Hyperparameters", "load_config", ("UserError", "ValueError")
 SECTION = "\n# ==== "
@@ -4909,8 +4911,8 @@ def attributes_at(path: str) -> frozenset[str]:
     head, *rest = path.split(".")
     with suppress(Exception):
         found = importlib.import_module(head)
-        for name in rest:
-            found = getattr(found, name)
+        for name in rest:  # what a module imports only when it is asked for costs seconds, and none of its is handled
+            found = vars(found)[name] if isinstance(found, types.ModuleType) else getattr(found, name)
         inner = vars(found).values() if isinstance(found, types.ModuleType) else []
         kinds = [found, *(kind for kind in inner if isinstance(kind, type))]
         if isinstance(found, types.ModuleType | type):
@@ -4955,6 +4957,7 @@ def minified(text: str, named: bool = False) -> str:
     )
 
 
+@functools.cache
 def packed(text: str) -> bytes:
     """The smallest raw LZMA stream of a text."""
     return min((lzma.compress(text.encode(), lzma.FORMAT_RAW, filters=[f]) for f in RAW_LZMA), key=len)
@@ -5017,19 +5020,96 @@ w[::2],s[-5:],s[-9:],Q[:1]+[s[-3:]],o[o.rfind('\n'):][:8]+x]]
   o+=chr(c-128)
  return o
 """
-ENCODING = {"v=v*253+next(g,0)": "v*=253;l+=1", "y=v<m": "y=next(g)", "v-=m": "v+=m", "o=''": "o='',l=0"}
-ENCODING |= {"return o": "return v,r,l"}
 DIGITS = [byte for byte in range(256) if byte not in b"\0\r\\"]  # what needs no escape in a string
+
+
+def contexts(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """(the numbers of the contexts of each character, as MIXER has them; how long its word is so far, 2 at most)."""
+    part = MIXER[MIXER.index("  t=o") : MIXER.index("  while c")].replace("{}", "len(M)")
+    start = "M={};Q=[];c=0;W=range(512);found=[]"
+    head = f"import re\ndef f(text):\n {start}\n for k in range(len(text)):\n  o=text[:k]\n"
+    space: dict[str, Any] = {}
+    exec(f"{head}{part}  found+=[*C,len(w[-1][:2])],\n return found\n", space)
+    found = np.array(space["f"](text))
+    return found[:, :-1], found[:, -1]
+
+
+def turns(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(which key comes where if equal ones stand together, where each group begins, the groups' sizes)."""
+    order = np.argsort(keys, kind="stable")
+    starts = np.flatnonzero(np.diff(keys[order], prepend=-1))
+    return order, starts, np.diff(starts, append=len(keys))
+
+
+def waves(starts: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(turn, places of the groups' members whose turn it is), the largest group first."""
+    starts, sizes = starts[np.argsort(-sizes, kind="stable")], np.sort(sizes)
+    for turn, count in enumerate((len(sizes) - np.searchsorted(sizes, np.arange(sizes[-1]), "right")).tolist()):
+        yield turn, starts[:count] + turn
+
+
+def chances(text: str) -> tuple[list[float], list[int]]:
+    """(how likely MIXER takes each bit of a text to be 1, the bits), to the last digit.
+
+    All that it learns of one context and the bits before hangs on what came there before, and weights on what came
+    where the same ones were used: so each step is one of many such histories at once.
+    """
+    numbers, lengths = contexts(text)
+    codes = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) + 128
+    before, bits = codes[:, None] >> np.arange(7, 0, -1), (codes[:, None] >> np.arange(6, -1, -1) & 1).ravel()
+    count, size = numbers.shape[1], bits.size
+    keys = (numbers[:, None] * 128 + before[:, :, None]).ravel()
+    order, starts, _ = turns(keys)
+    times = order // count
+    again = np.diff(times, prepend=-1) == 0  # the same context twice, which learns once
+    again[starts] = False
+    visit = np.cumsum(~again) - 1
+    starts, y = visit[starts], bits[times[~again]]
+    sizes = np.diff(starts, append=len(y))
+    p, now = np.full(len(y), 0.5), np.full(len(starts), 0.5)
+    long = sizes > 2000
+    for turn, places in waves(starts[~long], sizes[~long]):
+        p[places] = now = now[: len(places)]
+        now = now + (y[places] - now) / (min(turn, 25) + 1.4)
+    for start, end in zip(starts[long], starts[long] + sizes[long]):
+        one = 0.5
+        for turn, bit in enumerate(y[start:end].tolist()):
+            p[start + turn] = one
+            one += (bit - one) / (min(turn, 25) + 1.4)
+    k = np.arange(1, 65535)
+    steps_ = np.cumsum(np.r_[-11.7, 65536 / k / (65536 - k)])
+    x, weight = np.empty((size, count)), np.empty((size, count), np.int64)
+    x.ravel()[order] = steps_[(p * 65534).astype(np.int64)][visit]
+    weight.ravel()[order] = np.minimum(np.arange(len(y)) - np.repeat(starts, sizes), 2)[visit]
+    weight += np.arange(count) * 3
+
+    def likely(values: np.ndarray) -> np.ndarray:
+        return (np.searchsorted(steps_, values, "right") + 0.5) / 65537
+
+    rows = np.r_[(before + 128 * lengths[:, None]).ravel(), np.repeat(np.r_[128, codes[:-1]] + 256, 7)]
+    order, starts, sizes = turns(rows)
+    weights, sums, bit = np.full((len(starts), 3 * count), 0.2), np.empty(2 * size), bits.astype(float)
+    for _, places in waves(starts, sizes):
+        at = order[places] % size
+        which = weight[at] + np.arange(len(places))[:, None] * (3 * count)
+        w, inputs = weights.ravel()[which], x[at]
+        total = np.add.accumulate(w * inputs, axis=1)[:, -1]  # one after the other, as a loop adds
+        sums[order[places]] = total
+        weights.ravel()[which] = w + ((bit[at] - likely(total)) * 0.02)[:, None] * inputs
+    return likely((sums[:size] + sums[size:]) / 2).tolist(), bits.tolist()
 
 
 def mixed(text: str) -> bytes:
     """The stream from which MIXER makes an ASCII text: digits to the base 253, each as its DIGITS."""
-    source = functools.reduce(lambda code, change: code.replace(*change), ENCODING.items(), MIXER)
-    space: dict[str, Any] = {}
-    exec(source, space)
-    low, span, size = space["f"](
-        (code >> place & 1 for code in text.encode("ascii") for place in range(6, -1, -1)), len(text)
-    )
+    low, span, size, parts = 0, 1, 0, list[int]()  # parts: 64 digits each, and what is carried over
+    for chance, bit in zip(*chances(text)):
+        while span < 1 << 24:
+            span, low, size = span * 253, low * 253, size + 1
+            if size % 64 == 0:
+                parts, low = [*parts, low], 0
+        middle = int(span * chance)
+        low, span = (low, middle) if bit else (low + middle, span - middle)
+    low += functools.reduce(lambda number, part: number * 253**64 + part, parts, 0) * 253 ** (size % 64)
     unit = 253 ** int(math.log(span, 253))  # digits at the end that may be anything are zeros, which need not be told
     number, digits = (low + span - 1) // unit * unit if (low + span - 1) // unit * unit >= low else low, list[int]()
     for _ in range(size):
