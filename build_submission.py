@@ -1462,6 +1462,7 @@ class Scope:
     captured: frozenset[str] = frozenset()  # names that functions inside see, and may fill
     types: dict[str, ast.expr] = dataclasses.field(default_factory=dict)  # names -> annotations, or as loops say
     flow: dict[str, ast.expr | None] = dataclasses.field(default_factory=dict)  # followed -> literal; None: not None
+    known: dict[str, ast.expr | None] = dataclasses.field(default_factory=dict)  # names -> types found out
 
 
 LOOPERS = {"list", "tuple", "sorted", "reversed", "set", "next", "min", "max", "enumerate", "zip"}
@@ -1474,7 +1475,7 @@ class Fold(Rewriter):
     """One round of evaluation: what is known becomes a literal, what cannot be reached goes."""
 
     def __init__(self, program: Program, facts: Facts) -> None:
-        self.program, self.facts, self.purity = program, facts, Purity(facts)
+        self.program, self.facts, self.purity, self.number = program, facts, Purity(facts), next(program.numbers)
         self.scopes = [Scope(bindings(facts.tree), {}, set())]
         self.changes, self.asking, self.results = 0, set[str](), dict[int, ast.expr | None]()
         self.typing: dict[int, ast.expr | None] = {}  # types of the parts of what is asked for
@@ -1553,7 +1554,11 @@ class Fold(Rewriter):
         if is_literal(node):
             return literal(node)
         closed = Closed(self)
-        closed.check(node, frozenset())
+        try:
+            closed.check(node, frozenset())
+        except Unknown:
+            node.unknown = self.number  # type: ignore[attr-defined]
+            raise
         plain = Spelled(self).visit(cloned(node)) if closed.spelled else node
         with warnings.catch_warnings(action="ignore"):  # an expression that makes no sense is left to run time
             code = compile(ast.fix_missing_locations(ast.Expression(cast(ast.expr, plain))), "<build>", "eval")
@@ -1727,6 +1732,9 @@ class Fold(Rewriter):
             return values[0].annotation
         if key in self.asking or None in values or len(values) > 4:
             return None
+        if node.id in scope.known:
+            return scope.known[node.id]
+        first = not self.asking
         self.asking.add(key)
         scopes = self.scopes
         self.scopes = scopes[: next(i for i, one in enumerate(scopes) if one is scope) + 1]
@@ -1734,6 +1742,8 @@ class Fold(Rewriter):
         found = agreed_type([self.type_of(v) for v in values if not is_none(v) and made_kind(v) not in own])
         self.scopes = scopes
         self.asking.discard(key)
+        if first:  # not in the middle of a question about what depends on it
+            scope.known[node.id] = found
         return found
 
     def type_of_Attribute(self, node: ast.Attribute) -> ast.expr | None:
@@ -2876,6 +2886,8 @@ class Closed:
 
     def check(self, node: ast.AST, local: frozenset[str]) -> None:
         """Raises Unknown for what cannot be known."""
+        if not local and node.__dict__.get("unknown") == self.fold.number:
+            raise Unknown  # as when it was looked at by itself
         if isinstance(node, ast.Name | ast.Attribute) and self.fold.is_config(node):
             self.spelled = True
             return
@@ -3456,7 +3468,8 @@ class Unfold:
         makers = {id(n) for _, maker in facts.methods["__init__"] for n in walk(maker) if isinstance(n, ast.Attribute)
                   and isinstance(n.value, ast.Name) and n.value.id == maker.args.args[0].arg}  # fmt: skip
         self.changing = {name for name, found in facts.stored.items() if any(id(t) not in makers for t, _ in found)}
-        self.aims = {id(call): function for function in self.functions() for call in self.only_call(function)}
+        own = [(call, f) for f in self.functions() for call in self.only_call(f) if self.plain(f)]
+        self.aims = {id(call): function for call, function in own}
         self.aims |= {id(call): maker for call, maker in self.alone()}
         for function in [n for n in facts.nodes if isinstance(n, Function) and not is_opaque(n)]:
             bound = bindings(function)  # arrays that are made here: nobody else changes what is read of them
@@ -3468,7 +3481,7 @@ class Unfold:
     def functions(self) -> list[Function]:
         own = [f for f in self.facts.defs.values() if isinstance(f, Function)]
         methods = [m for name, named in self.facts.methods.items() for _, m in named if not name.startswith("__")]
-        return [f for f in own + methods if self.plain(f)]
+        return own + methods
 
     def plain(self, function: Function) -> bool:
         """Whether a function's body may stand elsewhere: it is no generator, and no function in it sees its names."""
@@ -4153,7 +4166,7 @@ class Program:
         source.config.__dict__.update(self.marks, dataclasses=types.SimpleNamespace(**{**real, "asdict": as_dict}))
         self.space: dict[str, Any] = dict(source.config.__dict__)  # of functions run at build time
         self.eligible: dict[str, bool] = {}
-        self.external = external_names(source.tree)
+        self.external, self.numbers = external_names(source.tree), itertools.count(1)
         self.open: frozenset[str] = frozenset()
         self.config_names, self.config_attributes = set[str](), set[str]()
         self.specialize()
