@@ -53,7 +53,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from keyword import iskeyword
@@ -2442,7 +2442,7 @@ class Fold(Rewriter):
         body = list[ast.stmt]()
         for one in node.body:
             if isinstance(one, Function):  # a method does not see the class's names
-                body.append(self.visit(one))
+                body.append(self.visit(one) if self.scopes[1:] or self.picked(one) else one)
                 continue
             self.scopes.append(Scope(own, {}, set(), True))
             body += self.statement(one)
@@ -2512,13 +2512,17 @@ class Fold(Rewriter):
 
     # -- statements --
 
-    chosen: set[int] | None = None  # statements of the module to look at; all if None
+    chosen: set[int] | None = None  # statements of the module, and methods, to look at; all if None
 
     def visit_Module(self, node: ast.Module) -> ast.Module:
-        chosen = self.chosen
-        node.body = [new for one in node.body
-                     for new in (self.statement(one) if chosen is None or id(one) in chosen else [one])]  # fmt: skip
+        node.body = [new for one in node.body for new in (self.statement(one) if self.picked(one) else [one])]
         return node
+
+    def picked(self, node: ast.stmt) -> bool:
+        """Whether a statement of the module, or a method, or one of a class's methods, is to be looked at."""
+        if self.chosen is None or id(node) in self.chosen:
+            return True
+        return isinstance(node, ast.ClassDef) and any(id(one) in self.chosen for one in node.body)
 
     def block(self, body: Sequence[ast.stmt]) -> list[ast.stmt]:
         """Statements up to the first that never lets the next one run."""
@@ -4353,7 +4357,7 @@ class Program:
         After the first two a round folds only what changed in the one before and what uses the same names; when that
         is little, a whole round shows whether it is the end.
         """
-        before, dirty, size, settled = dict[int, list[Any]](), None, 0, False
+        before, dirty, size, settled = dict[int, Said](), None, 0, False
         for number in range(limit):
             Reach(Facts(self.tree, self.external)).prune()
             facts = Facts(self.tree, self.external).scan()
@@ -4367,12 +4371,12 @@ class Program:
             size, last = len(facts.nodes), size
             if settled := settled or 0 < 0.98 * last < size:  # nearly all that goes has gone
                 self.unfold()
-            after = {id(node): outline(node) for node in self.tree.body}
-            changed = [node for node in self.tree.body if before.get(id(node)) != after[id(node)]]
-            if settled and dirty is None and after.keys() == before.keys() and not changed:
+            after = {id(node): said(node, before.get(id(node))) for node in parts_of(self.tree)}
+            same_ = after.keys() == before.keys() and all(before[key] is one for key, one in after.items())
+            if settled and dirty is None and same_:
                 break
-            dirty = self.touched(facts, changed, before, after) if number else None
-            dirty = dirty if dirty and len(dirty) > 0.1 * len(self.tree.body) else None
+            dirty = self.touched(facts, before, after) if number else None
+            dirty = dirty if dirty and len(dirty) > 0.1 * len(after) else None
             before = after
         return finished(self.tree)
 
@@ -4384,15 +4388,72 @@ class Program:
         ):
             Reach(Facts(self.tree, self.external)).prune()
 
-    def touched(
-        self, facts: Facts, changed: list[ast.stmt], before: dict[int, list], after: dict[int, list]
-    ) -> set[int]:
-        """Statements of the module that use a name which some change was about."""
-        gone = {name for key in before.keys() - after.keys() for name in said(before[key])}
-        names = gone.union(*(differing(before.get(id(node), []), after[id(node)]) for node in changed))
+    def touched(self, facts: Facts, before: dict[int, Said], after: dict[int, Said]) -> set[int]:
+        """Statements of the module, and methods, of which more may be known after some change.
+
+        These are what has changed, what names a definition that has, or an attribute that is set to something else,
+        and what is called or named otherwise than before.
+        """
+        dirty, nothing = {key for key, one in after.items() if before.get(key) is not one}, Said([], "", {}, {})
+        changes = [(before.get(key, nothing), after[key]) for key in dirty]
+        changes += [(before[key], nothing) for key in before.keys() - after.keys()]
+        defined, used = set[str](), set[str]()
+        for old, new in changes:
+            short = min(len(old.outlined), len(new.outlined)) < SHORT  # it may be put in its calls' place, or be known
+            defined |= differing(old.sets, new.sets) | ({old.name, new.name} - {"__init__"} if short else set())
+            called = differing(old.calls, new.calls)
+            used |= called | differing(Counter(old.names()), Counter(new.names()))
+            defined |= {field for name in called for field in facts.fields.get(name, ())}
         own = set(facts.defs) | set(facts.methods) | set(facts.stored) | {n for f in facts.fields.values() for n in f}
-        names &= own | set(self.assigned)
-        return {id(node) for node in changed} | {key for key, one in after.items() if not names.isdisjoint(said(one))}
+        defined &= own | set(self.assigned)
+        dirty |= {id(maker) for name, maker in facts.methods["__init__"] if name in used}
+        return dirty | {key for key, one in after.items() if one.name in used or not defined.isdisjoint(one.names())}
+
+
+SHORT = 150  # names, numbers and kinds of parts of a definition: some five lines
+
+
+class Said(NamedTuple):
+    """What a statement of the module, or a method, says."""
+
+    outlined: list[Any]
+    name: str  # of a definition
+    sets: dict[str, list[Any]]  # attributes, and names of the module, with what they are set to
+    calls: dict[str, list[Any]]  # what is called, with the arguments
+
+    def names(self) -> Iterator[str]:
+        return (one for one in self.outlined if one.__class__ is str)
+
+
+def said(node: ast.stmt, before: Said | None) -> Said:
+    """What a statement says, a class without its methods' code; what it said before, if that is the same."""
+    if isinstance(node, ast.ClassDef):
+        left: list[Any] = [ast.Name(one.name) if isinstance(one, Function) else one for one in node.body]
+        node = ast.ClassDef(node.name, node.bases, node.keywords, left, node.decorator_list)
+    outlined = outline(node)
+    if before is not None and before.outlined == outlined:
+        return before
+    sets, calls = defaultdict[str, list[Any]](list), defaultdict[str, list[Any]](list)
+    for one in walk(node):
+        if isinstance(one, ast.Call):
+            calls[getattr(one.func, "attr", dotted(one.func))] += [outline(part) for part in (*one.args, *one.keywords)]
+        for target, value in stores(one) if one.__class__ in BINDERS else ():
+            if isinstance(target, ast.Attribute) or one is node:
+                sets[dotted(target).split(".")[-1]] += [outline(value or one)]
+    return Said(outlined, getattr(node, "name", ""), dict(sets), dict(calls))
+
+
+def differing(one: Mapping[str, Any], two: Mapping[str, Any]) -> set[str]:
+    """Names of which two versions of a definition say something else."""
+    return {name for name in one.keys() | two.keys() if one.get(name) != two.get(name)}
+
+
+def parts_of(tree: ast.Module) -> Iterator[ast.stmt]:
+    """Statements of a module, and methods, a class before those that it has."""
+    for node in tree.body:
+        yield node
+        if isinstance(node, ast.ClassDef):
+            yield from (one for one in node.body if isinstance(one, Function))
 
 
 def outline(node: ast.AST) -> list[Any]:
@@ -4410,17 +4471,6 @@ def outline(node: ast.AST) -> list[Any]:
             else:
                 found.append(part if part.__class__ is str or part.__class__ is int else part.__class__)
     return found
-
-
-def said(outlined: list[Any]) -> Iterator[str]:
-    """The names among what a tree says."""
-    return (one for one in outlined if one.__class__ is str)
-
-
-def differing(old: list[Any], new: list[Any]) -> set[str]:
-    """Names that two versions of a definition have in another number."""
-    one, two = Counter(said(old)), Counter(said(new))
-    return {name for name in one | two if one[name] != two[name]}
 
 
 class Marked(Rewriter):
