@@ -2373,9 +2373,7 @@ class Fold(Rewriter):
         node.body = self.block(node.body)
         self.around.pop()
         self.scopes.pop()
-        last = node.body[-1]
-        if isinstance(last, ast.Return) and (last.value is None or dotted(last.value) == "None"):
-            node.body = node.body[:-1] or [ast.Pass()]
+        drop_last_return(node)
         return node
 
     visit_AsyncFunctionDef = visit_FunctionDef
@@ -2872,6 +2870,14 @@ def stays_empty(node: Function, bound: dict[str, list[ast.AST | None]]) -> dict[
     return {name: value for name, value in found.items() if len(bound[name]) == 1 + lost[name]}
 
 
+def drop_last_return(node: Function) -> None:
+    """A `return` of nothing at the end says nothing."""
+    last = node.body[-1] if node.body else None
+    if isinstance(last, ast.Return) and (last.value is None or is_none(last.value)):
+        node.body.pop()
+    node.body = node.body or [ast.Pass()]
+
+
 class Replace(Rewriter):
     """Put expressions in for names; copies, but where each is put in once."""
 
@@ -3017,7 +3023,7 @@ class Sweep(Rewriter):
         self.generic_visit(node)
         self.local.pop()
         self.changes += Joined(node, self.facts.modules).changes
-        node.body = node.body or [ast.Pass()]
+        drop_last_return(node)
         return node
 
     visit_AsyncFunctionDef = visit_FunctionDef
