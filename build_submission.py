@@ -752,9 +752,10 @@ class Facts:
                     local.add(target.id)
                     self.bound[target.id].append(value)
         self.inner: dict[int, list[tuple[ast.Call, int]] | None] = {}  # functions in functions -> their calls
+        self.outer: dict[Function, Function] = {}
         for outer in functions:
             for inner in (n for n in steps(outer.body) if isinstance(n, Function)):
-                self.inner[id(inner)] = self.calls_inside(outer, inner, called)
+                self.inner[id(inner)], self.outer[inner] = self.calls_inside(outer, inner, called), outer
         self.shadowed = local & set(self.defs)  # local names that hide a definition
         called |= self.follow_aliases(called)
         for node in filter(is_load, kinds[ast.Name]):
@@ -771,6 +772,12 @@ class Facts:
                 self.escaped["." + node.attr] += id(node) not in called
                 self.escapees[node.attr] |= set() if id(node) in called else {owner}
         return self
+
+    def outermost(self, function: Function) -> Function:
+        """The function of the module, or the method, in which a function is; itself if it is one."""
+        while function in self.outer:
+            function = self.outer[function]
+        return function
 
     def calls_inside(self, outer: Function, one: Function, called: set[int]) -> list[tuple[ast.Call, int]] | None:
         """All calls of a function that is defined in another one; None if it is read in another way."""
@@ -3468,9 +3475,9 @@ class Unfold:
     that nobody has there; a parameter becomes the argument, or a name that is bound to it.
     """
 
-    def __init__(self, facts: Facts) -> None:
+    def __init__(self, facts: Facts, chosen: set[Function] | None) -> None:
         self.facts, self.purity, self.changes = facts, Purity(facts), 0
-        self.touched, self.looped = set[int](), 0  # functions changed in this round; loops around a place
+        self.touched, self.looped = set[Function](), 0  # functions changed in this round; loops around a place
         held = [
             n for n in facts.tree.body if isinstance(n, ast.Assign | ast.AnnAssign) and isinstance(n.value, ast.Dict)
         ]
@@ -3482,11 +3489,17 @@ class Unfold:
         self.aims = {id(call): function for call, function in own}
         self.aims |= {id(call): maker for call, maker in self.alone()}
         for function in [n for n in facts.nodes if isinstance(n, Function) and not is_opaque(n)]:
+            if not (chosen is None or facts.outermost(function) in chosen or self.calls_one(function, chosen)):
+                continue
             bound = bindings(function)  # arrays that are made here: nobody else changes what is read of them
             self.arrays = {
                 n for n, v in bound.items() if len(v) == 1 and made_kind(v[0]) in ("np.zeros", "torch.zeros")
             }
             self.inside_block(function, function.body)
+
+    def calls_one(self, function: Function, chosen: set[Function]) -> bool:
+        """Whether one of some functions may be put into a function."""
+        return any(self.aims.get(id(node)) in chosen for node in walk(function))
 
     def functions(self) -> list[Function]:
         own = [f for f in self.facts.defs.values() if isinstance(f, Function)]
@@ -3607,7 +3620,7 @@ class Unfold:
             if made is not None:
                 body[place : place + 1] = made
                 self.changes += 1
-                self.touched.add(id(caller))
+                self.touched.add(caller)
                 place += 0 if one in made else len(made)
                 continue
             if not isinstance(one, Definition):
@@ -3626,11 +3639,11 @@ class Unfold:
         held = node.iter if isinstance(node, ast.For) else node.test if isinstance(node, ast.If) else node
         for call in (n for n in walk(held) if id(n) in self.aims):
             function = self.aims[id(call)]
-            if id(function) not in self.touched and self.reaches(held, call) == "there":
+            if function not in self.touched and self.reaches(held, call) == "there":
                 put = self.scatter if function.name == "__init__" else self.put
                 made = put(caller, node, call, function)  # type: ignore[arg-type]
                 if made is not None:
-                    self.touched.add(id(function))
+                    self.touched.add(function)
                     return made
         return None
 
@@ -3831,10 +3844,14 @@ class Direct:
 
     WIDTH = 110  # of a line that becomes longer
 
-    def __init__(self, facts: Facts, changing: set[str]) -> None:
+    def __init__(self, facts: Facts, changing: set[str], chosen: set[Function] | None) -> None:
         self.facts, self.purity, self.changing, self.changes = facts, Purity(facts), changing, 0
+        self.touched = set[Function]()
         for function in [n for n in facts.nodes if isinstance(n, Function) and not is_opaque(n)]:
-            self.look_at(function)
+            if chosen is None or facts.outermost(function) in chosen:
+                before = self.changes
+                self.look_at(function)
+                self.touched |= {facts.outermost(function)} if self.changes > before else set()
 
     def look_at(self, function: Function) -> None:
         bound, args = bindings(function), [*parameters(function.args), *starred(function.args)]
@@ -4387,12 +4404,20 @@ class Program:
         return finished(self.tree)
 
     def unfold(self) -> None:
-        """Put functions where they are called, as long as there are such."""
+        """Put functions where they are called, as long as there are such; after a first look at all, where the last
+        one has changed something."""
         Terse().visit(self.tree)
-        while (unfold := Unfold(Facts(self.tree, self.external).scan())).changes or (
-            Direct(unfold.facts, unfold.changing).changes
-        ):
-            Reach(Facts(self.tree, self.external)).prune()
+        chosen: set[Function] | None = None
+        while True:
+            unfold = Unfold(Facts(self.tree, self.external).scan(), chosen)
+            if unfold.changes:
+                chosen = chosen and chosen | set(map(unfold.facts.outermost, unfold.touched))
+                Reach(Facts(self.tree, self.external)).prune()
+                continue
+            direct = Direct(unfold.facts, unfold.changing, chosen)
+            if not direct.changes:
+                return
+            chosen = direct.touched
 
     def touched(self, facts: Facts, before: dict[int, Said], after: dict[int, Said]) -> set[int]:
         """Statements of the module, and methods, of which more may be known after some change.
