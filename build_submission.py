@@ -53,7 +53,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from keyword import iskeyword
@@ -289,8 +289,9 @@ def walk(node: ast.AST) -> Iterator[ast.AST]:
         one = work.pop()
         if one is not None:
             yield one
+            held = one.__dict__
             for name in PARTS[one.__class__]:
-                part = one.__dict__.get(name)
+                part = held.get(name)
                 if part.__class__ is list:
                     work += part
                 elif part is not None:
@@ -523,10 +524,10 @@ BINDERS = {
 BINDERS |= {ast.Global, ast.Nonlocal, ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef}
 
 
-def bindings(node: ast.AST) -> dict[str, list[ast.AST | None]]:
+def bindings(node: ast.AST, nodes: Iterable[ast.AST] | None = None) -> dict[str, list[ast.AST | None]]:
     """Name -> what is bound to it in a scope, None for what is not at hand. Comprehensions are scopes of their own."""
     found: dict[str, list[ast.AST | None]] = defaultdict(list)
-    for one in inside(node):
+    for one in inside(node) if nodes is None else nodes:
         if one.__class__ not in BINDERS:
             continue
         for target, value in stores(one):
@@ -1444,14 +1445,17 @@ def is_own(value: ast.AST | None) -> bool:
 
 
 def shared(function: Function) -> set[str]:
-    """Names, those of its parameters too, to which a function binds what others may have."""
-    grown = [n.target for n in inside(function) if isinstance(n, ast.AugAssign)]
+    """Names that a function changes in place, where others may have what they are bound to."""
+    nodes = list(inside(function))
+    grown = [n.target for n in nodes if n.__class__ is ast.AugAssign]  # type: ignore[attr-defined]
     times = Counter(target.id for target in grown if isinstance(target, ast.Name))
+    if not times:
+        return set()
     found = {arg.arg for arg in [*parameters(function.args), *starred(function.args)]}
-    for name, values in bindings(function).items():
+    for name, values in bindings(function, nodes).items():
         told = [value for value in values if value is not None]
         found |= set() if all(map(is_own, told)) and len(values) - len(told) == times[name] else {name}
-    return found
+    return found & set(times)
 
 
 # ==== folding ====
@@ -2390,36 +2394,39 @@ class Fold(Rewriter):
         args.kw_defaults = [d and self.visit(d) for d in args.kw_defaults]
 
     def scope_of(self, node: Function | ast.Lambda) -> Scope:
-        bound = bindings(node)
+        nodes = list(inside(node))
+        bound = bindings(node, nodes)
         for arg in [*parameters(node.args), *starred(node.args)]:
             bound[arg.arg].insert(0, arg)
         for name in self.facts.nonlocals & set(bound):
             bound[name] += [None, None]
         known = self.facts.constants(node) if isinstance(node, Function) else {}
-        followed = self.followed(node, bound) if isinstance(node, Function) else frozenset()
+        followed = self.followed(node, nodes, bound) if isinstance(node, Function) else frozenset()
         flow = {name: value for name, value in known.items() if name in followed and is_literal(value)}
         known = {name: value for name, value in known.items() if len(bound[name]) == 1}
         configs = {a.arg for a in parameters(node.args) if is_config_arg(a)}
         owner = self.facts.owner.get(id(node))
         if owner == CONFIG_CLASS and not isinstance(node, ast.Lambda) and node.args.args:
             configs.add(node.args.args[0].arg)
-        noted = [n for n in inside(node) if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+        noted = [n for n in nodes if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
         types_ = {dotted(n.target): n.annotation for n in noted}
-        for item in (n for n in inside(node) if isinstance(n, ast.withitem)):
+        for item in (n for n in nodes if isinstance(n, ast.withitem)):
             kind, name = made_kind(item.context_expr), dotted(item.optional_vars) if item.optional_vars else ""
             if kind in self.facts.foreign_classes and len(bound[name]) == 1:
                 types_[name] = FOREIGN_OBJECT
-        inner = [n for n in walk(node) if isinstance(n, Function | ast.Lambda) and n is not node]
+        inner = [n for n in nodes if n.__class__ in HOLDERS or n.__class__ is ast.ClassDef]
         captured = frozenset(n.id for one in inner for n in walk(one) if isinstance(n, ast.Name))
         flow = {name: value for name, value in flow.items() if name not in known}
         parts = {name: [self.part_of(v) or v for v in values] for name, values in bound.items()}
         known |= stays_empty(node, parts) if isinstance(node, Function) else {}
         return Scope(bound, known, configs, False, followed, captured, types_, dict(flow))
 
-    def followed(self, node: Function, bound: dict[str, list[ast.AST | None]]) -> frozenset[str]:
+    def followed(
+        self, node: Function, nodes: list[ast.AST], bound: dict[str, list[ast.AST | None]]
+    ) -> frozenset[str]:
         """Local names that nothing but plain assignments, and calls, bind."""
         loose = set(self.facts.nonlocals) | {arg.arg for arg in starred(node.args)}
-        for one in inside(node):
+        for one in nodes:
             if one.__class__ in BINDERS and one.__class__ not in (ast.Assign, ast.AnnAssign, ast.AugAssign):
                 loose |= {target.id for target, _ in stores(one) if isinstance(target, ast.Name)}
                 loose |= set(self.named(one))
@@ -2746,7 +2753,7 @@ class Fold(Rewriter):
                 return [ast.Expr(value.value), self.changed(node)]
         names = [target, *(target.elts if isinstance(target, ast.Tuple) else [])]
         plain = all(isinstance(name, ast.Name | ast.Tuple) for name in names) and len(node.targets) == 1
-        alike = plain and ast.unparse(target) == ast.unparse(value)
+        alike = plain and target.__class__ is value.__class__ and ast.unparse(target) == ast.unparse(value)
         return self.changed(None) if alike else node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
@@ -3022,11 +3029,11 @@ class Sweep(Rewriter):
             self.changes += 1
             return None
         self.drop_results(node)
-        reads = Counter(n.id for n in walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load))
-        free = {name for n in walk(node) if isinstance(n, ast.Global | ast.Nonlocal) for name in n.names}
-        grown = [n.target for n in inside(node) if isinstance(n, ast.AugAssign)]
-        reads.update({n.id for n in grown if isinstance(n, ast.Name)} & shared(node))  # others see what is done there
-        self.local.append(((set(bindings(node)) | {a.arg for a in parameters(node.args)}) - free, reads))
+        nodes, bound = list(walk(node)), bindings(node)
+        reads = Counter(n.id for n in nodes if n.__class__ is ast.Name and is_load(n))  # type: ignore[arg-type,attr-defined]
+        free = {name for n in nodes if n.__class__ in (ast.Global, ast.Nonlocal) for name in n.names}  # type: ignore[attr-defined]
+        reads.update(shared(node))  # others see what is done there
+        self.local.append(((set(bound) | {a.arg for a in parameters(node.args)}) - free, reads))
         self.generic_visit(node)
         self.local.pop()
         self.changes += Joined(node, self.facts.modules).changes
@@ -3399,8 +3406,9 @@ class Reach:
                 self.attribute(one.attr, one.__dict__.get("receiver", ""))
             parts, inner = children(one), bound
             if isinstance(one, Function | ast.Lambda):
-                own = set(bindings(one)) | {a.arg for a in [*parameters(one.args), *starred(one.args)]}
-                own -= {name for n in inside(one) if isinstance(n, ast.Global) for name in n.names}
+                nodes = list(inside(one))
+                own = set(bindings(one, nodes)) | {a.arg for a in [*parameters(one.args), *starred(one.args)]}
+                own -= {name for n in nodes if n.__class__ is ast.Global for name in n.names}  # type: ignore[attr-defined]
                 inner, outer = bound | own, [*one.args.defaults, *filter(None, one.args.kw_defaults)]
                 outer += [] if isinstance(one, ast.Lambda) else one.decorator_list
                 if isinstance(one, Function) and is_opaque(one):
@@ -4263,7 +4271,8 @@ class Program:
         for function in (n for n in facts.nodes if isinstance(n, Function)):
             own = {a.arg for a in parameters(function.args) if is_config_arg(a)}
             self.config_names |= own
-            for target, value in (pair for node in inside(function) for pair in stores(node)):
+            binders = [node for node in inside(function) if node.__class__ in BINDERS]
+            for target, value in (pair for node in binders for pair in stores(node)):
                 if isinstance(target, ast.Attribute):
                     copied = isinstance(value, ast.Attribute) and value.attr == target.attr
                     held[target.attr] |= set() if copied else {isinstance(value, ast.Name) and value.id in own}
