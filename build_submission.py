@@ -5139,8 +5139,8 @@ def contexts(text: str) -> tuple[np.ndarray, np.ndarray]:
 
 def turns(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(which key comes where if equal ones stand together, where each group begins, the groups' sizes)."""
-    order = np.argsort(keys, kind="stable")
-    starts = np.flatnonzero(np.diff(keys[order], prepend=-1))
+    sorted_, order = np.divmod(np.sort(keys * len(keys) + np.arange(len(keys))), len(keys))
+    starts = np.flatnonzero(np.diff(sorted_, prepend=-1))
     return order, starts, np.diff(starts, append=len(keys))
 
 
