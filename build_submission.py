@@ -2421,9 +2421,7 @@ class Fold(Rewriter):
         known |= stays_empty(node, parts) if isinstance(node, Function) else {}
         return Scope(bound, known, configs, False, followed, captured, types_, dict(flow))
 
-    def followed(
-        self, node: Function, nodes: list[ast.AST], bound: dict[str, list[ast.AST | None]]
-    ) -> frozenset[str]:
+    def followed(self, node: Function, nodes: list[ast.AST], bound: dict[str, list[ast.AST | None]]) -> frozenset[str]:
         """Local names that nothing but plain assignments, and calls, bind."""
         loose = set(self.facts.nonlocals) | {arg.arg for arg in starred(node.args)}
         for one in nodes:
@@ -4401,7 +4399,7 @@ class Program:
             Sweep(facts).visit(self.tree)
             shrink(facts)
             size, last = len(facts.nodes), size
-            if settled := settled or 0 < 0.98 * last < size:  # nearly all that goes has gone
+            if settled := settled or 0 < 0.9 * last < size:  # nearly all that goes has gone
                 self.unfold()
             after = {id(node): said(node, before.get(id(node))) for node in parts_of(self.tree)}
             same_ = after.keys() == before.keys() and all(before[key] is one for key, one in after.items())
