@@ -5137,8 +5137,9 @@ def contexts(text: str) -> tuple[np.ndarray, np.ndarray]:
 
 def turns(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(which key comes where if equal ones stand together, where each group begins, the groups' sizes)."""
-    sorted_, order = np.divmod(np.sort(keys * len(keys) + np.arange(len(keys))), len(keys))
-    starts = np.flatnonzero(np.diff(sorted_, prepend=-1))
+    both = np.sort(keys * len(keys) + np.arange(len(keys)))
+    order = both % len(keys)
+    starts = np.flatnonzero(np.diff(both // len(keys), prepend=-1))
     return order, starts, np.diff(starts, append=len(keys))
 
 
@@ -5149,26 +5150,20 @@ def waves(starts: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[int, np.ndarr
         yield turn, starts[:count] + turn
 
 
-def chances(text: str) -> tuple[list[float], list[int]]:
-    """(how likely MIXER takes each bit of a text to be 1, the bits), to the last digit.
+def probabilities(keys: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(how likely each of the contexts of each bit takes it to be 1, which weight that has), flat.
 
-    All that it learns of one context and the bits before hangs on what came there before, and weights on what came
-    where the same ones were used: so each step is one of many such histories at once.
+    keys: (bits * contexts,) numbers of contexts together with the bits before. What is known of one hangs on what
+    came there before alone, so the histories go on at once; the few long ones each by itself.
     """
-    numbers, lengths = contexts(text)
-    codes = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) + 128
-    before, bits = codes[:, None] >> np.arange(7, 0, -1), (codes[:, None] >> np.arange(6, -1, -1) & 1).ravel()
-    count, size = numbers.shape[1], bits.size
-    keys = (numbers[:, None] * 128 + before[:, :, None]).ravel()
     order, starts, _ = turns(keys)
-    times = order // count
+    times = order // (len(keys) // len(bits))
     again = np.diff(times, prepend=-1) == 0  # the same context twice, which learns once
     again[starts] = False
-    visit = np.cumsum(~again) - 1
+    visit = np.cumsum(~again, dtype=np.int32) - 1
     starts, y = visit[starts], bits[times[~again]]
     sizes = np.diff(starts, append=len(y))
-    p, now = np.full(len(y), 0.5), np.full(len(starts), 0.5)
-    long = sizes > 2000
+    p, now, long = np.full(len(y), 0.5), np.full(len(starts), 0.5), sizes > 2000
     for turn, places in waves(starts[~long], sizes[~long]):
         p[places] = now = now[: len(places)]
         now = now + (y[places] - now) / (min(turn, 25) + 1.4)
@@ -5177,16 +5172,30 @@ def chances(text: str) -> tuple[list[float], list[int]]:
         for turn, bit in enumerate(y[start:end].tolist()):
             p[start + turn] = one
             one += (bit - one) / (min(turn, 25) + 1.4)
+    found, weight = np.empty(len(keys)), np.empty(len(keys), np.int8)
+    found[order] = p[visit]
+    weight[order] = np.minimum(np.arange(len(y)) - np.repeat(starts, sizes), 2)[visit]
+    return found, weight
+
+
+def chances(text: str) -> tuple[list[float], list[int]]:
+    """(how likely MIXER takes each bit of a text to be 1, the bits), to the last digit.
+
+    Weights, too, hang on what came where the same ones were used alone.
+    """
+    numbers, lengths = contexts(text)
+    codes = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) + 128
+    before, bits = codes[:, None] >> np.arange(7, 0, -1), (codes[:, None] >> np.arange(6, -1, -1) & 1).ravel()
+    count, size = numbers.shape[1], bits.size
+    p, weight = probabilities((numbers[:, None] * 128 + before[:, :, None]).ravel(), bits)
     k = np.arange(1, 65535)
-    steps_ = np.cumsum(np.r_[-11.7, 65536 / k / (65536 - k)])
-    x, weight = np.empty((size, count)), np.empty((size, count), np.int64)
-    x.ravel()[order] = steps_[(p * 65534).astype(np.int64)][visit]
-    weight.ravel()[order] = np.minimum(np.arange(len(y)) - np.repeat(starts, sizes), 2)[visit]
-    weight += np.arange(count) * 3
+    inverse = np.cumsum(np.r_[-11.7, 65536 / k / (65536 - k)])  # MIXER's T
 
-    def likely(values: np.ndarray) -> np.ndarray:
-        return (np.searchsorted(steps_, values, "right") + 0.5) / 65537
+    def logistic(values: np.ndarray) -> np.ndarray:
+        return (np.searchsorted(inverse, values, "right") + 0.5) / 65537
 
+    x = inverse[(p * 65534).astype(np.int64)].reshape(size, count)
+    weight = weight.reshape(size, count) + np.arange(count, dtype=np.int8) * 3
     rows = np.r_[(before + 128 * lengths[:, None]).ravel(), np.repeat(np.r_[128, codes[:-1]] + 256, 7)]
     order, starts, sizes = turns(rows)
     weights, sums, bit = np.full((len(starts), 3 * count), 0.2), np.empty(2 * size), bits.astype(float)
@@ -5196,8 +5205,8 @@ def chances(text: str) -> tuple[list[float], list[int]]:
         w, inputs = weights.ravel()[which], x[at]
         total = np.add.accumulate(w * inputs, axis=1)[:, -1]  # one after the other, as a loop adds
         sums[order[places]] = total
-        weights.ravel()[which] = w + ((bit[at] - likely(total)) * 0.02)[:, None] * inputs
-    return likely((sums[:size] + sums[size:]) / 2).tolist(), bits.tolist()
+        weights.ravel()[which] = w + ((bit[at] - logistic(total)) * 0.02)[:, None] * inputs
+    return logistic((sums[:size] + sums[size:]) / 2).tolist(), bits.tolist()
 
 
 def mixed(text: str) -> bytes:
