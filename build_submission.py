@@ -234,6 +234,8 @@ def literal(node: ast.AST | None) -> Any:
 
 
 def is_literal(node: ast.AST | None) -> bool:
+    if node.__class__ is ast.Constant or node.__class__ not in (ast.UnaryOp, ast.Tuple):
+        return node.__class__ is ast.Constant
     try:
         literal(node)
     except Unknown:
@@ -721,15 +723,16 @@ class Facts:
         self.arguments: dict[int, ast.expr] = {}  # names that a method reads -> their annotation there
         self.noted: dict[str, list[tuple[str, ast.expr]]] = defaultdict(list)  # attribute -> (class, annotation)
         for name, owner in self.classes.items():
-            within = list(walk(owner))
-            self.owner |= {id(n): name for n in within}
-            for one in (n for n in within if n.__class__ is ast.AnnAssign):
-                path = dotted(one.target)
-                self.noted[path if one in owner.body else path.removeprefix("self.")].append((name, one.annotation))
+            self.owner |= {id(n): name for n in walk(owner)}
+        for one in (n for n in kinds[ast.AnnAssign] if id(n) in self.owner):
+            name, path = self.owner[id(one)], dotted(one.target)
+            at_top = one in self.classes[name].body
+            self.noted[path if at_top else path.removeprefix("self.")].append((name, one.annotation))
         for _, method in (m for named in self.methods.values() for m in named):
             hinted = {a.arg: a.annotation for a in parameters(method.args) if a.annotation}
-            names = [n for n in walk(method) if isinstance(n, ast.Name) and n.id in hinted] if hinted else []
-            self.arguments |= {id(n): hinted[n.id] for n in names}
+            if hinted:
+                names = [n for n in walk(method) if n.__class__ is ast.Name and n.id in hinted]  # type: ignore[attr-defined]
+                self.arguments |= {id(n): hinted[n.id] for n in names}  # type: ignore[attr-defined]
         self.module_types = {dotted(n.target): n.annotation for n in self.tree.body if isinstance(n, ast.AnnAssign)}
         for node in kinds[ast.Call]:
             called.add(id(node.func))
@@ -1275,7 +1278,7 @@ def is_not(node: ast.expr) -> bool:
 
 
 def is_load(node: ast.Name) -> bool:
-    return isinstance(node.ctx, ast.Load)
+    return node.ctx.__class__ is ast.Load
 
 
 def is_copy(node: ast.AST | None, name: str, kinds: frozenset[str] | None) -> bool:
@@ -2850,7 +2853,8 @@ def looked_at(node: ast.AST) -> list[ast.AST]:
     """Parts of a node that it reads and neither keeps nor changes, if they are containers."""
     if isinstance(node, ast.Call):
         asks = isinstance(node.func, ast.Attribute) and node.func.attr in LOOKS
-        return [node.func.value] if asks else node.args if dotted(node.func) in LOOKERS else []  # type: ignore
+        looks = isinstance(node.func, ast.Name) and node.func.id in LOOKERS
+        return [node.func.value] if asks else node.args if looks else []  # type: ignore[attr-defined]
     if isinstance(node, ast.Compare):
         return [right for op, right in zip(node.ops, node.comparators) if isinstance(op, ast.In | ast.NotIn)]
     if isinstance(node, ast.For | ast.comprehension):
