@@ -6123,6 +6123,16 @@ def configured(source: Source, environ: dict[str, str], run: Path, options: Any)
     return own
 
 
+def check_maker(source: Source, made_by: Path, packaged: bytes) -> None:
+    """Raise BuildError for a run of which the folder's own script is neither this one nor what is packaged now."""
+    found = made_by.read_bytes() if made_by.is_file() else packaged
+    if found not in (packaged, source.text.encode()):
+        raise BuildError(
+            f"{made_by}, which made the run, is not the {source.path.name} that is here, so its results are not those "
+            "of the script that is packaged; check out the commit that made it, or train again"
+        )
+
+
 def build(options: Any) -> list[str]:
     """Make a record folder; the lines to tell. Raises BuildError."""
     root, seeds = Path(__file__).resolve().parent, seeds_of(options.seeds)
@@ -6139,6 +6149,7 @@ def build(options: Any) -> list[str]:
     check_places(source, source.load(environ), seeds, options)
     whole = extract(source, environ, options)
     if options.run and not seeds:
+        check_maker(source, Path(options.run) / script, whole.script)
         refuse([Path(options.run)], whole.h, len(whole.script))
     told = [
         f"{source.path.name}: {len(source.text)} bytes; {lines_of(whole.text)} lines and "

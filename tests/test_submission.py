@@ -936,3 +936,14 @@ def test_results_of_a_run_are_not_given_to_another_configuration(
     (run / "train.log").write_text((run / "train.log").read_text().replace("6398ms", "60001ms"))
     assert b.main([*words, "DATA_PATH=elsewhere"]) == 2
     assert "not packaged; run: time: training took 60.001 s" in capsys.readouterr().err
+
+
+def test_results_of_another_script_are_not_packaged(tmp_path: Path) -> None:
+    source, made_by = whole_source(), tmp_path / "train_gpt.py"
+    b.check_maker(source, made_by, b"packaged")  # a folder without a script says nothing
+    for text in (source.text, "packaged"):
+        made_by.write_text(text)
+        b.check_maker(source, made_by, b"packaged")
+    made_by.write_text(source.text + "x = 1\n")
+    with pytest.raises(b.BuildError, match="is not the train_gpt.py that is here"):
+        b.check_maker(source, made_by, b"packaged")
