@@ -2854,7 +2854,7 @@ def looked_at(node: ast.AST) -> list[ast.AST]:
     if isinstance(node, ast.Call):
         asks = isinstance(node.func, ast.Attribute) and node.func.attr in LOOKS
         looks = isinstance(node.func, ast.Name) and node.func.id in LOOKERS
-        return [node.func.value] if asks else node.args if looks else []  # type: ignore[attr-defined]
+        return [node.func.value] if asks else node.args if looks else []  # type: ignore
     if isinstance(node, ast.Compare):
         return [right for op, right in zip(node.ops, node.comparators) if isinstance(op, ast.In | ast.NotIn)]
     if isinstance(node, ast.For | ast.comprehension):
@@ -3337,6 +3337,21 @@ def shrink_fields(facts: Facts, purity: Purity, name: str, kind: ast.ClassDef) -
 # ==== reachability ====
 
 
+GRADIENTS = {
+    "backward",
+    "grad",
+    "vjp",
+    "jvp",
+    "vhp",
+    "hvp",
+    "jacobian",
+    "hessian",
+    "jacrev",
+    "jacfwd",
+    "grad_and_value",
+}
+
+
 class Reach:
     """What a run can come to, from the statements that a module runs by itself."""
 
@@ -3344,6 +3359,7 @@ class Reach:
         self.facts, self.names, self.attributes = facts, set[str](), set[tuple[str, str]]()
         self.families = dict[str, frozenset[str]]()  # class -> classes whose objects may have its methods
         self.kept, self.pending = set[int](), list[ast.AST]()
+        self.gradients, self.waiting = False, list[ast.AST]()  # whether any are asked for; what then is called
         guarded = [node for node in facts.tree.body if isinstance(node, ast.If) and self.waits(node)]
         self.guards = {id(inner): node.test for node in guarded for inner in definitions([node])}
         self.units: dict[str, list[ast.stmt]] = defaultdict(list)
@@ -3390,7 +3406,9 @@ class Reach:
                 self.read(part)
             for method in (m for m in node.body if isinstance(m, Function)):
                 special = method.name.startswith("__") or self.facts.foreign(node.name, method.name)
-                if special or self.reaches(method.name, node.name):
+                if method.name == "backward" and special and not self.gradients:
+                    self.waiting.append(method)
+                elif special or self.reaches(method.name, node.name):
                     self.keep(method)
             return
         self.read(node)
@@ -3428,16 +3446,25 @@ class Reach:
     def name(self, name: str) -> None:
         if name not in self.names:
             self.names.add(name)
+            self.ask_gradients(name)
             for unit in self.units.get(name, ()):
                 self.keep(unit)
 
     def attribute(self, name: str, receiver: str) -> None:
         """An attribute is read, of an object of a class of the program where that is known."""
+        self.ask_gradients(name)
         if receiver == FOREIGN or (name, receiver) in self.attributes:
             return
         self.attributes.add((name, receiver))
         for owner, method in self.facts.methods.get(name, ()):
             if id(self.facts.classes[owner]) in self.kept and self.reaches(name, owner):
+                self.keep(method)
+
+    def ask_gradients(self, name: str) -> None:
+        """A program that names nothing that gives gradients never runs an autograd function's `backward`."""
+        if name in GRADIENTS and not self.gradients:
+            self.gradients = True
+            for method in self.waiting:
                 self.keep(method)
 
     def reaches(self, name: str, owner: str) -> bool:
@@ -5453,8 +5480,8 @@ import runpy, sys, types
 from importlib.util import find_spec
 import numpy as np
 own = runpy.run_path("train_gpt.py", run_name="probe")
-for kind, packings in own.get("STREAM_PACKINGS", {}).items():
-    dtype = own["STREAM_TYPES"][kind]
+for kind, packings in own.get("STREAM_PACKINGS", {"bytes": ()}).items():
+    dtype = own.get("STREAM_TYPES", {}).get(kind, np.dtype("u1"))
     values = np.random.default_rng(0).integers(-1 if dtype.kind != "u" else 0, 2, 3000)
     values = (values | 1 if kind in ("rows", "signs") else values).astype(dtype)
     for name in packings if "PACKINGS" in own else ():
@@ -5490,6 +5517,14 @@ if flash:
         assert any(torch.allclose(found, torch.stack(x), atol=1e-5) for x in wanted), name
 print("probed")
 """
+
+
+def probe(folder: Path, text: str, environ: dict[str, str]) -> None:
+    """Run what a script has and no small job on a CPU comes to. Raises BuildError for what is wrong."""
+    folder.mkdir()
+    (folder / "train_gpt.py").write_text(text)
+    (folder / "probe.py").write_text(PROBE)
+    run_script(folder, [*COVERAGE, "probe.py"], environ)
 
 
 def is_kernel(node: Definition) -> bool:
@@ -5564,33 +5599,39 @@ def run_script(folder: Path, command: Sequence[str], environ: dict[str, str]) ->
     return done.stdout
 
 
+def run_ranks(folder: Path, command: Sequence[str], environ: dict[str, str], ranks: int) -> str:
+    """What a script says that is run on some ranks. Raises BuildError with its last words when it fails."""
+    if ranks == 1:
+        return run_script(folder, command, environ)
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--no-python", sys.executable]
+    try:
+        return run_script(folder, [*start, *command], environ)
+    except BuildError as error:
+        if ABORTED not in str(error):
+            raise
+    shutil.rmtree(folder / "runs", ignore_errors=True)
+    return run_script(folder, [*start, *command], environ)
+
+
 def run_job(folder: Path, script: bytes, environ: dict[str, str], coverage: bool = False, ranks: int = 1) -> Run:
     """Run a script in a folder of its own. Raises BuildError with its last words when it fails."""
     folder.mkdir(parents=True)
     (folder / "train_gpt.py").write_bytes(script)
     (folder / "driver.py").write_text(DRIVER)
-    command = [*(COVERAGE if coverage else ()), "driver.py", "train_gpt.py"]
-    if ranks > 1:
-        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--no-python"]
-        command = [*start, sys.executable, *command]
-    try:
-        run_script(folder, command, environ)
-    except BuildError as error:
-        if ranks == 1 or ABORTED not in str(error):
-            raise
-        shutil.rmtree(folder / "runs", ignore_errors=True)
-        run_script(folder, command, environ)
+    run_ranks(folder, [*(COVERAGE if coverage else ()), "driver.py", "train_gpt.py"], environ, ranks)
     run = folder / "runs" / "proof"
     log = (run / "train.log").read_text().splitlines()
     losses = [word for path in sorted(folder.glob("losses*.txt")) for word in path.read_text().split()]
     return Run(losses, log, (run / "model.pgz").read_bytes())
 
 
-def scored(folder: Path, script: bytes, words: Sequence[str], environ: dict[str, str], coverage: bool = False) -> str:
+def scored(
+    folder: Path, script: bytes, words: Sequence[str], environ: dict[str, str], coverage: bool = False, ranks: int = 1
+) -> str:
     """The score, tokens and bytes that a script says of an artifact, without seconds."""
     folder.mkdir(parents=True)
     (folder / "train_gpt.py").write_bytes(script)
-    said = run_script(folder, [*(COVERAGE if coverage else ()), "train_gpt.py", *words], environ)
+    said = run_ranks(folder, [*(COVERAGE if coverage else ()), "train_gpt.py", *words], environ, ranks)
     found = re.findall(r"^final_eval .*|^tokens:\d+ bytes:\d+", said, re.MULTILINE)
     if not found:
         raise BuildError(f"{folder.name}: the script told no score, but: {said.strip()[-300:]}")
@@ -5686,10 +5727,7 @@ def prove(source: Source, environ: dict[str, str], whole: Extracted, options: An
             for kind, script, coverage in (("ranks", made.text.encode(), True), ("shipped_ranks", made.script, False)):
                 if difference := first_difference(apart, run_job(folder / kind, script, keeps, coverage, ranks)):
                     raise BuildError(f"on {ranks} ranks the {kind} script is not the full one: {difference}")
-        (folder / "probe").mkdir()
-        (folder / "probe" / "train_gpt.py").write_text(made.text)
-        (folder / "probe" / "probe.py").write_text(PROBE)
-        run_script(folder / "probe", [*COVERAGE, "probe.py"], keeps)
+        probe(folder / "probe", made.text, keeps)
         on_gpu, folders = with_kernels(source, small, made, options), ["readable", "probe", *["ranks"] * (ranks > 1)]
         kernels = build_kernels(folder / "kernels", on_gpu.short, keeps)
         if kernels and on_gpu is made:
@@ -5714,14 +5752,20 @@ def prove_scores(
 ) -> list[str]:
     """Score the full job's artifact by the full script and the extracted one. Raises BuildError for a difference."""
     path = str(folder / "full" / "runs" / "proof" / "model.pgz")
-    expected = scored(folder / "eval", source.path.read_bytes(), ["eval", path], small)
-    for kind, script, coverage in (("readable", made.text.encode(), True), ("shipped", made.script, False)):
-        if (found := scored(folder / kind, script, [path], keeps, coverage)) != expected:
-            raise BuildError(f"the {kind} script scores an artifact otherwise: {found}, not {expected}")
-    share, missing = covered(made.text, [folder / "readable"])
+    worlds = (1, RANKS) if source.path.name == TARGETS["torch"][0] else (1,)
+    for ranks in worlds:
+        places = [folder / f"{kind}_{ranks}" for kind in ("full", "readable", "shipped")]
+        expected = scored(places[0], source.path.read_bytes(), ["eval", path], small, ranks=ranks)
+        for place, script in zip(places[1:], (made.text.encode(), made.script)):
+            found = scored(place, script, [path], keeps, place is places[1], ranks)
+            if found != expected:
+                raise BuildError(f"the script in {place.name} scores an artifact otherwise: {found}, not {expected}")
+    probe(folder / "probe", made.text, keeps)
+    share, missing = covered(made.text, [folder / "probe", *(folder / f"readable_{ranks}" for ranks in worlds)])
     kernels = build_kernels(folder / "kernels", made.short, keeps, [path])
+    on = " and ".join(map(str, worlds))
     return [
-        f"proof: the extracted script scores an artifact of the full one as that does: {expected}",
+        f"proof: the extracted script scores an artifact of the full one as that does, ranks {on}: {expected}",
         *([f"kernels: {kernels}"] if kernels else []),
         f"coverage: {share:.1f}% of the extracted script's lines; not run: {', '.join(missing) or 'none'}",
     ]

@@ -28,7 +28,7 @@ FEATURES = (
     "DOC_MASK=1",
     "RECURRENCE_LAYERS=3-5",
     "CURRICULUM_STAGES=0:4;0.3:2;0.6:1",
-    "RESIDUAL=unet",
+    "RESIDUAL=plain",
     "RESIDUAL=hc",
     "RESIDUAL=mhc",
     "RESIDUAL=mhc,MHC_MODE=sinkhorn,MHC_N=4,MHC_LOGITS=dynamic",

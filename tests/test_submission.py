@@ -318,6 +318,12 @@ RULES: dict[str, tuple[str, list[str], list[str]]] = {
     "a tuple with names under the type of a plain one": (
         "class Trio(NamedTuple):\n    a: int\n    b: int\n\ndef make(n: int) -> tuple[int, int]:\n    print('make')\n    return Trio(n, 1)\n\n"
         "def main(h: Hyperparameters) -> None:\n    x, y = make(h.seed)\n    print(x, Trio(h.seed, 3).a)\n", [], []),
+    "no gradient is asked for": (
+        "import torch\nfrom torch import Tensor\n\nclass Double(torch.autograd.Function):\n    @staticmethod\n    def forward(ctx: Any, x: Tensor) -> Tensor:\n        return 2 * x\n\n    @staticmethod\n    def backward(ctx: Any, dx: Tensor) -> Tensor:\n        return 2 * dx\n\n"
+        "def main(h: Hyperparameters) -> None:\n    print(Double.apply(torch.ones(h.seed)))\n", ["backward"], ["2 * x"]),
+    "a gradient is asked for": (
+        "import torch\nfrom torch import Tensor\n\nclass Double(torch.autograd.Function):\n    @staticmethod\n    def forward(ctx: Any, x: Tensor) -> Tensor:\n        return 2 * x\n\n    @staticmethod\n    def backward(ctx: Any, dx: Tensor) -> Tensor:\n        return 2 * dx\n\n"
+        "def main(h: Hyperparameters) -> None:\n    x = torch.ones(h.seed, requires_grad=True)\n    print(torch.autograd.grad(Double.apply(x).sum(), x))\n", [], ["backward"]),
 }  # fmt: skip
 
 
