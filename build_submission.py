@@ -5882,8 +5882,23 @@ def refusals(folder: Path, h: Any, code: int) -> tuple[list[str], dict[str, Any]
         why.append(
             f"log: it tells of an artifact of {found.get('logged_bytes')} bytes, there is one of {found['bytes_model']}"
         )
+    why += measured_otherwise(folder / "metrics.jsonl", found)
     why += audit_refusals(artifact, h, found["sha256"])
     return why, found if why else {**found, "audit": Path(f"{artifact}.audit.json").read_text()}
+
+
+def measured_otherwise(metrics: Path, found: dict[str, Any]) -> list[str]:
+    """Why a log does not stand for what was measured beside it; a packaged run measures nothing beside its log."""
+    if not metrics.is_file():
+        return []
+    try:
+        lines = [line for line in metrics.read_text(errors="replace").splitlines() if '"final_roundtrip"' in line]
+        last = json.loads(lines[-1])
+        measured = {"val_loss": last["val_loss_nats"], "val_bpb": last["val_bpb"]}
+        other = [name for name, value in measured.items() if not abs(value - found[name]) < 1e-7]
+    except (ValueError, KeyError, TypeError, IndexError):
+        return [f"log: {metrics} has no final score that can be read"]
+    return [f"log: its {name} is {found[name]}, in metrics.jsonl it is {measured[name]:.8f}" for name in other]
 
 
 def refuse(runs: Sequence[Path], h: Any, code: int) -> list[dict[str, Any]]:

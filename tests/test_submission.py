@@ -820,6 +820,8 @@ def a_run(folder: Path) -> tuple[Path, Any]:
         "model_bytes:110 code_bytes:24000 (CODE_BYTES_RESERVE) total_bytes:24110\n"
         "final_roundtrip_exact val_loss:4.5 val_bpb:2.5 in_memory:4.5\n"
     )
+    final = {"kind": "final", "name": "final_roundtrip", "val_loss_nats": 4.5, "val_bpb": 2.500000001}
+    (folder / "metrics.jsonl").write_text(json.dumps({"kind": "step"}) + "\n" + json.dumps(final) + "\n")
     sha256 = b.hashlib.sha256((folder / "model.pgz").read_bytes()).hexdigest()
     checks = [{"check": "order", "ok": True, "found": ""}, {"check": "fidelity", "ok": None, "found": ""}]
     report = {"artifact_sha256": sha256, "protocol": h.protocol, "ok": True, "checks": checks}
@@ -841,6 +843,15 @@ BROKEN = {  # file, what stands in it, what is put there, what is said
     "no time": ("train.log", "training done", "training", "time: training took None s"),
     "no score": ("train.log", "final_roundtrip_exact", "final", "has no finished run"),
     "a score that is none": ("train.log", "val_bpb:2.5", "val_bpb:nan", "log: its score is nan"),
+    "another score": ("train.log", "val_bpb:2.5", "val_bpb:2.4", "log: its val_bpb is 2.4, in metrics.jsonl it is 2.5"),
+    "another loss": (
+        "train.log",
+        "val_loss:4.5",
+        "val_loss:4.4",
+        "log: its val_loss is 4.4, in metrics.jsonl it is 4.5",
+    ),
+    "torn metrics": ("metrics.jsonl", "2.500000001}", "2.50", "metrics.jsonl has no final score that can be read"),
+    "no final metrics": ("metrics.jsonl", "final_roundtrip", "final", "has no final score that can be read"),
     "a failed audit": ("model.pgz.audit.json", '"ok": true, "checks"', '"ok": false, "checks"', "audit: it failed"),
     "a failed check": ("model.pgz.audit.json", '"order", "ok": true', '"order", "ok": false', "it failed (order)"),
     "no checks": ("model.pgz.audit.json", '"checks": [', '"checks": [], "others": [', "it failed (no check is named)"),
@@ -873,7 +884,8 @@ def test_over_the_budget_or_without_its_files_a_run_is_refused(tmp_path: Path) -
 def test_record_of_two_seeds_tells_each_and_their_mean(tmp_path: Path) -> None:
     (one, h), (two, _) = (a_run(tmp_path / f"seed_{seed}") for seed in (42, 7))
     (two / "config.env").unlink()
-    (two / "train.log").write_text((two / "train.log").read_text().replace("val_bpb:2.5", "val_bpb:2.25"))
+    for name, score in (("train.log", "val_bpb:"), ("metrics.jsonl", '"val_bpb": ')):
+        (two / name).write_text((two / name).read_text().replace(f"{score}2.5", f"{score}2.25"))
     out = tmp_path / "record"
     out.mkdir()
     options = b.options_of(["--dce", "--seeds", "42,7", "--out", str(out), "--blurb", "a small one"])
