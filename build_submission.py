@@ -471,8 +471,10 @@ def pairs(target: ast.expr, value: ast.expr | None) -> Iterator[tuple[ast.expr, 
 def stores(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr | None]]:
     """(target, value or None) of what one statement or expression itself assigns."""
     if isinstance(node, ast.Assign):
+        several = len(node.targets) > 1 and isinstance(node.value, ast.Dict | ast.List | ast.Set | ast.Call)
+        value = None if several and not getattr(node.value, "args", None) else node.value  # one container, two names
         for target in node.targets:
-            yield from pairs(target, node.value)
+            yield from pairs(target, value)
     elif isinstance(node, ast.AnnAssign) and node.value is not None:
         yield node.target, node.value
     elif isinstance(node, ast.AugAssign | ast.For):
@@ -1443,7 +1445,8 @@ def is_own(value: ast.AST | None) -> bool:
         return is_own(value.body) and is_own(value.orelse)
     if made_kind(value) in ("min", "max"):
         return all(map(is_own, value.args))  # type: ignore[union-attr]
-    made = isinstance(value, ast.Call) and made_kind(value).split(".")[-1] in MAKERS
+    owner, _, name = made_kind(value).rpartition(".")
+    made = isinstance(value, ast.Call) and name in MAKERS and not (owner and name in ("float", "int"))
     return made or isinstance(value, OWN_VALUES)
 
 
@@ -2137,7 +2140,7 @@ class Fold(Rewriter):
                 empty_one.promised = node.func
             return empty_one
         if is_replace(node) and self.is_config(node.args[0]):
-            kept = [k for k in node.keywords if k.arg in self.program.open]
+            kept = [k for k in node.keywords if k.arg is None or k.arg in self.program.open]
             if len(kept) < len(node.keywords):
                 node.keywords = kept
                 return node if kept else node.args[0]
@@ -4283,7 +4286,8 @@ class Program:
         for field in dataclasses.fields(self.h):
             if field.name in self.kept:
                 text = f"environ.get({field.name.upper()!r})"
-                read = f"{text} in ('1', 'true')" if field.type == "bool" else f"{field.type}({text})"
+                known = {"0": False, "1": True, "false": False, "true": True}
+                read = f"{known}[{text}.lower()]" if field.type == "bool" else f"{field.type}({text})"
                 read = text if field.type == "str" else read
                 value = ast.unparse(lifted(dataclasses.asdict(self.h)[field.name]))
                 parts.append(
@@ -5853,13 +5857,18 @@ OVER = 3  # a run's exit code when its bytes are over the budget, which `refusal
 PAPERS = ("README.md", "submission.json", "train_seed*", "model.pgz*")  # of a record, beside the script
 
 
+def number(text: str) -> float:
+    """The number that a text is, NaN if it is none."""
+    return float(text) if re.fullmatch(r"-?\d+\.\d+", text) else math.nan
+
+
 def refusals(folder: Path, h: Any, code: int) -> tuple[list[str], dict[str, Any]]:
     """Why a run's folder must not be packaged with a script of so many bytes, and its results."""
     why, log, artifact = list[str](), folder / "train.log", folder / "model.pgz"
     found: dict[str, Any] = {"ranks": 1}
     for line in log.read_text(errors="replace").splitlines() if log.is_file() else ():
         if m := re.match(r"final_roundtrip_exact val_loss:(\S+) val_bpb:(\S+)", line):
-            found |= {"val_loss": float(m[1]), "val_bpb": float(m[2])}
+            found |= {"val_loss": number(m[1]), "val_bpb": number(m[2])}
         if m := re.match(r"training done: steps:(\d+) train_time:(\d+)ms", line):
             found |= {"steps": int(m[1]), "train_seconds": int(m[2]) / 1e3}
         if m := re.match(r"model_bytes:(\d+) ", line):
@@ -5876,8 +5885,8 @@ def refusals(folder: Path, h: Any, code: int) -> tuple[list[str], dict[str, Any]
     if 0 < h.max_wallclock_seconds < found.get("train_seconds", math.inf):
         took, limit = found.get("train_seconds"), h.max_wallclock_seconds
         why.append(f"time: training took {took} s of MAX_WALLCLOCK_SECONDS={limit:g}")
-    if not math.isfinite(found["val_bpb"]):
-        why.append(f"log: its score is {found['val_bpb']}")
+    if not math.isfinite(found["val_bpb"] + found["val_loss"]):
+        why.append(f"log: its score is val_loss:{found['val_loss']} val_bpb:{found['val_bpb']}")
     if found.get("logged_bytes") != found["bytes_model"]:
         why.append(
             f"log: it tells of an artifact of {found.get('logged_bytes')} bytes, there is one of {found['bytes_model']}"
@@ -5916,7 +5925,7 @@ def audit_refusals(artifact: Path, h: Any, sha256: str) -> list[str]:
         return [f"audit: there is none; {how} {artifact}"]
     try:
         report = json.loads(audit.read_text())
-        failed = [one["check"] for one in report["checks"] if one["ok"] is False]
+        failed = [one["check"] for one in report["checks"] if one["ok"] not in (True, None)]
         if not report["ok"] or failed or not report["checks"]:
             said = f"{', '.join(failed[:3])}{', …' * (len(failed) > 3)}" if failed else "no check is named"
             return [f"audit: it failed ({said}); {how} {artifact}"]
@@ -5930,10 +5939,10 @@ def audit_refusals(artifact: Path, h: Any, sha256: str) -> list[str]:
 
 
 def seen_from(out: Path, path: Path) -> Path:
-    """A path as it is from a record's folder, if both are in this repository; else as it is."""
+    """A path as it is from a record's folder, if both are in this repository; else the whole path."""
     root, full = Path(__file__).resolve().parent, Path(os.path.abspath(path))
     inside = full.is_relative_to(root) and out.resolve().is_relative_to(root)
-    return Path(os.path.relpath(full, out.resolve())) if inside else path
+    return Path(os.path.relpath(full, out.resolve())) if inside else full
 
 
 def readme(out: Path, whole: Extracted, rows: list[dict[str, Any]], told: list[str], options: Any) -> str:
@@ -6092,7 +6101,11 @@ def options_of(argv: list[str]) -> Any:
     )
     add("--devices", default="cuda,cpu", help="kinds of device that the script must run on")
     add(
-        "--keep-env", default=[], type=lambda text: text.upper().split(","), metavar="NAMES", help="also stay variables"
+        "--keep-env",
+        default=[],
+        type=lambda text: [n for n in text.upper().split(",") if n],
+        metavar="NAMES",
+        help="also stay variables",
     )
     add("--eval-only", action="store_true", help="a script that scores the artifact that it is given, and cannot train")
     add(
@@ -6158,6 +6171,8 @@ def check_places(source: Source, h: Any, seeds: Sequence[int], options: Any) -> 
     above = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise BuildError(f"--out {out} cannot be written: {above} is {'read-only' if above.is_dir() else 'no folder'}")
+    if seeds and not any(Path(h.data_path).glob("*.bin")):
+        raise BuildError(f"DATA_PATH={h.data_path} has no shards to train on")
     if options.no_proof:
         return
     hint = "python data/builtin.py makes the default ones; or --no-proof"
@@ -6184,8 +6199,9 @@ def configured(source: Source, environ: dict[str, str], run: Path, options: Any)
 
 def check_maker(source: Source, made_by: Path, packaged: bytes) -> None:
     """Raise BuildError for a run of which the folder's own script is neither this one nor what is packaged now."""
-    found = made_by.read_bytes() if made_by.is_file() else packaged
-    if found not in (packaged, source.text.encode()):
+    if not made_by.is_file():
+        raise BuildError(f"{made_by} is not there, so what made the run is not known; train again")
+    if made_by.read_bytes() not in (packaged, source.text.encode()):
         raise BuildError(
             f"{made_by}, which made the run, is not the {source.path.name} that is here, so its results are not those "
             "of the script that is packaged; check out the commit that made it, or train again"
@@ -6233,7 +6249,12 @@ def build(options: Any) -> list[str]:
     if seeds or options.run:
         runs = launch(source, out, whole, seeds) if seeds else [Path(options.run)]
         (out / "config.env").write_text(source.config.config_env(whole.h))
-        write_record(out, runs, whole, [told[0], *shown], options)
+        try:
+            write_record(out, runs, whole, [told[0], *shown], options)
+        except OSError:  # a full disk: what is there is no record
+            for path in (path for pattern in PAPERS for path in out.glob(pattern)):
+                path.unlink()
+            raise
         empty = [n for n in ("author", "github_id", "blurb") if not getattr(options, n)]
         told += [f"submission.json: {', '.join(empty)} left empty; --author, --github-id, --blurb"] if empty else []
     return [*told, *shown, f"written: {out}"]
@@ -6250,7 +6271,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename or 'writing the record'}: {error.strerror}", file=sys.stderr)
         return 2
     return 0
 

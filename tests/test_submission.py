@@ -318,6 +318,14 @@ RULES: dict[str, tuple[str, list[str], list[str]]] = {
     "a tuple with names under the type of a plain one": (
         "class Trio(NamedTuple):\n    a: int\n    b: int\n\ndef make(n: int) -> tuple[int, int]:\n    print('make')\n    return Trio(n, 1)\n\n"
         "def main(h: Hyperparameters) -> None:\n    x, y = make(h.seed)\n    print(x, Trio(h.seed, 3).a)\n", [], []),
+    "a copy of the configuration with values of a dict": (
+        "import dataclasses\n\ndef main(h: Hyperparameters) -> None:\n    other = dataclasses.replace(h, **{'width': 9})\n    print(h.width, other.width)\n", [], ["other"]),
+    "two names for one empty container": (
+        "class Pair:\n    def __init__(self) -> None:\n        self.a = self.b = {}\n\n    def put(self, x: int) -> None:\n        self.a[x] = x\n\n    def held(self, x: int) -> bool:\n        return x in self.b\n\n"
+        "def main(h: Hyperparameters) -> None:\n    a = b = {}\n    a[h.seed] = 1\n    c = d = list()\n    c.append(1)\n    pair = Pair()\n    pair.put(h.seed)\n    print(h.seed in b, len(d), pair.held(h.seed), pair.held(2))\n", [], ["in b"]),
+    "a tensor of the same kind is itself": (
+        "import torch\nfrom torch import Tensor\n\ndef grow(a: Tensor) -> Tensor:\n    b = a.float()\n    b += 1\n    return b\n\n"
+        "def main(h: Hyperparameters) -> None:\n    a = torch.zeros(h.seed)\n    grow(a)\n    print(a)\n", [], ["+= 1"]),
     "no gradient is asked for": (
         "import torch\nfrom torch import Tensor\n\nclass Double(torch.autograd.Function):\n    @staticmethod\n    def forward(ctx: Any, x: Tensor) -> Tensor:\n        return 2 * x\n\n    @staticmethod\n    def backward(ctx: Any, dx: Tensor) -> Tensor:\n        return 2 * dx\n\n"
         "def main(h: Hyperparameters) -> None:\n    print(Double.apply(torch.ones(h.seed)))\n", ["backward"], ["2 * x"]),
@@ -842,7 +850,25 @@ BROKEN = {  # file, what stands in it, what is put there, what is said
     "too long": ("train.log", "train_time:6398ms", "train_time:60001ms", "time: training took 60.001 s of MAX_WALL"),
     "no time": ("train.log", "training done", "training", "time: training took None s"),
     "no score": ("train.log", "final_roundtrip_exact", "final", "has no finished run"),
-    "a score that is none": ("train.log", "val_bpb:2.5", "val_bpb:nan", "log: its score is nan"),
+    "a score that is none": ("train.log", "val_bpb:2.5", "val_bpb:nan", "log: its score is val_loss:4.5 val_bpb:nan"),
+    "a loss that is no number": (
+        "train.log",
+        "val_loss:4.5 ",
+        "val_loss:abc ",
+        "log: its score is val_loss:nan val_bpb:2.5",
+    ),
+    "a log that is cut off": (
+        "train.log",
+        "val_bpb:2.5 in_memory:4.5\n",
+        "val_bpb:2.",
+        "log: its score is val_loss:4.5 val_bpb:nan",
+    ),
+    "a check that says neither": (
+        "model.pgz.audit.json",
+        '"order", "ok": true',
+        '"order", "ok": "no"',
+        "it failed (order)",
+    ),
     "another score": ("train.log", "val_bpb:2.5", "val_bpb:2.4", "log: its val_bpb is 2.4, in metrics.jsonl it is 2.5"),
     "another loss": (
         "train.log",
@@ -918,6 +944,10 @@ def test_record_of_two_seeds_tells_each_and_their_mean(tmp_path: Path) -> None:
         (["PRESET=tiny", "--devices", "cuda,tpu"], "--devices tpu is none of cuda, mps, cpu"),
         (["PRESET=tiny", "--proof-data", "nowhere"], "--proof-data nowhere has no shards for the small job"),
         (["--from", "nowhere"], "--from nowhere is no folder of a run"),
+        (
+            ["PRESET=tiny", "--no-proof", "--seeds", "1", "DATA_PATH=nowhere"],
+            "DATA_PATH=nowhere has no shards to train on",
+        ),
         (["PRESET=tiny", "--eval-only", "--seeds", "1"], "--eval-only wants --dce, and neither --from nor --seeds"),
     ],
 )
@@ -958,7 +988,8 @@ def test_results_of_a_run_are_not_given_to_another_configuration(
 
 def test_results_of_another_script_are_not_packaged(tmp_path: Path) -> None:
     source, made_by = whole_source(), tmp_path / "train_gpt.py"
-    b.check_maker(source, made_by, b"packaged")  # a folder without a script says nothing
+    with pytest.raises(b.BuildError, match="what made the run is not known"):
+        b.check_maker(source, made_by, b"packaged")
     for text in (source.text, "packaged"):
         made_by.write_text(text)
         b.check_maker(source, made_by, b"packaged")
