@@ -5974,8 +5974,10 @@ def readme(out: Path, whole: Extracted, rows: list[dict[str, Any]], told: list[s
     if len(rows) > 1:
         parts = [spread([row[k] for row in rows]) for k in ("val_loss", "val_bpb")]
         lines.append("| mean (standard deviation) | " + " | ".join(f"{m} ({d})" for m, d in parts) + " | | | | |")
-    by = "this script" if options.seeds else f"the whole {script}, of which this script is what its configuration uses"
-    if not options.seeds and best.get("attention") in ("blocks", "fa2") and whole.h.attn_impl == "auto":
+    maker = Path(options.run or "") / script
+    own_runs = bool(options.seeds) or (maker.is_file() and maker.read_bytes() == whole.script)
+    by = "this script" if own_runs else f"the whole {script}, of which this script is what its configuration uses"
+    if not own_runs and best.get("attention") in ("blocks", "fa2") and whole.h.attn_impl == "auto":
         by += (
             f"; they computed attention by {best['attention']}, which this script does not have: its losses are others"
         )
@@ -6007,7 +6009,8 @@ def readme(out: Path, whole: Extracted, rows: list[dict[str, Any]], told: list[s
               "```", "pip install -r requirements.txt",
               *[f"SEED={row['seed']} RUN_ID=seed_{row['seed']} {data} {how} {script}" for row in rows], "```", "",
               f"Log and artifact come to `{whole.h.out_dir}/seed_…/`. The audit is a command of the whole script:", "",
-              "```", f"ENV_FILE=config.env {data} python {seen_from(out, root / script)} audit model.pgz", "```", "",
+              "```", "cp model.pgz again.pgz  # beside which the new audit comes",
+              f"ENV_FILE=config.env {data} python {seen_from(out, root / script)} audit again.pgz", "```", "",
               "## How the script was made", "", *[f"- {line}" for line in told], ""]  # fmt: skip
     return "\n".join(lines)
 
@@ -6042,11 +6045,11 @@ def write_record(out: Path, runs: list[Path], whole: Extracted, told: list[str],
 
 
 def seed_of(run: Path, h: Any) -> int:
-    """The seed of a run, from its config.env, or its name (seed_42), or the configuration."""
+    """The seed of a run, from its name as --seeds gives it (seed_42), or its config.env, or the configuration."""
     config = run / "config.env"
-    found = (
-        re.search(r"^SEED=(\d+)", config.read_text(), re.M) if config.is_file() else re.search(r"seed_?(\d+)", run.name)
-    )
+    found = re.fullmatch(r"seed_(\d+)", run.name)
+    if not found and config.is_file():
+        found = re.search(r"^SEED=(\d+)", config.read_text(), re.M)
     return int(found[1]) if found else h.seed
 
 
@@ -6070,10 +6073,13 @@ def launch(source: Source, out: Path, whole: Extracted, seeds: Sequence[int]) ->
     data |= {name: value for name, value in os.environ.items() if name not in source.config.FIELDS}
     ranks = gpus() if source.path.name == TARGETS["torch"][0] else 1
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    for seed in seeds:
+    for seed, run in zip(seeds, runs):
         own = {**data, "SEED": str(seed), "RUN_ID": f"seed_{seed}"}
         if subprocess.run([sys.executable, *start, source.path.name], cwd=out, env=own).returncode not in (0, OVER):
-            raise BuildError(f"the run with SEED={seed} failed; see {out}/{whole.h.out_dir}/seed_{seed}")
+            raise BuildError(f"the run with SEED={seed} failed; see {run}")
+        if not (run / "config.env").exists():  # which an extracted script does not write: --from reads it
+            for name in ("config.env", source.path.name):
+                shutil.copy(out / name, run)
     for run in runs:
         subprocess.run([sys.executable, str(source.path), "audit", str(run / "model.pgz")], env=data)
     return runs

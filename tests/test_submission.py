@@ -928,6 +928,11 @@ def test_record_of_two_seeds_tells_each_and_their_mean(tmp_path: Path) -> None:
     rows, options.seeds = [{"seed": 42, **b.refusals(one, h, 6)[1]}], ""
     whole = b.Extracted(h, "text", "short", "none", b"script")
     assert "they computed attention by blocks, which this" in b.readme(out, whole, rows, [], options)
+    (one / "train_gpt.py").write_bytes(whole.script)
+    options.run = str(one)  # a run of --seeds, packaged by itself
+    assert (
+        "were made by this script" in b.readme(out, whole, rows, [], options) and b.seed_of(tmp_path / "seed_7", h) == 7
+    )
     assert "SEED=7 RUN_ID=seed_7 DATA_PATH=" in text and "torchrun --standalone --nproc_per_node=2 train_gpt.py" in text
     assert "but for what was not measured: fidelity" in text and "| mean (standard deviation) | 4.5 (0.0) |" in text
 
