@@ -15,6 +15,7 @@ one side has seeds with smaller and larger models, between which loss is linear 
 """
 
 import argparse
+import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -271,6 +272,11 @@ def compare(a: Sequence[Run], b: Sequence[Run], margin: float, level: float) -> 
     if twice := {run.path for run in a} & {run.path for run in b}:
         raise UserError(f"{sorted(twice)[0]} is on both sides; name each run once")
     scores = common_score([*a, *b])
+    for side in (a, b):  # copies of one run would count as independent ones
+        seen: dict[tuple[int, float], str] = {}
+        for run in (run for run in side if run.seed is not None):
+            if (known := seen.setdefault((run.seed or 0, scores[run.name].loss), run.name)) != run.name:
+                raise UserError(f"{known} and {run.name} have the same seed and the same loss; name each run once")
     found = views(a, b, scores)
     heads = [
         "nats a token",
@@ -296,6 +302,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--margin", type=float, default=0.005, help="nats a token by which A must be better")
     parser.add_argument("--level", type=float, default=0.01, help="probability below which a test has shown it")
     options = parser.parse_args(argv)
+    if not (0 < options.level < 1 and math.isfinite(options.margin)):
+        parser.error("--level is a probability between 0 and 1, --margin a number of nats")
     try:
         every = reading.read_runs([*options.a, *options.vs])  # together, so that no two have the same name
         of_a = {path.resolve() for path in options.a for path in reading.find_runs(path)}

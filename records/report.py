@@ -204,7 +204,7 @@ def draw_bars(axes: Any, runs: Sequence[Run], parts: Sequence[dict[str, float]],
     for number, kind in enumerate(kinds):
         widths = np.array([found.get(kind, 0.0) for found in parts])
         color = COLORS[number % len(COLORS)]
-        hatch = HATCHES[number % len(HATCHES)]
+        hatch = HATCHES[(number + number // len(COLORS)) % len(HATCHES)]  # a colour that comes again has another one
         axes.barh(
             range(len(runs)), widths, left=left, label=kind, color=color, hatch=hatch, edgecolor=INK, linewidth=0.4
         )
@@ -379,6 +379,7 @@ def index(folder: Path, today: str) -> str:
         when = dated[0] if dated else dates.get(link, today)
         command = COMMAND.search(text)
         made = f"`{' '.join(command[1].split())}`" if command else ""
+        title = title.replace("|", "\\|")
         rows.append((when, f"| {when} | [{title}]({link}) | {made.replace('|', chr(92) + '|')} |"))
     return INDEX_HEAD + "\n".join(row for _, row in sorted(rows, key=lambda row: row[0], reverse=True)) + "\n"
 

@@ -36,9 +36,11 @@ have trained on 1/r of the tokens, which costs `halving` * log2(r), the list's l
 """
 
 import argparse
+import ctypes
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -191,9 +193,11 @@ def open_search(sweep: Sweep, search: Search, storage: str, device: str) -> optu
     """The study of a list's search; another space, base or set of seeds is another study."""
     terms = json.dumps([sweep.base, sweep.seeds, search.space], sort_keys=True).encode()
     name = f"{sweep.path.stem}-search-{zlib.crc32(terms):08x}"
-    seed = zlib.crc32(f"{name} {os.uname().nodename} {device}".encode())  # workers must not all propose the same
-    sampler = SAMPLERS[search.sampler](seed)
-    return optuna.create_study(study_name=name, storage=open_database(storage), sampler=sampler, load_if_exists=True)
+    study = optuna.create_study(study_name=name, storage=open_database(storage), load_if_exists=True)
+    # Workers must not all propose the same, nor one that is started anew what it has proposed before.
+    own = f"{name} {os.uname().nodename} {device} {os.getpid()} {len(study.get_trials(deepcopy=False))}"
+    study.sampler = SAMPLERS[search.sampler](zlib.crc32(own.encode()))
+    return study
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -212,6 +216,12 @@ def place_of(device: int | str) -> tuple[list[str], dict[str, str]]:
     return pin, {"CPU_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
+def end_with_parent() -> None:
+    """In a run's process, before it begins: a killed sweep takes its runs along, which then go on from a checkpoint."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def run_variables(variables: dict[str, str], run_id: str, device: int | str, out: Path) -> dict[str, Any]:
     """One run on one device, or what it left when it was done before. Raises SweepError when it fails."""
     own = {
@@ -225,7 +235,9 @@ def run_variables(variables: dict[str, str], run_id: str, device: int | str, out
         with open(out / f"{run_id}.log", "a", encoding="utf-8") as log:
             environment = {**os.environ, **own, **placed, **variables}
             command = [*pin, sys.executable, str(ROOT / environment.pop("SCRIPT", "train_gpt.py"))]
-            code = subprocess.run(command, env=environment, stdout=log, stderr=log, check=False).returncode
+            code = subprocess.run(
+                command, env=environment, stdout=log, stderr=log, check=False, preexec_fn=end_with_parent
+            ).returncode
         result = read_result(out / run_id)
         if result is None:
             raise SweepError(f"{run_id} ended with code {code}; see {out / (run_id + '.log')}")
@@ -478,6 +490,11 @@ def spread_lines(sweep: Sweep, spread: float, freedom: int) -> list[str]:
     return ["", f"{told} +-{half:.4f}, finds {half + power:.4f}"]
 
 
+def absent(sweep: Sweep, found: dict[str, dict[int, float]]) -> list[str]:
+    """Runs of the list that have no loss."""
+    return [f"{name} ({seed})" for name, seed in sweep.jobs() if seed not in found.get(name, {})]
+
+
 def last_lines(sweep: Sweep, found: dict[str, dict[int, float]], unranked: Sequence[str]) -> Iterator[str]:
     """What the table does not show."""
     if unranked:
@@ -485,8 +502,7 @@ def last_lines(sweep: Sweep, found: dict[str, dict[int, float]], unranked: Seque
     if sweep.search and found.keys() - sweep.configs.keys() - {NULL}:
         shown = min(BEST, sweep.search.trials)
         yield f"search: the best {shown} of {sweep.search.trials}; the least of many is too low: try other seeds"
-    missing = [f"{name} ({seed})" for name, seed in sweep.jobs() if seed not in found.get(name, {})]
-    yield f"missing: {', '.join(missing) or 'none'}"
+    yield f"missing: {', '.join(absent(sweep, found)) or 'none'}"
 
 
 def whole_table(sweep: Sweep, storage: str) -> str:
@@ -536,6 +552,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             watch(sweep, storage)
         else:
             print(whole_table(sweep, storage))
+        if options.command == "run" and absent(sweep, losses(sweep, storage)):
+            return 1
     except SweepError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -789,7 +789,7 @@ def test_script_that_only_scores_does_it_as_the_whole_one(tmp_path: Path, byte_d
     assert wrong.text != made.text
     (tmp_path / "again").mkdir()
     (tmp_path / "full").rename(tmp_path / "again" / "full")
-    with pytest.raises(b.BuildError, match="the readable script scores an artifact otherwise"):
+    with pytest.raises(b.BuildError, match="the script in readable_1 scores an artifact otherwise"):
         b.prove_scores(source, small, keeps, wrong, tmp_path / "again")
     other = b.extract(source, {**small, "ROPE_BASE": "5000"}, options)
     with pytest.raises(b.BuildError, match="is of another network or tokenizer than this script's"):
