@@ -367,6 +367,8 @@ def index(folder: Path, today: str) -> str:
     old = folder / "README.md"
     dates = {m[2]: m[1] for m in ROW.finditer(reading.read_text(old))} if old.is_file() else {}
     rows = []
+    if bare := [path for path in sorted(folder.glob("[0-9]*/")) if not (path / "README.md").is_file()]:
+        raise UserError(f"{bare[0]} has no README.md; write one, its title says what came out")
     for path in sorted([*folder.glob("*.md"), *folder.glob("*/README.md")]):
         link = path.relative_to(folder).as_posix()
         if link in NOT_RECORDS:

@@ -139,6 +139,8 @@ def read_search(raw: dict[str, Any]) -> Search:
     for name, spec in search.space.items():
         if not (isinstance(spec, list) and spec) and not (isinstance(spec, dict) and {"low", "high"} <= spec.keys()):
             raise ValueError(f"{name} has neither a list of values nor low and high")
+        if isinstance(spec, dict) and not spec["low"] <= spec["high"]:
+            raise ValueError(f"{name} has low={spec['low']} above high={spec['high']}")
     return search
 
 
@@ -147,7 +149,10 @@ def read_sweep(path: Path) -> Sweep:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         configs = {name: texts(config) for name, config in raw.get("configs", {}).items()}
-        configs |= {named(choice): texts(choice) for choice in combinations(raw.get("grid", {}))}
+        choices = list(combinations(raw.get("grid", {})))
+        if twice := [name for name, count in Counter(map(named, choices)).items() if count > 1]:
+            raise ValueError(f"two choices of its grid have the name {twice[0]}; write the values as texts")
+        configs |= {named(choice): texts(choice) for choice in choices}
         seeds, halving = [int(seed) for seed in raw["seeds"]], float(raw.get("halving", "nan"))
         search = read_search(raw["search"]) if "search" in raw else None
         null = int(raw.get("null", len(seeds)))
@@ -216,10 +221,13 @@ def place_of(device: int | str) -> tuple[list[str], dict[str, str]]:
     return pin, {"CPU_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
 def end_with_parent() -> None:
     """In a run's process, before it begins: a killed sweep takes its runs along, which then go on from a checkpoint."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if LIBC:
+        LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def run_variables(variables: dict[str, str], run_id: str, device: int | str, out: Path) -> dict[str, Any]:
@@ -250,7 +258,7 @@ def run_job(sweep: Sweep, trial: optuna.Trial, device: int | str, out: Path) -> 
     """One run of the list; its validation loss. Raises SweepError when it fails."""
     name, seed = trial.user_attrs["config"], trial.user_attrs["seed"]
     number = trial.suggest_int("job", 0, 2**32 - 1)
-    run_id = f"{name}-{seed}-{number:08x}"
+    run_id = f"{name.replace('/', '_')}-{seed}-{number:08x}"
     result = run_variables(sweep.variables(name, seed), run_id, device, out)
     trial.set_user_attr("bpb", result["val_bpb"])
     trial.set_user_attr("bytes", result["model_bytes"])
@@ -283,6 +291,8 @@ def run_proposal(
         run_id = f"search-{seed}-{zlib.crc32(json.dumps(own, sort_keys=True).encode()):08x}"
         losses[seed] = float(run_variables(own, run_id, device, out)["val_loss_nats"])
     trial.set_user_attr("losses", losses)
+    if (out / run_id).is_dir():
+        trial.set_user_attr("terms", list(reading.read_run(out / run_id).best.terms))
     return float(np.mean(list(losses.values())))
 
 
@@ -368,18 +378,26 @@ def found_by_search(sweep: Sweep, storage: str) -> dict[str, dict[int, float]]:
     if not sweep.search:
         return {}
     trials = open_search(sweep, sweep.search, storage, "").get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    best = sorted(trials, key=lambda trial: trial.value)[:BEST]
+    known = terms_of(sweep, storage).get(sweep.baseline, set())
+    alike = [t for t in trials if not known or tuple(t.user_attrs.get("terms", next(iter(known)))) in known]
+    best = sorted(alike, key=lambda trial: trial.value)[:BEST]
     return {
         f"search {named(trial.params)}": {int(seed): loss for seed, loss in trial.user_attrs["losses"].items()}
         for trial in best
     }
 
 
-def unlike(sweep: Sweep, storage: str) -> set[str]:
-    """Configurations that were scored on other data or by another protocol than the baseline."""
+def terms_of(sweep: Sweep, storage: str) -> dict[str, set[tuple[str, ...]]]:
+    """Data and protocols by which each configuration was scored."""
     terms: dict[str, set[tuple[str, ...]]] = {}
     for name, _, trial in done_jobs(sweep, storage):
         terms.setdefault(name, set()).add(tuple(trial.user_attrs.get("terms", ())))
+    return terms
+
+
+def unlike(sweep: Sweep, storage: str) -> set[str]:
+    """Configurations that were scored on other data or by another protocol than the baseline."""
+    terms = terms_of(sweep, storage)
     known = terms.get(sweep.baseline, set())
     return {name for name, own in terms.items() if known and own != known}
 

@@ -421,6 +421,12 @@ def test_what_is_not_comparable_is_one_line(tmp_path: Path, capsys: pytest.Captu
     assert "different data or protocols" in capsys.readouterr().err
     assert compare.main([str(one), "--vs", str(one)]) == 2
     assert "is on both sides" in capsys.readouterr().err
+    copies = [str(write_run(tmp_path / name)) for name in ("first", "again")]
+    assert compare.main([*copies, "--vs", str(write_run(tmp_path / "third", 2.1))]) == 2
+    assert "first and again have the same seed and the same loss" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        compare.main([str(one), "--vs", str(other), "--level", "0"])
+    assert "--level is a probability" in capsys.readouterr().err
     cut = tmp_path / "cut"
     cut.mkdir()
     (cut / "train.log").write_text("step:1/400 train_loss:6.9402 train_time:40ms step_avg:40.00ms\n")
@@ -452,6 +458,12 @@ def test_the_index_of_records_is_current() -> None:
     for path in (*ROOT.glob("records/*.md"), *ROOT.glob("records/*/README.md")):
         name = path.relative_to(ROOT / "records").as_posix()
         assert name in report.NOT_RECORDS or f"]({name}) |" in text, name
+
+
+def test_a_record_without_a_readme_is_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "2026-01-01_x").mkdir()
+    with pytest.raises(runs.UserError, match="2026-01-01_x has no README.md"):
+        report.index(tmp_path, "2026-01-02")
 
 
 def test_a_row_keeps_its_date_and_shows_its_command(tmp_path: Path) -> None:

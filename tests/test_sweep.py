@@ -68,7 +68,15 @@ def test_common_spread_is_that_of_a_two_way_layout() -> None:
 
 @pytest.mark.parametrize(
     "text,told",
-    [("{", "not a list"), ('{"base": {}}', "not a list"), (json.dumps({**LIST, "baseline": "x"}), "baseline 'x'")],
+    [
+        ("{", "not a list"),
+        ('{"base": {}}', "not a list"),
+        (json.dumps({**LIST, "baseline": "x"}), "baseline 'x'"),
+        (
+            json.dumps({**LIST, "grid": {"A": [0.0123411, 0.0123412]}}),
+            "two choices of its grid have the name A=0.01234",
+        ),
+    ],
 )
 def test_bad_list_is_one_line(text: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "bad.json"
@@ -331,11 +339,54 @@ def test_a_search_finds_the_least_and_goes_on_where_it_was(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(
-    "search", [{"trials": 3}, {"trials": 3, "space": {"A": 5}}, {"trials": 3, "sampler": "x", "space": {"A": [1]}}]
+    "search",
+    [
+        {"trials": 3},
+        {"trials": 3, "space": {"A": 5}},
+        {"trials": 3, "sampler": "x", "space": {"A": [1]}},
+        {"trials": 3, "space": {"A": {"low": 2, "high": 1}}},
+    ],
 )
 def test_bad_search_is_one_line(search: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(sweep.SweepError, match="not a list of configurations"):
         sweep.read_sweep(write_list(tmp_path, search=search))
+
+
+def test_a_search_that_goes_on_proposes_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = list[str]()
+
+    def run(variables: dict[str, str], run_id: str, device: str, out: Path) -> dict[str, Any]:
+        ran.append(variables["MATRIX_LR"])
+        return {"val_loss_nats": 3.0}
+
+    monkeypatch.setattr(sweep, "run_variables", run)
+    search = {"sampler": "random", "space": {"MATRIX_LR": {"low": 0.001, "high": 1.0}}}
+    for trials in (2, 4):
+        some = sweep.read_sweep(write_list(tmp_path, search={**search, "trials": trials}))
+        assert some.search is not None
+        sweep.seek(some, some.search, storage_of(tmp_path), "cuda:0", tmp_path)
+    assert len(set(ran)) == 4
+
+
+def test_a_killed_sweep_takes_its_runs_along(tmp_path: Path) -> None:
+    """Its run would hold the folder that the next worker goes on in."""
+    script = tmp_path / "sleeper.py"
+    script.write_text(
+        f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)\n"
+    )
+    text = f"import sys\nsys.path.insert(0, {str(sweep.ROOT)!r})\nfrom pathlib import Path\nfrom records import sweep\n"
+    text += f"sweep.run_variables({{'SCRIPT': {str(script)!r}}}, 'run', '0', Path({str(tmp_path)!r}))\n"
+    worker = subprocess.Popen([sys.executable, "-c", text])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline and worker.poll() is None
+        time.sleep(0.05)
+    pid = int((tmp_path / "pid").read_text())
+    worker.kill()
+    worker.wait()
+    while Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < deadline, "the run goes on"
+        time.sleep(0.05)
 
 
 def test_a_worker_keeps_to_its_core_or_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
