@@ -98,44 +98,58 @@ def student(differences: np.ndarray, margin: float) -> Tested:
 
 # ---- power -----------------------------------------------------------------------------------------------------------
 
-Design = Callable[[int], tuple[float, float]]  # number of seeds -> standard error of the difference, degrees of freedom
+# (number of seeds, a true difference beyond what is tested, level) -> the chance that the test shows it.
+Design = Callable[[int, float, float], float]
 
 
 def welch_design(a: np.ndarray, b: np.ndarray) -> Design:
-    """As many runs of each side, with the spreads that were seen."""
-    va, vb = a.var(ddof=1), b.var(ddof=1)
-    share = (va + vb) ** 2 / (va**2 + vb**2) if va + vb else 1.0
-    return lambda n: (float(np.sqrt((va + vb) / n)), float(share * (n - 1)))
+    """As many runs of each side, with the spreads that were seen.
+
+    Given both sample variances, the difference of the means is normal and independent of them; the mean over 32 equally
+    likely values of each (chi-squared). A noncentral t of the expected degrees of freedom is too sure with few runs.
+    """
+    va, vb, likely = a.var(ddof=1), b.var(ddof=1), (np.arange(32) + 0.5) / 32
+
+    def power(count: int, effect: float, level: float) -> float:
+        error = np.sqrt((va + vb) / count)
+        if error == 0:
+            return float(effect > 0)
+        of_one = stats.chi2.ppf(likely, count - 1) / (count - 1)
+        own, other = va * of_one[:, None], vb * of_one
+        freedom = (own + other) ** 2 / (own**2 + other**2) * (count - 1)
+        needed = stats.t.ppf(1 - level, freedom) * np.sqrt((own + other) / count)
+        return float(stats.norm.cdf((effect - needed) / error).mean())
+
+    return power
 
 
 def paired_design(differences: np.ndarray) -> Design:
     spread = differences.std(ddof=1)
-    return lambda n: (float(spread / np.sqrt(n)), n - 1.0)
 
+    def power(count: int, effect: float, level: float) -> float:
+        if spread == 0:
+            return float(effect > 0)
+        error = float(spread / np.sqrt(count))
+        return float(stats.nct.sf(stats.t.ppf(1 - level, count - 1), count - 1, effect / error))
 
-def power_of(design: Design, count: int, effect: float, level: float) -> float:
-    """The chance that `count` seeds show a true difference that is `effect` beyond what is tested."""
-    error, freedom = design(count)
-    if error == 0:
-        return float(effect > 0)
-    return float(stats.nct.sf(stats.t.ppf(1 - level, freedom), freedom, effect / error))
+    return power
 
 
 def seeds_needed(design: Design, effect: float, level: float) -> int | None:
     """The fewest seeds that show an effect with a chance of POWER; None: more than MOST_SEEDS, or there is none."""
     if effect <= 0:
         return None
-    return next((n for n in range(2, MOST_SEEDS + 1) if power_of(design, n, effect, level) >= POWER), None)
+    return next((n for n in range(2, MOST_SEEDS + 1) if design(n, effect, level) >= POWER), None)
 
 
 def found_by(design: Design, count: int, level: float) -> float:
     """The smallest effect that so many seeds show with a chance of POWER."""
     low, high = 0.0, 1e-6
-    while power_of(design, count, high, level) < POWER:
+    while design(count, high, level) < POWER:
         low, high = high, 2 * high
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (low, middle) if power_of(design, count, middle, level) >= POWER else (middle, high)
+        low, high = (low, middle) if design(count, middle, level) >= POWER else (middle, high)
     return high
 
 

@@ -369,19 +369,21 @@ def test_power_is_the_share_of_experiments_that_show_it() -> None:
     design = compare.welch_design(a, b)
     drawn_a, drawn_b = generator.normal(0, 0.01, (20000, 6)), generator.normal(0.03, 0.02, (20000, 6))
     shown = stats.ttest_ind(drawn_b, drawn_a, axis=1, equal_var=False, alternative="greater").pvalue < 0.01
-    assert compare.power_of(design, 6, 0.03, 0.01) == pytest.approx(shown.mean(), abs=0.03)
+    assert design(6, 0.03, 0.01) == pytest.approx(shown.mean(), abs=0.01)
+    for count, effect in ((2, 0.1), (3, 0.06)):  # where the sample's degrees of freedom say most
+        drawn = generator.normal(0, 0.01, (20000, count)), generator.normal(effect, 0.02, (20000, count))
+        shown = stats.ttest_ind(drawn[1], drawn[0], axis=1, equal_var=False, alternative="greater").pvalue < 0.01
+        assert design(count, effect, 0.01) == pytest.approx(shown.mean(), abs=0.015)
     paired = compare.paired_design(b)
     shown = stats.ttest_1samp(drawn_b, 0, axis=1, alternative="greater").pvalue < 0.01
-    assert compare.power_of(paired, 6, 0.03, 0.01) == pytest.approx(shown.mean(), abs=0.01)
+    assert paired(6, 0.03, 0.01) == pytest.approx(shown.mean(), abs=0.01)
 
 
 def test_seeds_needed_are_the_fewest() -> None:
     design = compare.welch_design(np.array([2.0, 2.01, 2.005]), np.array([2.02, 2.03, 2.028]))
     needed = compare.seeds_needed(design, 0.006, 0.01)
-    assert needed and compare.power_of(design, needed, 0.006, 0.01) >= 0.8 > compare.power_of(
-        design, needed - 1, 0.006, 0.01
-    )
-    assert compare.power_of(design, 5, compare.found_by(design, 5, 0.01), 0.01) == pytest.approx(0.8, abs=1e-6)
+    assert needed and design(needed, 0.006, 0.01) >= 0.8 > design(needed - 1, 0.006, 0.01)
+    assert design(5, compare.found_by(design, 5, 0.01), 0.01) == pytest.approx(0.8, abs=1e-6)
     assert compare.seeds_needed(design, 0.0, 0.01) is None and compare.seeds_needed(design, 1e-7, 0.01) is None
     told = compare.power_line("x", design, 3, 0.011, 0.005, 0.01)
     assert f"{needed} are needed, {needed - 3} more" in told
