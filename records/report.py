@@ -391,10 +391,11 @@ def index(folder: Path, today: str) -> str:
 
 def write_report(paths: Sequence[Path], page_path: Path | None, png_path: Path | None) -> None:
     """Print the tables and write what was asked for. Raises UserError."""
-    found = reading.read_runs(paths)
+    left_out = list[str]()
+    found = reading.read_runs(paths, left_out)
     for title, table in tables_of(found):
         print(f"{title}\n{text_of(table)}\n")
-    for note in notes_of(found):
+    for note in [*notes_of(found), *(f"left out: {reason}" for reason in left_out)]:
         print(f"note: {note}")
     try:
         if page_path:

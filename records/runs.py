@@ -342,10 +342,18 @@ def path_names(paths: list[Path]) -> list[str]:
     return names
 
 
-def read_runs(paths: Iterable[Path]) -> list[Run]:
-    """All runs at some paths, each once. Raises UserError."""
+def read_runs(paths: Iterable[Path], left_out: list[str] | None = None) -> list[Run]:
+    """All runs at some paths, each once. Raises UserError, where `left_out` is given only if none can be read."""
     found = list(dict.fromkeys(run.resolve() for path in paths for run in find_runs(Path(path))))
-    return [read_run(path, name) for path, name in zip(found, path_names(found))]
+    runs = list[Run]()
+    for path, name in zip(found, path_names(found)):
+        try:
+            runs.append(read_run(path, name))
+        except UserError as error:
+            if left_out is None or (path == found[-1] and not runs):
+                raise
+            left_out.append(str(error))
+    return runs
 
 
 def ranked(runs: list[Run]) -> dict[tuple[str, str], list[tuple[Run, str, Score]]]:

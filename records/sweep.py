@@ -59,6 +59,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 from scipy import stats
+from sqlalchemy.exc import SQLAlchemyError
 
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # heartbeats and retries
 ROOT = Path(__file__).resolve().parent.parent
@@ -176,9 +177,16 @@ def open_database(storage: str) -> optuna.storages.RDBStorage:
     """Where trials whose worker is silent for DEAD_AFTER seconds are tried again."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     retry = optuna.storages.RetryFailedTrialCallback(max_retry=RETRIES)
-    return optuna.storages.RDBStorage(
-        storage, heartbeat_interval=DEAD_AFTER // 4, grace_period=DEAD_AFTER, failed_trial_callback=retry
-    )
+    for last in (False, False, False, True):
+        try:
+            return optuna.storages.RDBStorage(
+                storage, heartbeat_interval=DEAD_AFTER // 4, grace_period=DEAD_AFTER, failed_trial_callback=retry
+            )
+        except SQLAlchemyError:  # another worker makes the same tables at this moment
+            if last:
+                raise
+            time.sleep(1)
+    raise AssertionError
 
 
 def open_study(sweep: Sweep, storage: str) -> optuna.Study:

@@ -462,6 +462,16 @@ def test_the_index_of_records_is_current() -> None:
         assert name in report.NOT_RECORDS or f"]({name}) |" in text, name
 
 
+def test_a_run_that_has_just_begun_is_left_out_of_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "all" / "one")
+    (tmp_path / "all" / "begun").mkdir()
+    (tmp_path / "all" / "begun" / "metrics.jsonl").write_text('{"kind": "start", "seed": 1}\n')
+    assert report.main([str(tmp_path / "all")]) == 0
+    told = capsys.readouterr().out
+    assert "final_roundtrip" in told and "note: left out: " in told and "begun holds no step and no score" in told
+    assert report.main([str(tmp_path / "all" / "begun")]) == 2
+
+
 def test_a_record_without_a_readme_is_not_passed_over(tmp_path: Path) -> None:
     (tmp_path / "2026-01-01_x").mkdir()
     with pytest.raises(runs.UserError, match="2026-01-01_x has no README.md"):
