@@ -16,8 +16,8 @@ initial values of the weights that they have in common.
 {"trials": 30, "sampler": "tpe" | "random" | "gp" | "qmc", "space": {VARIABLE: {"low": 0.01, "high": 0.1, "log": true},
 VARIABLE: [values]}}. Each is run with all seeds. The best of many is better than it is: run it with other seeds.
 
-The null experiment: the baseline is also run with `null` other seeds (as many as `seeds` by default), and how far they
-are from it by chance alone stands above every table.
+The null experiment: the baseline is also run with `null` other seeds (as many as `seeds` by default, two at least), and
+how far they are from it by chance alone stands above every table.
 
 The queue is an Optuna study (SQLite beside the list by default; any database URL): a killed sweep goes on where it was,
 a trial whose worker died is tried again and continues from its last checkpoint, and several hosts may share a database.
@@ -156,7 +156,7 @@ def read_sweep(path: Path) -> Sweep:
         configs |= {named(choice): texts(choice) for choice in choices}
         seeds, halving = [int(seed) for seed in raw["seeds"]], float(raw.get("halving", "nan"))
         search = read_search(raw["search"]) if "search" in raw else None
-        null = int(raw.get("null", len(seeds)))
+        null = int(raw.get("null", max(2, len(seeds))))
         sweep = Sweep(path, texts(raw["base"]), configs, seeds, raw["baseline"], halving, null, search)
     except OSError as error:
         raise SweepError(f"{path} cannot be read: {error.strerror}") from None
@@ -472,10 +472,10 @@ def null_lines(sweep: Sweep, found: dict[str, dict[int, float]]) -> list[str]:
     if not sweep.null:
         return ["null experiment: none, null is 0 in the list", ""]
     own, other = (np.array(list(found.get(name, {}).values())) for name in (sweep.baseline, NULL))
-    if min(len(own), len(other)) < 2:
+    if min(len(own), len(other)) < 1 or len(own) + len(other) < 3:
         return [f"null experiment ({sweep.baseline} with {sweep.null} other seeds): {len(other)} runs are done", ""]
-    spread = float(np.sqrt((own.var(ddof=1) * (len(own) - 1) + other.var(ddof=1) * (len(other) - 1))
-                           / (len(own) + len(other) - 2)))  # fmt: skip
+    squares = sum(float(np.square(losses_ - losses_.mean()).sum()) for losses_ in (own, other))
+    spread = float(np.sqrt(squares / (len(own) + len(other) - 2)))
     half = stats.t.ppf(0.975, len(own) + len(other) - 2) * spread * np.sqrt(1 / len(own) + 1 / len(other))
     told = f"null experiment ({sweep.baseline}, {len(own)} and {len(other)} other seeds): difference "
     return [
