@@ -4436,7 +4436,8 @@ class Program:
             size, last = len(facts.nodes), size
             if settled := settled or 0 < 0.9 * last < size:  # nearly all that goes has gone
                 self.unfold()
-            after = {id(node): said(node, before.get(id(node))) for node in parts_of(self.tree)}
+            units = list(parts_of(self.tree))  # live up to the next round: none of its new ones has an old one's id
+            after = {id(node): said(node, before.get(id(node))) for node in units}
             same_ = after.keys() == before.keys() and all(before[key] is one for key, one in after.items())
             if settled and dirty is None and same_:
                 break
